@@ -1,0 +1,39 @@
+# The front door: every target works in a fresh clone, with nothing installed but Python and make.
+
+PYTHON ?= python3
+BIN := .venv/bin
+# One thread for each of the two test processes: more would only fight over the cores.
+THREADS ?= 1
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test check bench-accuracy bench-speed
+
+help: ## this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 24
+
+demo: .venv/installed-demo ## see it work, on a model and data that need no download
+	@$(BIN)/gainstage demo
+
+test: .venv/installed-dev .venv/installed-zoo ## run the tests
+	@OMP_NUM_THREADS=$(THREADS) $(BIN)/pytest -n 2 tests
+
+check: .venv/installed-dev ## lint, format, types, architecture
+	@$(BIN)/ruff check --quiet .
+	@$(BIN)/ruff format --quiet --check .
+	@$(BIN)/mypy --strict src
+	@$(BIN)/lint-imports --no-logo
+
+bench-accuracy: .venv/installed-zoo ## predicted against measured, over the model zoos
+	@$(BIN)/python -m benchmarks.accuracy
+
+bench-speed: .venv/installed-zoo ## seconds and memory of every stage
+	@$(BIN)/python -m benchmarks.speed
+
+# The stamp of an extra: newer than what it was installed from, or it is installed again.
+.venv/installed-%: pyproject.toml constraints.txt | $(BIN)/python
+	@echo "installing gainstage[$*] into .venv"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$*]'
+	@touch $@
+
+$(BIN)/python:
+	@$(PYTHON) -m venv .venv

@@ -1,0 +1,94 @@
+"""Gainstage sets the signal levels of any PyTorch model at initialization, and proves them on the real model.
+
+The public names are loaded at first use, so that ``import gainstage`` and ``gainstage --help`` do not wait for torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from gainstage.api import apply, gain, initialize, inspect, plan, verify
+    from gainstage.errors import (
+        CaptureError,
+        GainstageError,
+        InputError,
+        NonFiniteError,
+        NoSignalError,
+        PlanFormatError,
+        PlanMismatchError,
+        RoleConflictError,
+        RuleError,
+        UnknownNameError,
+        UnsupportedOpError,
+        UnsupportedParameterError,
+    )
+    from gainstage.plan import Distribution, Family, Plan
+    from gainstage.policies import Policy
+    from gainstage.propagate.trace import ParameterStatistics, Signal, Trace
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CaptureError",
+    "Distribution",
+    "Family",
+    "GainstageError",
+    "InputError",
+    "NoSignalError",
+    "NonFiniteError",
+    "ParameterStatistics",
+    "Plan",
+    "PlanFormatError",
+    "PlanMismatchError",
+    "Policy",
+    "RoleConflictError",
+    "RuleError",
+    "Signal",
+    "Trace",
+    "UnknownNameError",
+    "UnsupportedOpError",
+    "UnsupportedParameterError",
+    "apply",
+    "gain",
+    "initialize",
+    "inspect",
+    "plan",
+    "verify",
+]
+
+# Where each public name lives; what stands in neither tuple is an exception of gainstage.errors.
+_HOMES = {
+    "gainstage.api": ("apply", "gain", "initialize", "inspect", "plan", "verify"),
+    "gainstage.plan": ("Distribution", "Family", "Plan"),
+    "gainstage.policies": ("Policy",),
+    "gainstage.propagate.trace": ("ParameterStatistics", "Signal", "Trace"),
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    """Load a public name at its first use (PEP 562)."""
+    if name not in __all__:
+        raise AttributeError(f"module 'gainstage' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOME_OF.get(name, "gainstage.errors")), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+class _Package(ModuleType):
+    """Keeps ``gainstage.plan`` the function, although importing the module ``gainstage.plan`` would rebind the name."""
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if not (name in __all__ and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

@@ -1,0 +1,1 @@
+"""Rows to terminal tables: the only place that chooses columns."""
