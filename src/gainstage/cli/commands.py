@@ -1,0 +1,218 @@
+"""The commands. Each loads a model, calls the public function of the same name, and shows the result."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from gainstage import __version__
+from gainstage.cli.options import ModelChoice, existing_file, model_options, output_options, plan_options
+from gainstage.errors import GainstageError, InputError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from gainstage.plan import Plan
+
+
+class _Refusal(click.ClickException):
+    """One of our exceptions as one message; 2 is the exit code for what is wrong with the input."""
+
+    exit_code = 2
+
+
+class _Group(click.Group):
+    """Shows Gainstage's own exceptions without a traceback; any other is a bug, and keeps it."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except GainstageError as error:
+            raise _Refusal(str(error)) from error
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, package_name="gainstage")
+def main() -> None:
+    """Signal levels of any PyTorch model at initialization: predict, plan, apply, verify.
+
+    \b
+    gainstage inspect torchvision:resnet50     what every layer puts out at step zero
+    gainstage plan hf:llama --meta             a distribution for every parameter
+    gainstage verify timm:convnext_tiny        one real pass against the prediction
+    """  # noqa: D301  (the backslash is click's mark for text that is not to be wrapped)
+
+
+@main.command()
+@output_options
+@model_options(meta=True)
+def inspect(choice: ModelChoice, *, as_json: bool, ungrouped: bool) -> None:
+    """Predict what every tensor looks like at step zero; change nothing."""
+    import gainstage as gs
+
+    loaded = choice.load()
+    trace = gs.inspect(loaded.model, loaded.args, loaded.kwargs)
+    if as_json:
+        _write_json(trace.to_dict())
+        return
+    from gainstage.report import trace_report
+
+    console().print(trace_report(trace, grouped=not ungrouped))
+
+
+@main.command()
+@click.option("--output", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE", help="Write the plan, as JSON.")
+@output_options
+@plan_options
+@model_options(meta=True)
+def plan(choice: ModelChoice, *, output: Path | None, as_json: bool, ungrouped: bool, **options: Any) -> None:
+    """Choose a distribution for every parameter."""
+    import gainstage as gs
+
+    loaded = choice.load()
+    made = gs.plan(loaded.model, loaded.args, loaded.kwargs, **_plan_arguments(**options))
+    if output is not None:
+        from gainstage.cli.files import write_text
+
+        write_text(output, made.to_json() + "\n")
+    if as_json:
+        click.echo(made.to_json())
+    elif output is not None:
+        click.echo(f"{len(made.parameters)} parameters planned, written to {output}")
+    else:
+        from gainstage.report import plan_report
+
+        console().print(plan_report(made, grouped=not ungrouped))
+
+
+@main.command()
+@existing_file("--plan", required=True, text="Plan to draw from (gainstage plan --output).")
+@click.option(
+    "--output",
+    type=click.Path(dir_okay=False, path_type=Path),
+    required=True,
+    metavar="FILE",
+    help="State dict to write: .safetensors, or .pt by torch.save.",
+)
+@model_options(meta=False)
+def apply(choice: ModelChoice, *, plan: Path, output: Path) -> None:
+    """Draw every parameter from a plan, and write the state dict."""
+    import gainstage as gs
+    from gainstage.cli.files import check_state_name, write_state
+
+    check_state_name(output)
+    drawn_from = _read_plan(plan)
+    loaded = choice.load()
+    gs.apply(loaded.model, drawn_from, seed=choice.seed)
+    write_state(output, loaded.model)
+    click.echo(f"{len(drawn_from.parameters)} parameters drawn with seed {choice.seed}, written to {output}")
+
+
+@main.command()
+@existing_file("--plan", text="Judge against this plan. Without --weights it is applied first.")
+@existing_file("--weights", text="State dict to load first (.safetensors or .pt).")
+@output_options
+@model_options(meta=False)
+def verify(choice: ModelChoice, *, plan: Path | None, weights: Path | None, as_json: bool, ungrouped: bool) -> None:
+    """Run the model once and compare with the prediction. Exit code 1 where something is wrong."""
+    import gainstage as gs
+
+    drawn_from = None if plan is None else _read_plan(plan)
+    loaded = choice.load()
+    if weights is not None:
+        from gainstage.cli.files import read_state
+
+        read_state(weights, loaded.model)
+    elif drawn_from is not None:
+        gs.apply(loaded.model, drawn_from, seed=choice.seed)
+    check = gs.verify(loaded.model, loaded.args, loaded.kwargs, plan=drawn_from)
+    if as_json:
+        _write_json(check.to_dict())
+    else:
+        from gainstage.report import check_report
+
+        console().print(check_report(check, grouped=not ungrouped))
+    sys.exit(0 if check.ok else 1)
+
+
+@main.command()
+@click.option("--json", "as_json", is_flag=True, help="JSON on standard output, and nothing else there.")
+@model_options(meta=True)
+def ops(choice: ModelChoice, *, as_json: bool) -> None:
+    """List the operations of a model, and how each is predicted."""
+    import gainstage as gs
+
+    loaded = choice.load()
+    trace = gs.inspect(loaded.model, loaded.args, loaded.kwargs)
+    from gainstage.report import count_ops, ops_report
+
+    counts = count_ops(trace)
+    if as_json:
+        _write_json([{"op": row.op, "count": row.count, "treatment": row.treatment} for row in counts])
+    else:
+        console().print(ops_report(counts))
+
+
+@main.command()
+@click.option("--json", "as_json", is_flag=True, help="JSON on standard output, and nothing else there.")
+def rules(*, as_json: bool) -> None:
+    """List every operation that has a rule."""
+    from gainstage.report import list_rules, rules_report
+
+    rows = list_rules()
+    if as_json:
+        _write_json([{"op": row.op, "treatment": row.treatment, "formula": row.formula} for row in rows])
+    else:
+        console().print(rules_report(rows))
+
+
+@main.command()
+@click.option("--plot", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE", help="Also draw the curves, as PNG.")
+@click.option("--quick", is_flag=True, help="Fewer steps: a look, not a result.")
+def demo(*, plot: Path | None, quick: bool) -> None:
+    """See it work on a small model that the usual recipes fail on."""
+    from gainstage import demo as demonstration
+
+    demonstration.run(console(), plot, quick)
+
+
+def console() -> Console:
+    """The terminal, or 100 columns where there is none and the environment does not say."""
+    import os
+
+    from rich.console import Console
+
+    return Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 100)
+
+
+def _plan_arguments(
+    *, policy: str, distribution: str, roles: tuple[str, ...], keep: tuple[str, ...], include_frozen: bool
+) -> Any:
+    pairs = {}
+    for text in roles:
+        pattern, equals, role = text.rpartition("=")
+        if not equals or not pattern:
+            raise InputError(f"--role {text!r} is not PATTERN=ROLE; write --role 'decoder.*.out.weight=residual'")
+        pairs[pattern] = role
+    return {
+        "policy": policy,
+        "distribution": distribution,
+        "roles": pairs or None,
+        "keep": keep,
+        "include_frozen": include_frozen,
+    }
+
+
+def _read_plan(path: Path) -> Plan:
+    from gainstage.plan import Plan
+
+    return Plan.from_json(path.read_text(encoding="utf-8"))
+
+
+def _write_json(data: Any) -> None:
+    from gainstage.cli.files import to_json
+
+    click.echo(to_json(data))
