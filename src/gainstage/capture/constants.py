@@ -1,0 +1,164 @@
+"""Computes, for real and on the CPU, whatever depends on no parameter and on no floating-point input."""
+
+from __future__ import annotations
+
+import dataclasses
+import operator
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch._ops import OpOverload
+
+from gainstage.capture.lower import meta_of
+from gainstage.capture.views import packet_name
+from gainstage.errors import CaptureError
+from gainstage.graph import Node, NodeKind, Ref, TensorMeta
+
+aten = torch.ops.aten
+
+# These read nothing of their first operand but its shape.
+_FILLS = {"zeros_like": 0, "ones_like": 1, "new_zeros": 0, "new_ones": 1, "zero": 0}
+_UNWRITTEN = frozenset({"empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided", "empty_permuted"})
+
+
+def fold(nodes: Sequence[Node], outputs: Iterable[str]) -> tuple[list[Node], list[str]]:
+    """Replace what is known by its value.
+
+    Args:
+        nodes: a graph without writes; constants may hold values on the meta device.
+        outputs: names of the outputs.
+
+    Returns:
+        The nodes without those that only constants read, and one sentence for each value that had to be guessed.
+
+    Raises:
+        CaptureError: an operation that cannot be computed.
+    """
+    known = _known(nodes)
+    read = {name for node in nodes if node.name not in known for name in node.operands()} | set(outputs)
+    frontier = read & known
+    needed = set(frontier)
+    for node in reversed(nodes):
+        if node.name in needed and not _is_fill(node):
+            needed.update(node.operands())
+    values: dict[str, Any] = {}
+    assumptions: list[str] = []
+    for node in nodes:
+        if node.name in needed and node.name in known:
+            values[node.name] = _evaluate(node, values, nodes, assumptions)
+    return [_with_value(node, values, known) for node in nodes if _stays(node, known, frontier, values)], assumptions
+
+
+def _known(nodes: Sequence[Node]) -> set[str]:
+    known: set[str] = set()
+    for node in nodes:
+        if node.kind is NodeKind.CONSTANT or (
+            node.kind is NodeKind.OP
+            and _is_determined(node)
+            and (_is_fill(node) or all(name in known for name in node.operands()))
+        ):
+            known.add(node.name)
+    return known
+
+
+def _is_fill(node: Node) -> bool:
+    return packet_name(node.op) in _FILLS and isinstance(node.meta, TensorMeta) and all(size >= 0 for size in node.meta.shape)
+
+
+def _is_determined(node: Node) -> bool:
+    """Whether an operation gives the same result each time."""
+    if packet_name(node.op) in _UNWRITTEN:
+        return False
+    if not isinstance(node.op, OpOverload) or torch.Tag.nondeterministic_seeded not in node.op.tags:
+        return True
+    names = [argument.name for argument in node.op._schema.arguments]
+    given = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
+    probability = given.get("dropout_p", given.get("dropout", given.get("p") if "dropout" in packet_name(node.op) else None))
+    return given.get("train", given.get("training")) is False or probability == 0
+
+
+def _stays(node: Node, known: set[str], frontier: set[str], values: Mapping[str, Any]) -> bool:
+    return node.name not in known or (node.name in frontier and isinstance(values[node.name], torch.Tensor))
+
+
+def _with_value(node: Node, values: Mapping[str, Any], known: set[str]) -> Node:
+    if node.name in known:
+        value = values[node.name]
+        return dataclasses.replace(node, kind=NodeKind.CONSTANT, op=None, args=(), kwargs={}, value=value, meta=meta_of(value))
+    return dataclasses.replace(
+        node, args=_literal(node.args, values), kwargs={key: _literal(item, values) for key, item in node.kwargs.items()}
+    )
+
+
+def _literal(argument: Any, values: Mapping[str, Any]) -> Any:
+    """Numbers that were computed stand in the arguments themselves."""
+    if isinstance(argument, Ref):
+        value = values.get(argument.name, argument)
+        return argument if isinstance(value, torch.Tensor) else value
+    if isinstance(argument, (list, tuple)):
+        return type(argument)(_literal(item, values) for item in argument)
+    return argument
+
+
+def _evaluate(node: Node, values: Mapping[str, Any], nodes: Sequence[Node], assumptions: list[str]) -> Any:
+    if node.kind is NodeKind.CONSTANT:
+        assert node.value is not None
+        if not node.value.is_meta:
+            return node.value.detach().cpu().clone()
+        value, sentence = _guess(node, nodes)
+        assumptions.append(sentence)
+        return value
+    if _is_fill(node):
+        assert isinstance(node.meta, TensorMeta)
+        return torch.full(node.meta.shape, _FILLS[packet_name(node.op)], dtype=node.meta.dtype)
+    args, kwargs = _operands(node.args, values), {key: _operands(item, values) for key, item in node.kwargs.items()}
+    if "device" in kwargs:
+        kwargs["device"] = torch.device("cpu")
+    assert node.op is not None
+    try:
+        with torch.no_grad():
+            return node.op(*args, **kwargs)
+    except Exception as error:
+        raise CaptureError(
+            f"{node.op_name} in {node.provenance} depends on no parameter and was to be computed, but failed: {error}. "
+            "Pass real inputs (not on the meta device), on which the model runs."
+        ) from error
+
+
+def _operands(argument: Any, values: Mapping[str, Any]) -> Any:
+    if isinstance(argument, Ref):
+        return values[argument.name]
+    if isinstance(argument, (list, tuple)):
+        return type(argument)(_operands(item, values) for item in argument)
+    return torch.device("cpu") if isinstance(argument, torch.device) else argument
+
+
+def _guess(node: Node, nodes: Sequence[Node]) -> tuple[torch.Tensor, str]:
+    """A value for a constant without one, and the sentence that says so."""
+    assert isinstance(node.meta, TensorMeta)
+    shape, dtype = node.meta.shape, node.meta.dtype
+    if dtype is torch.bool:
+        return torch.ones(shape, dtype=dtype), f"{node.name} is on the meta device: taken to be True everywhere."
+    rows = _rows_indexed_by(node.name, nodes)
+    if rows and not dtype.is_floating_point:
+        value = (torch.arange(torch.Size(shape).numel()) % rows).reshape(shape).to(dtype)
+        return value, f"{node.name} is on the meta device: taken to cycle over the {rows} rows that it selects."
+    if node.name.endswith("running_mean"):
+        return torch.zeros(shape, dtype=dtype), f"{node.name} is on the meta device: taken to be zeros."
+    return torch.ones(shape, dtype=dtype), f"{node.name} is on the meta device: taken to be ones."
+
+
+def _rows_indexed_by(name: str, nodes: Sequence[Node]) -> int:
+    """Number of rows of the smallest embedding that reads a value, also through views; 0 if none does."""
+    metas = {node.name: node.meta for node in nodes}
+    handles, rows = {name}, []
+    for node in nodes:
+        operands = list(node.operands())
+        if packet_name(node.op) in {"embedding", "embedding_bag"} and operands[1] in handles:
+            table = metas[operands[0]]
+            assert isinstance(table, TensorMeta)
+            rows.append(table.shape[0])
+        elif operands and operands[0] in handles and (len(operands) == 1 or node.op is operator.getitem):
+            handles.add(node.name)
+    return min(rows, default=0)

@@ -1,0 +1,70 @@
+"""Where a node comes from: the module call and the user's own line."""
+
+from __future__ import annotations
+
+import linecache
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+
+import torch
+from torch import fx
+
+from gainstage.graph import Provenance
+
+_TORCH = str(Path(torch.__file__).parent) + "/"
+_OWN = str(Path(__file__).parent) + "/"
+_FRAME = re.compile(r'File "([^"]+)", line (\d+), in [^\n]*\n([^\n]*)')
+
+
+def provenance_of(node: fx.Node, canonical_paths: Mapping[str, str]) -> Provenance:
+    """The module call and the user's line of one node of an exported graph.
+
+    Args:
+        node: a node with ``nn_module_stack`` and ``stack_trace`` in its meta.
+        canonical_paths: module path -> first path of the same module, as ``named_modules`` names it.
+
+    Returns:
+        The innermost module call; the innermost line outside torch.
+    """
+    source = _user_line(node.meta.get("stack_trace") or "")
+    stack = module_stack(node, canonical_paths)
+    if not stack:
+        return Provenance(source=source)
+    module_type = list(node.meta["nn_module_stack"].values())[-1][1]
+    return Provenance(stack[-1][0], str(module_type), stack[-1][1], source)
+
+
+def module_stack(node: fx.Node, canonical_paths: Mapping[str, str]) -> tuple[tuple[str, int], ...]:
+    """Path and number of each module call that a node was made in, outermost first."""
+    stack: Mapping[str, tuple[str, str]] = node.meta.get("nn_module_stack") or {}
+    calls = []
+    for key, (path, _) in stack.items():
+        _, _, number = key.rpartition("@")
+        plain = path.partition("@")[0]
+        calls.append((canonical_paths.get(plain, plain), int(number) if number.isdigit() and "@" in key else 0))
+    return tuple(calls)
+
+
+def user_line_of(traceback: TracebackType | None) -> str:
+    """The innermost line of a traceback outside torch and this package; empty where there is none."""
+    line = ""
+    while traceback is not None:
+        filename, number = traceback.tb_frame.f_code.co_filename, traceback.tb_lineno
+        if not filename.startswith((_TORCH, _OWN, "<")):
+            line = f"{_short(filename)}:{number}: {linecache.getline(filename, number).strip()}"
+        traceback = traceback.tb_next
+    return line
+
+
+def _user_line(stack_trace: str) -> str:
+    for filename, number, code in reversed(_FRAME.findall(stack_trace)):
+        if not filename.startswith((_TORCH, _OWN, "<")):
+            return f"{_short(filename)}:{number}: {code.strip()}"
+    return ""
+
+
+def _short(filename: str) -> str:
+    path = Path(filename)
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else path.name

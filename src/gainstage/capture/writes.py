@@ -1,0 +1,100 @@
+"""What a write in place computes, as an ordinary operation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch._ops import OpOverload
+
+from gainstage.graph import Node, Ref, TensorMeta
+
+aten = torch.ops.aten
+
+_RENAMED = {"normal_": "normal_functional"}
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """An operation to append; PREVIOUS among its arguments stands for the result of the step before."""
+
+    PREVIOUS: ClassVar[object] = object()
+
+    op: Callable[..., Any]
+    args: tuple[Any, ...]
+    meta: Any
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+
+def is_handle_change(node: Node) -> bool:
+    """Whether a node changes the shape of a tensor object (squeeze_ and kin) and not its memory."""
+    return isinstance(node.op, OpOverload) and (torch.Tag.inplace_view in node.op.tags or node.op is aten.detach_.default)
+
+
+def functional_write(node: Node, metas: Mapping[str, Any]) -> tuple[Step, ...] | None:
+    """The steps that compute what a write in place leaves in its first operand.
+
+    Args:
+        node: the writing node, its operands already values.
+        metas: node name -> meta.
+
+    Returns:
+        The steps; none if the result is the second operand as it stands (a copy); None if the operation writes
+        elsewhere than into its first operand or has no counterpart that does not write.
+    """
+    assert isinstance(node.op, OpOverload)
+    schema = node.op._schema
+    written = [argument.name for argument in schema.arguments if argument.is_write]
+    namespace, _, name = schema.name.partition("::")
+    if written != [schema.arguments[0].name] or not name.endswith("_"):
+        return None
+    target = metas[node.args[0].name]
+    assert isinstance(target, TensorMeta)
+    if name in {"zero_", "fill_"}:
+        return _filled(node.args[1] if name == "fill_" else 0, target, metas)
+    if name == "copy_":
+        return _broadcast(node.args[1], target, metas)
+    packet = getattr(getattr(torch.ops, namespace), _RENAMED.get(name, name[:-1]), None)
+    overload = schema.overload_name or "default"
+    if packet is None or not (overload in packet.overloads() or name == "bernoulli_"):
+        return None
+    op = packet.p if name == "bernoulli_" and overload == "float" else getattr(packet, overload)
+    if is_handle_change(node):
+        return (Step(op, node.args, node.meta, node.kwargs),)
+    return (Step(op, node.args, _promoted(node, target, metas), node.kwargs), *_cast(node, target, metas))
+
+
+def _filled(value: Any, target: TensorMeta, metas: Mapping[str, Any]) -> tuple[Step, ...]:
+    if isinstance(value, Ref):
+        return _broadcast(value, target, metas)
+    return (Step(aten.full.default, (list(target.shape), value), target, {"dtype": target.dtype}),)
+
+
+def _broadcast(source: Ref, target: TensorMeta, metas: Mapping[str, Any]) -> tuple[Step, ...]:
+    """The source, in the shape and element type of the target."""
+    meta = metas[source.name]
+    steps = []
+    if meta.dtype != target.dtype:
+        steps.append(Step(aten.to.dtype, (source, target.dtype), TensorMeta(meta.shape, target.dtype)))
+    if meta.shape != target.shape:
+        operand = Step.PREVIOUS if steps else source
+        steps.append(Step(aten.expand.default, (operand, list(target.shape)), target))
+    return tuple(steps)
+
+
+def _promoted(node: Node, target: TensorMeta, metas: Mapping[str, Any]) -> TensorMeta:
+    """Element type of the ordinary operation, which a write would cast back to that of the target."""
+    dtype = target.dtype
+    for name in list(node.operands())[1:]:
+        other = metas[name]
+        if isinstance(other, TensorMeta) and other.shape and other.dtype.is_floating_point and dtype.is_floating_point:
+            dtype = torch.promote_types(dtype, other.dtype)
+    return TensorMeta(target.shape, dtype)
+
+
+def _cast(node: Node, target: TensorMeta, metas: Mapping[str, Any]) -> tuple[Step, ...]:
+    if _promoted(node, target, metas).dtype == target.dtype:
+        return ()
+    return (Step(aten.to.dtype, (Step.PREVIOUS, target.dtype), target),)

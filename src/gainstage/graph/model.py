@@ -1,0 +1,144 @@
+"""What a captured model is: plain, frozen data. Nothing here runs a model or knows how it was captured."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+import torch
+
+
+class NodeKind(Enum):
+    """Where the value of a node comes from."""
+
+    INPUT = "input"  # a floating-point tensor that the user feeds
+    PARAMETER = "parameter"
+    CONSTANT = "constant"  # known: buffers, integer inputs, and all that is computed from them alone
+    OP = "op"
+
+
+@dataclass(frozen=True, slots=True)
+class Ref:
+    """A reference to the value of another node, inside the arguments of a node."""
+
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class TensorMeta:
+    """Shape and element type of one tensor."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True, slots=True)
+class Provenance:
+    """Which module call, and which line of the user's code, a node comes from.
+
+    ``module_path`` is "" for the root module; ``call`` counts the calls of that module from 0.
+    """
+
+    module_path: str = ""
+    module_type: str = ""
+    call: int = 0
+    source: str = ""  # "file.py:42: h = self.act(h)", torch's own frames skipped; "" where unknown
+
+    def __str__(self) -> str:
+        """Readable place: module path, then the user's line."""
+        place = f"module {self.module_path!r}" if self.module_path else "the root module"
+        return f"{place}, {self.source}" if self.source else place
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Node:
+    """One value of the graph, or one tuple of values.
+
+    ``args`` and ``kwargs`` of an op are those of its schema, with :class:`Ref` where a tensor of the graph is meant
+    (also inside lists). ``meta`` is a tuple for an op with several outputs, which ``operator.getitem`` nodes pick from,
+    and None for an op that returns no tensor. ``value`` is set for constants only.
+    """
+
+    name: str
+    kind: NodeKind
+    op: Callable[..., Any] | None = None
+    args: tuple[Any, ...] = ()
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+    meta: TensorMeta | tuple[TensorMeta | None, ...] | None = None
+    provenance: Provenance = field(default_factory=Provenance)
+    parameter: str | None = None  # canonical name, for PARAMETER nodes
+    value: torch.Tensor | None = None
+
+    @property
+    def op_name(self) -> str:
+        """Name of the operation as users meet it: ``aten.linear.default``."""
+        return str(self.op) if isinstance(self.op, torch._ops.OpOverload) else getattr(self.op, "__name__", self.kind.value)
+
+    def operands(self) -> Iterator[str]:
+        """Names of the nodes that this one reads, in order, with repetitions."""
+        for argument in (*self.args, *self.kwargs.values()):
+            yield from _refs(argument)
+
+
+def _refs(argument: Any) -> Iterator[str]:
+    if isinstance(argument, Ref):
+        yield argument.name
+    elif isinstance(argument, (list, tuple)):
+        for item in argument:
+            yield from _refs(item)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ParameterInfo:
+    """One parameter tensor. Tied parameters are one entry: ``name`` is the first name, ``aliases`` the others."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    requires_grad: bool
+    aliases: tuple[str, ...] = ()
+    module_path: str = ""
+    module_type: str = ""  # fully qualified class of the owning module, e.g. torch.nn.modules.linear.Linear
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModuleCall:
+    """One call of one module: its output tensors, flattened in order, as node names.
+
+    ``positions`` are the places of these outputs among all tensors that the call returns (``flatten.tensor_leaves``):
+    constants and values that reach no output of the model are left out of ``outputs``, but counted.
+    """
+
+    path: str
+    call: int
+    module_type: str
+    outputs: tuple[str, ...]
+    positions: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Graph:
+    """A model as a list of nodes in execution order, without in-place operations."""
+
+    nodes: tuple[Node, ...]
+    outputs: tuple[str, ...]  # flattened tensor outputs of the model, in order; constants and None left out
+    parameters: Mapping[str, ParameterInfo]  # canonical name -> info, in the model's own order, unused ones too
+    calls: tuple[ModuleCall, ...]
+    training: bool
+    assumptions: tuple[str, ...] = ()  # what capture had to guess, one sentence each
+    by_name: Mapping[str, Node] = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Index the nodes and check that each reads only earlier ones."""
+        seen: dict[str, Node] = {}
+        for node in self.nodes:
+            assert node.name not in seen, f"node {node.name} stands twice"
+            for operand in node.operands():
+                assert operand in seen, f"node {node.name} reads {operand} before it exists"
+            assert (node.kind is NodeKind.OP) == (node.op is not None), node.name
+            assert (node.kind is NodeKind.CONSTANT) == (node.value is not None), node.name
+            seen[node.name] = node
+        assert all(name in seen for name in self.outputs)
+        object.__setattr__(self, "by_name", seen)
