@@ -1,0 +1,21 @@
+"""From a graph to the statistics of every tensor in it."""
+
+from gainstage.propagate.build import build_trace
+from gainstage.propagate.interpret import check_supported, evaluate, is_sampled, propagate
+from gainstage.propagate.statistics import input_value, parameter_moments, parameter_value
+from gainstage.propagate.trace import CallSignals, ParameterStatistics, Signal, Trace
+
+__all__ = [
+    "CallSignals",
+    "ParameterStatistics",
+    "Signal",
+    "Trace",
+    "build_trace",
+    "check_supported",
+    "evaluate",
+    "input_value",
+    "is_sampled",
+    "parameter_moments",
+    "parameter_value",
+    "propagate",
+]

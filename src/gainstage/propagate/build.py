@@ -1,0 +1,33 @@
+"""Collect what was propagated into a Trace."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from gainstage.graph import Graph, NodeKind
+from gainstage.propagate.interpret import is_sampled
+from gainstage.propagate.trace import CallSignals, ParameterStatistics, Signal, Trace
+from gainstage.signal import Value
+
+
+def build_trace(graph: Graph, values: Mapping[str, Any]) -> Trace:
+    """Signals of the nodes and module calls of a graph."""
+    signals = {name: Signal(value) for name, value in values.items() if isinstance(value, Value) and _has_signal(value)}
+    calls = tuple(
+        CallSignals(call.path, call.call, call.module_type, tuple(signals[name] for name in call.outputs if name in signals))
+        for call in graph.calls
+    )
+    parameters = {
+        node.parameter: ParameterStatistics(values[node.name].second_moment)
+        for node in graph.nodes
+        if node.kind is NodeKind.PARAMETER and node.parameter is not None and isinstance(values.get(node.name), Value)
+    }
+    sampled = tuple(node.name for node in graph.nodes if is_sampled(node))
+    return Trace(
+        graph=graph, nodes=signals, calls=calls, parameters=parameters, sampled=sampled, assumptions=graph.assumptions
+    )
+
+
+def _has_signal(value: Value) -> bool:
+    return value.constant is None or value.constant.is_floating_point()

@@ -1,0 +1,124 @@
+"""The interpreter: one forward pass over the graph with tables in the place of tensors."""
+
+from __future__ import annotations
+
+import operator
+from collections import Counter
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from gainstage.errors import GainstageError, UnsupportedOpError
+from gainstage.graph import Graph, Node, NodeKind, ParameterInfo, Ref, TensorMeta
+from gainstage.propagate.sample import sample_node
+from gainstage.rules import Call, is_free, rules
+from gainstage.signal import Value, known
+from gainstage.signal.axes import new_dims
+from gainstage.signal.value import Marginal
+
+Result = Any  # Value, tuple of Values, or None for an op without statistics
+ParameterValues = Callable[[ParameterInfo], Value]
+InputValues = Callable[[Node], Value]
+
+
+def check_supported(graph: Graph) -> None:
+    """Refuse ops that have no rule and cannot be sampled either.
+
+    Raises:
+        UnsupportedOpError: all such ops at once, with module path, the user's line, and the line that would add a rule.
+    """
+    missing = [node for node in graph.nodes if node.kind is NodeKind.OP and not _has_way(node)]
+    if not missing:
+        return
+    counts = Counter(node.op_name for node in missing)
+    first = {node.op_name: node for node in reversed(missing)}
+    lines = [
+        f"  {name} ({count} call{'s' * (count > 1)}), first in {first[name].provenance}\n"
+        f"    add: @gainstage.rules.rule(torch.ops.{name})"
+        for name, count in counts.items()
+    ]
+    raise UnsupportedOpError("no rule, and no way to sample, for these operations:\n" + "\n".join(lines))
+
+
+def _has_way(node: Node) -> bool:
+    assert node.op is not None
+    return node.op in rules() or is_free(node.op) or node.op is operator.getitem or isinstance(node.op, torch._ops.OpOverload)
+
+
+def constant_value(tensor: torch.Tensor) -> Value:
+    """Value of a known tensor; integers are carried, not measured."""
+    if tensor.is_floating_point():
+        return known(tensor)
+    import numpy as np
+
+    dims = new_dims(tuple(tensor.shape))
+    table = np.zeros((2,) * sum(len(dim) for dim in dims))
+    return Value(dims=dims, mean=0.0, table=table, marginal=Marginal(object(), lambda: np.zeros(1025)), constant=tensor)
+
+
+def evaluate(node: Node, values: Mapping[str, Result], parameter: ParameterValues, source: InputValues, graph: Graph) -> Result:
+    """Result of one node from the results of those it reads."""
+    if node.kind is NodeKind.CONSTANT:
+        assert node.value is not None
+        return constant_value(node.value)
+    if node.kind is NodeKind.PARAMETER:
+        assert node.parameter is not None
+        return parameter(graph.parameters[node.parameter])
+    if node.kind is NodeKind.INPUT:
+        return source(node)
+    if node.op is operator.getitem:
+        return _resolve(node.args[0], values)[node.args[1]]
+    assert node.op is not None
+    if is_free(node.op):
+        return None
+    args = [_resolve(argument, values) for argument in node.args]
+    kwargs = {name: _resolve(argument, values) for name, argument in node.kwargs.items()}
+    call = Call(node.op, _shapes(node))
+    found = rules().get(node.op)
+    try:
+        result = sample_node(node, call, args, kwargs) if found is None else found(call, *args, **kwargs)
+    except GainstageError:
+        raise
+    except Exception as error:
+        raise UnsupportedOpError(
+            f"the rule of {node.op_name} does not cover this call, in {node.provenance}: {type(error).__name__}: {error}"
+        ) from error
+    _check(node, call, result)
+    return result
+
+
+def is_sampled(node: Node) -> bool:
+    """Tell whether a node's statistics come from sampling, for want of a rule."""
+    ruled = node.op in rules() or node.op is operator.getitem
+    return node.kind is NodeKind.OP and not ruled and node.op is not None and not is_free(node.op)
+
+
+def _check(node: Node, call: Call, result: Result) -> None:
+    for value, shape in zip(result if isinstance(result, tuple) else (result,), call.shapes, strict=False):
+        if isinstance(value, Value) and shape is not None and value.shape != shape:
+            raise UnsupportedOpError(
+                f"the rule of {node.op_name} returned shape {value.shape} where the model has {shape}, in {node.provenance}"
+            )
+
+
+def _shapes(node: Node) -> tuple[tuple[int, ...] | None, ...]:
+    metas = node.meta if isinstance(node.meta, tuple) else (node.meta,)
+    return tuple(meta.shape if isinstance(meta, TensorMeta) else None for meta in metas)
+
+
+def _resolve(argument: Any, values: Mapping[str, Result]) -> Any:
+    if isinstance(argument, Ref):
+        return values[argument.name]
+    if isinstance(argument, (list, tuple)):
+        return [_resolve(item, values) for item in argument]
+    return argument
+
+
+def propagate(graph: Graph, parameter: ParameterValues, source: InputValues) -> dict[str, Result]:
+    """Result of every node, in order."""
+    check_supported(graph)
+    values: dict[str, Result] = {}
+    for node in graph.nodes:
+        values[node.name] = evaluate(node, values, parameter, source, graph)
+    return values

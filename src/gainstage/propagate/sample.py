@@ -1,0 +1,94 @@
+"""The universal rule: run an op for real on operands drawn from their tables, and measure the table of its result."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from gainstage.errors import UnsupportedOpError
+from gainstage.graph import Node
+from gainstage.rules import Call
+from gainstage.signal import Value
+from gainstage.signal.axes import axes_of, new_dims
+from gainstage.signal.sampling import draw, pooled
+from gainstage.signal.value import Marginal
+
+ENTRIES = 2**20  # stop when the draws have this many entries together
+MOST, FEWEST = 32, 4
+
+
+def sample_node(node: Node, call: Call, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """Result of an op from draws of its operands; the same for the same node name."""
+    operands = list(_values(args)) + list(_values(list(kwargs.values())))
+    lineage = 0
+    for value in operands:
+        lineage |= value.lineage
+    seed = int.from_bytes(hashlib.blake2b(node.name.encode(), digest_size=8).digest(), "big")
+    generator = np.random.default_rng(seed)
+    outputs: list[list[torch.Tensor]] = []
+    count = _count(call)
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(seed % 2**31)
+        for _ in range(count):
+            drawn = iter(draw(operands, generator))
+            actual = [_fill(argument, drawn) for argument in args]
+            named = {name: _fill(argument, drawn) for name, argument in kwargs.items()}
+            try:
+                assert node.op is not None
+                result = node.op(*actual, **named)
+            except Exception as error:
+                raise UnsupportedOpError(
+                    f"no rule for {node.op_name}, and it cannot be run on samples, in {node.provenance}: {error}; "
+                    f"add a rule: @gainstage.rules.rule(torch.ops.{node.op_name})"
+                ) from error
+            outputs.append(list(result) if isinstance(result, (tuple, list)) else [result])
+    stray = max((value.log_variance for value in operands), default=0.0)
+    found = [_pooled_value(list(draws), lineage, stray) for draws in zip(*outputs, strict=True)]
+    return tuple(found) if isinstance(node.meta, tuple) else found[0]
+
+
+def _count(call: Call) -> int:
+    entries = max((int(np.prod(shape)) for shape in call.shapes if shape is not None), default=1)
+    return min(max(ENTRIES // max(entries, 1), FEWEST), MOST)
+
+
+def _values(arguments: Sequence[Any]) -> list[Value]:
+    found: list[Value] = []
+    for argument in arguments:
+        if isinstance(argument, Value):
+            found.append(argument)
+        elif isinstance(argument, list):
+            found += _values(argument)
+    return found
+
+
+def _fill(argument: Any, drawn: Any) -> Any:
+    if isinstance(argument, Value):
+        tensor = next(drawn)
+        return tensor.to(torch.float32) if tensor.is_floating_point() else tensor
+    if isinstance(argument, list):
+        return [_fill(item, drawn) for item in argument]
+    return argument
+
+
+def _pooled_value(draws: list[Any], lineage: int, stray: float) -> Value | None:
+    if not isinstance(draws[0], torch.Tensor) or not draws[0].is_floating_point():
+        return None
+    mean, table = pooled(draws)
+    dims = new_dims(tuple(draws[0].shape))
+    assert len(axes_of(dims)) == table.ndim
+    entries = torch.cat([sample.reshape(-1)[:: max(sample.numel() // 8192, 1)] for sample in draws]).double().numpy()
+
+    def values() -> Any:
+        from gainstage.signal.quadrature import cumulative
+
+        return np.quantile(entries, cumulative())
+
+    return Value(
+        dims=dims, mean=mean, table=table, marginal=Marginal(object(), values), source=object(), lineage=lineage,
+        log_variance=stray,
+    )  # fmt: skip

@@ -1,0 +1,146 @@
+"""What a propagation found, in the user's terms: signals of modules and nodes, statistics of parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from gainstage.errors import InputError
+from gainstage.graph import Graph
+from gainstage.signal import Value
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Signal:
+    """Predicted statistics of one tensor, over draws of weights and inputs and over positions."""
+
+    value: Value
+    gradient: Signal | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the tensor."""
+        return self.value.shape
+
+    @property
+    def mean(self) -> float:
+        """``E[x]``."""
+        return self.value.mean
+
+    @property
+    def second_moment(self) -> float:
+        """``E[x^2]``: what a following layer sees."""
+        return self.value.second_moment
+
+    @property
+    def variance(self) -> float:
+        """``E[x^2] - E[x]^2``."""
+        return self.value.variance
+
+    @property
+    def std(self) -> float:
+        """Square root of the variance."""
+        return self.value.variance**0.5
+
+    @property
+    def spread(self) -> float:
+        """Predicted deviation of the log second moment from one draw of the weights to another."""
+        return float((self.value.log_variance + self.value.fluctuation()) ** 0.5)
+
+    def cosine(self, axis: int) -> float:
+        """``E[x_i x_j] / E[x^2]`` for entries that differ in one dimension only.
+
+        Raises:
+            InputError: the tensor has no such dimension, or only one entry along it.
+        """
+        if not -len(self.shape) <= axis < len(self.shape) or self.shape[axis] == 1:
+            raise InputError(f"no two entries differ along dimension {axis} of a tensor of shape {self.shape}")
+        axis %= len(self.shape)
+        first = sum(len(dim) for dim in self.value.dims[:axis])
+        count = len(self.value.dims[axis])
+        total, pairs = 0.0, 0.0
+        sizes = [a.size for a in self.value.dims[axis]]
+        for subset in np.ndindex(*(2,) * count):
+            if not all(subset):
+                index = tuple(subset[p - first] if first <= p < first + count else 1 for p in range(self.value.table.ndim))
+                number = float(np.prod([1 if same else n - 1 for same, n in zip(subset, sizes, strict=True)]))
+                total += number * float(self.value.table[index])
+                pairs += number
+        return total / pairs / self.second_moment if self.second_moment > 0.0 else 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        return {
+            "shape": list(self.shape),
+            "mean": self.mean,
+            "second_moment": self.second_moment,
+            "std": self.std,
+            "spread": self.spread,
+        }
+
+    def __repr__(self) -> str:
+        """One line."""
+        return f"Signal(shape={self.shape}, mean={self.mean:.4g}, second_moment={self.second_moment:.4g}, spread={self.spread:.2g})"
+
+
+@dataclass(frozen=True, slots=True)
+class ParameterStatistics:
+    """Second moment of a parameter's entries, and of its gradient where one was propagated."""
+
+    second_moment: float
+    gradient_second_moment: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class CallSignals:
+    """One call of one module, with a signal for each floating-point output that carries statistics."""
+
+    path: str
+    call: int
+    module_type: str
+    outputs: tuple[Signal, ...]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Trace:
+    """Everything predicted for one model: by module call, by node, by parameter."""
+
+    graph: Graph
+    nodes: Mapping[str, Signal]
+    calls: tuple[CallSignals, ...]
+    parameters: Mapping[str, ParameterStatistics]
+    sampled: tuple[str, ...] = ()
+    assumptions: tuple[str, ...] = ()
+
+    @property
+    def modules(self) -> Mapping[str, tuple[Signal, ...]]:
+        """Module path to the signal of its (first) output, one for each call in order."""
+        found: dict[str, tuple[Signal, ...]] = {}
+        for call in self.calls:
+            if call.outputs:
+                found[call.path] = (*found.get(call.path, ()), call.outputs[0])
+        return found
+
+    @property
+    def training(self) -> bool:
+        """Mode of the model when it was captured."""
+        return self.graph.training
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        return {
+            "training": self.training,
+            "modules": [
+                {"path": c.path, "call": c.call, "type": c.module_type, "outputs": [s.to_dict() for s in c.outputs]} for c in self.calls
+            ],
+            "parameters": {name: {"second_moment": p.second_moment} for name, p in self.parameters.items()},
+            "sampled": list(self.sampled),
+            "assumptions": list(self.assumptions),
+        }
+
+    def __repr__(self) -> str:
+        """One line."""
+        return f"Trace({len(self.calls)} module calls, {len(self.nodes)} signals, {len(self.sampled)} sampled)"

@@ -1,0 +1,168 @@
+"""Linear maps, matrix products, convolutions, einsum."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from gainstage.rules.registry import Call, rule
+from gainstage.signal import Value, affine, combine, contract, convolve, expand, permute, reshape
+
+aten = torch.ops.aten
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
+
+
+def with_bias(y: Value, bias: Value | None, dim: int) -> Value:
+    """Add a bias along one dimension."""
+    if bias is None:
+        return y
+    shape = [1] * len(y.dims)
+    shape[dim] = -1
+    return combine(torch.add, y, reshape(bias, shape))
+
+
+@rule(aten.linear.default)
+def linear(call: Call, x: Value, weight: Value, bias: Value | None = None) -> Value:
+    """``K_y[S] = n v K_x[S + in]``, plus the bias."""
+    batch = LETTERS[: len(x.dims) - 1]
+    return with_bias(contract(x, weight, batch + "y", "zy", batch + "z"), bias, -1)
+
+
+@rule(aten.addmm.default)
+def addmm(call: Call, bias: Value, x: Value, weight: Value, *, beta: float = 1, alpha: float = 1) -> Value:
+    """``beta bias + alpha x w``."""
+    product = affine(contract(x, weight, "ay", "yz", "az"), float(alpha))
+    return combine(torch.add, product, affine(bias, float(beta)))
+
+
+@rule(aten.matmul.default, aten.mm.default, aten.bmm.default, aten.mv.default)
+def matmul(call: Call, a: Value, b: Value) -> Value:
+    """Sum over the last dimension of a and the last but one of b."""
+    if len(a.dims) == 1 and len(b.dims) == 1:
+        return contract(a, b, "y", "y", "")
+    if len(b.dims) == 1:
+        batch = LETTERS[: len(a.dims) - 1]
+        return contract(a, b, batch + "y", "y", batch)
+    if len(a.dims) == 1:
+        batch = LETTERS[: len(b.dims) - 2]
+        return contract(a, b, "y", batch + "yz", batch + "z")
+    rank = max(len(a.dims), len(b.dims)) - 2
+    batch = LETTERS[:rank]
+    labels_a = batch[rank - (len(a.dims) - 2) :] + "xy"
+    labels_b = batch[rank - (len(b.dims) - 2) :] + "yz"
+    return contract(a, b, labels_a, labels_b, batch + "xz")
+
+
+@rule(aten.baddbmm.default)
+def baddbmm(call: Call, x: Value, a: Value, b: Value, *, beta: float = 1, alpha: float = 1) -> Value:
+    """``beta x + alpha a b``."""
+    product = affine(matmul(call, a, b), float(alpha))
+    return product if beta == 0 else combine(torch.add, product, affine(x, float(beta)))
+
+
+@rule(aten.einsum.default)
+def einsum(call: Call, equation: str, operands: Sequence[Value], *, path: Any = None) -> Value:
+    """Sum of products, pair after pair from the left."""
+    inputs, output = _expanded(equation.replace(" ", ""), [len(x.dims) for x in operands])
+    value, labels = operands[0], inputs[0]
+    if len(operands) == 1:
+        from gainstage.signal import mean_over
+
+        for label in [c for c in labels if c not in output]:
+            d = labels.index(label)
+            size = value.shape[d]
+            value = affine(mean_over(value, value.dims[d]), float(size))
+            value = reshape(value, [n for i, n in enumerate(value.shape) if i != d])
+            labels = labels[:d] + labels[d + 1 :]
+        return permute(value, [labels.index(c) for c in output])
+    for position, (other, its) in enumerate(zip(operands[1:], inputs[1:], strict=True)):
+        later = set(output).union(*inputs[position + 2 :])
+        kept = "".join(dict.fromkeys(c for c in labels + its if c in later))
+        if position == len(operands) - 2:
+            kept = output
+        value = contract(value, other, labels, its, kept)
+        labels = kept
+    return value
+
+
+def _expanded(equation: str, ranks: list[int]) -> tuple[list[str], str]:
+    left, arrow, output = equation.partition("->")
+    inputs = left.split(",")
+    free = [c for c in LETTERS.upper() if c not in equation]
+    width = max((rank - len(labels.replace("...", "")) for rank, labels in zip(ranks, inputs, strict=True)), default=0)
+    dots = "".join(free[:width])
+    filled = [
+        labels.replace("...", dots[width - (rank - len(labels) + 3) :] if "..." in labels else "")
+        for rank, labels in zip(ranks, inputs, strict=True)
+    ]
+    if arrow:
+        return filled, output.replace("...", dots)
+    letters = "".join(filled)
+    return filled, dots + "".join(sorted(c for c in set(letters) if letters.count(c) == 1 and c not in dots))
+
+
+def windows(size: int, kernel: int, stride: int, padding: int, dilation: int, outputs: int) -> np.ndarray[Any, Any]:
+    """0/1 matrix [outputs, taps]: does tap k of output p read inside the map?"""
+    place = stride * np.arange(outputs)[:, None] - padding + dilation * np.arange(kernel)[None, :]
+    return np.asarray(((place >= 0) & (place < size)).astype(float))
+
+
+def transposed_windows(size: int, kernel: int, stride: int, padding: int, dilation: int, outputs: int) -> np.ndarray[Any, Any]:
+    """0/1 matrix [outputs, taps] of a transposed convolution: only every stride-th tap meets an input."""
+    place = np.arange(outputs)[:, None] + padding - dilation * np.arange(kernel)[None, :]
+    inside = (place % stride == 0) & (place >= 0) & (place < size * stride)
+    return np.asarray(inside.astype(float))
+
+
+def per_dim(value: int | Sequence[int], rank: int) -> list[int]:
+    """One number for each spatial dimension."""
+    if isinstance(value, int):
+        return [value] * rank
+    return list(value) if len(value) == rank else list(value) * rank
+
+
+@rule(aten.conv1d.default, aten.conv2d.default, aten.conv3d.default)
+def convolution(
+    call: Call, x: Value, weight: Value, bias: Value | None = None, stride: Any = 1, padding: Any = 0, dilation: Any = 1,
+    groups: int = 1,
+) -> Value:  # fmt: skip
+    """Contraction over input channels and the taps inside the map."""
+    rank = len(weight.dims) - 2
+    space = x.shape[-rank:]
+    outs = call.shape[-rank:]
+    each = zip(space, weight.shape[2:], per_dim(stride, rank), per_dim(padding, rank), per_dim(dilation, rank), outs, strict=True)
+    return with_bias(convolve(x, weight, [windows(*args) for args in each], groups), bias, 1)
+
+
+@rule(aten.conv1d.padding, aten.conv2d.padding, aten.conv3d.padding)
+def convolution_padded(
+    call: Call, x: Value, weight: Value, bias: Value | None = None, stride: Any = 1, padding: str = "valid", dilation: Any = 1,
+    groups: int = 1,
+) -> Value:  # fmt: skip
+    """Convolution whose padding is named: "same" or "valid"."""
+    rank = len(weight.dims) - 2
+    dilations = per_dim(dilation, rank)
+    pad = [d * (k - 1) // 2 if padding == "same" else 0 for d, k in zip(dilations, weight.shape[2:], strict=True)]
+    result: Value = convolution(call, x, weight, bias, stride, pad, dilation, groups)
+    return result
+
+
+@rule(aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input)
+def transposed_convolution(
+    call: Call, x: Value, weight: Value, bias: Value | None = None, stride: Any = 1, padding: Any = 0, output_padding: Any = 0,
+    groups: int = 1, dilation: Any = 1,
+) -> Value:  # fmt: skip
+    """Contraction over input channels and the taps that meet an input: about taps / stride of them."""
+    rank = len(weight.dims) - 2
+    each = zip(
+        x.shape[-rank:], weight.shape[2:], per_dim(stride, rank), per_dim(padding, rank), per_dim(dilation, rank),
+        call.shape[-rank:], strict=True,
+    )  # fmt: skip
+    found = convolve(x, weight, [transposed_windows(*args) for args in each], groups, transposed=True)
+    return with_bias(found, bias, 1)
+
+
+_ = expand

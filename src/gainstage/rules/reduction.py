@@ -1,0 +1,161 @@
+"""Means, sums, pooling, softmax."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+from typing import Any
+
+import numpy as np
+import torch
+
+from gainstage.rules.linear import per_dim
+from gainstage.rules.registry import Call, rule
+from gainstage.signal import Value, affine, apply, filter_dim, max_over, mean_over, reshape, softmax
+
+aten = torch.ops.aten
+
+
+def average(x: Value, dims: Sequence[int] | None, keepdim: bool) -> Value:
+    """Mean over dimensions."""
+    chosen = [d % len(x.dims) for d in (dims if dims else range(len(x.dims)))]
+    y = mean_over(x, [axis for d in chosen for axis in x.dims[d]])
+    return y if keepdim else reshape(y, [n for d, n in enumerate(y.shape) if d not in chosen])
+
+
+def total(x: Value, dims: Sequence[int] | None, keepdim: bool) -> Value:
+    """Sum over dimensions."""
+    chosen = [d % len(x.dims) for d in (dims if dims else range(len(x.dims)))]
+    return affine(average(x, chosen, keepdim), float(prod(x.shape[d] for d in chosen)))
+
+
+@rule(aten.mean.dim)
+def mean(call: Call, x: Value, dim: Sequence[int] | None, keepdim: bool = False, *, dtype: object = None) -> Value:
+    """``K[0] + (K[1] - K[0]) / n`` along each axis."""
+    return average(x, dim, keepdim)
+
+
+@rule(aten.mean.default)
+def mean_all(call: Call, x: Value, *, dtype: object = None) -> Value:
+    """Mean of all entries."""
+    return average(x, None, False)
+
+
+@rule(aten.sum.dim_IntList)
+def summed(call: Call, x: Value, dim: Sequence[int] | None, keepdim: bool = False, *, dtype: object = None) -> Value:
+    """``n`` times the mean."""
+    return total(x, dim, keepdim)
+
+
+@rule(aten.sum.default)
+def summed_all(call: Call, x: Value, *, dtype: object = None) -> Value:
+    """Sum of all entries."""
+    return total(x, None, False)
+
+
+@rule(aten.var.correction, aten.var.dim)
+def variance(call: Call, x: Value, dim: Any = None, unbiased: Any = None, keepdim: bool = False, correction: Any = 1) -> Value:
+    """Mean square of what is left when the mean over the dimensions is taken off."""
+    from gainstage.signal import combine
+
+    centred = combine(torch.sub, x, average(x, dim, True))
+    return average(apply(torch.square, centred), dim, keepdim)
+
+
+@rule(aten.softmax.int, aten._softmax.default)
+def softmax_rule(call: Call, x: Value, dim: int, *args: Any, **kwargs: Any) -> Value:
+    """See :mod:`gainstage.signal.attention`."""
+    return softmax(x, dim)
+
+
+def averaging(size: int, kernel: int, stride: int, padding: int, outputs: int, include_pad: bool) -> np.ndarray[Any, Any]:
+    """Coefficients [outputs, size] of an average pool along one dimension."""
+    starts = stride * np.arange(outputs)[:, None] - padding
+    place = np.arange(size)[None, :]
+    inside = ((place >= starts) & (place < starts + kernel)).astype(float)
+    divisor = np.minimum(starts + kernel, size + padding) - starts if include_pad else inside.sum(1, keepdims=True)
+    return np.asarray(inside / divisor)
+
+
+@rule(aten.avg_pool1d.default, aten.avg_pool2d.default, aten.avg_pool3d.default)
+def average_pool(
+    call: Call, x: Value, kernel: Any, stride: Any = (), padding: Any = 0, ceil_mode: bool = False, count_include_pad: bool = True,
+    divisor_override: int | None = None,
+) -> Value:  # fmt: skip
+    """Average over windows."""
+    rank = len(list(kernel)) if len(list(kernel)) > 1 else len(x.dims) - 2
+    kernels, strides, pads = per_dim(kernel, rank), per_dim(stride or kernel, rank), per_dim(padding, rank)
+    for i in range(rank):
+        d = len(x.dims) - rank + i
+        matrix = averaging(x.shape[d], kernels[i], strides[i], pads[i], call.shape[d], count_include_pad)
+        x = filter_dim(x, d, matrix)
+    return x
+
+
+@rule(aten.adaptive_avg_pool1d.default, aten.adaptive_avg_pool2d.default, aten.adaptive_avg_pool3d.default)
+def adaptive_average_pool(call: Call, x: Value, output_size: Any) -> Value:
+    """Average over windows that tile the map."""
+    for d in range(2 if len(call.shape) > len(list(output_size)) + 1 else 1, len(x.dims)):
+        size, outputs = x.shape[d], call.shape[d]
+        if outputs == 1:
+            x = mean_over(x, x.dims[d])
+        elif outputs != size:
+            x = filter_dim(x, d, adaptive_windows(size, outputs))
+    return x
+
+
+def adaptive_windows(size: int, outputs: int) -> np.ndarray[Any, Any]:
+    """Coefficients [outputs, size] of adaptive average pooling along one dimension."""
+    place = np.arange(size)[None, :]
+    p = np.arange(outputs)[:, None]
+    inside = ((place >= p * size // outputs) & (place < -(-(p + 1) * size // outputs))).astype(float)
+    return np.asarray(inside / inside.sum(1, keepdims=True))
+
+
+@rule(aten.max_pool1d.default, aten.max_pool2d.default, aten.max_pool3d.default)
+def max_pool(
+    call: Call, x: Value, kernel: Any, stride: Any = (), padding: Any = 0, dilation: Any = 1, ceil_mode: bool = False
+) -> Value:
+    """Largest entry of each window."""
+    rank = len(call.shape) - (2 if len(call.shape) > len(list(kernel)) else 1)
+    kernels, strides, pads = per_dim(kernel, rank), per_dim(stride or kernel, rank), per_dim(padding, rank)
+    dims = [len(x.dims) - rank + i for i in range(rank)]
+    counts = []
+    for i, d in enumerate(dims):
+        place = strides[i] * np.arange(call.shape[d])[:, None] - pads[i] + np.arange(kernels[i])[None, :]
+        counts.append(((place >= 0) & (place < x.shape[d])).sum(1).astype(float))
+    return max_over(x, dims, counts)
+
+
+@rule(aten.upsample_nearest1d.vec, aten.upsample_nearest2d.vec, aten.upsample_nearest3d.vec)
+def upsample_nearest(call: Call, x: Value, output_size: Any = None, scale_factors: Any = None) -> Value:
+    """Each entry repeated."""
+    for d in range(2, len(x.dims)):
+        size, outputs = x.shape[d], call.shape[d]
+        if size != outputs:
+            source = np.minimum(np.arange(outputs) * size // outputs, size - 1)
+            x = filter_dim(x, d, np.eye(size)[source])
+    return x
+
+
+@rule(aten.upsample_bilinear2d.vec, aten.upsample_bicubic2d.vec, aten.upsample_linear1d.vec)
+def upsample_smooth(call: Call, x: Value, output_size: Any, align_corners: bool, scale_factors: Any = None) -> Value:
+    """Separable interpolation, with the coefficients of the op itself."""
+    for d in range(2, len(x.dims)):
+        size, outputs = x.shape[d], call.shape[d]
+        if size != outputs:
+            cubic = call.op is aten.upsample_bicubic2d.vec
+            image = torch.eye(size, dtype=torch.float64).reshape(1, size, size, 1)
+            image = image.expand(1, size, size, 2).contiguous() if cubic else image
+            scaled = torch.nn.functional.interpolate(
+                image, (outputs, image.shape[-1]), mode="bicubic" if cubic else "bilinear", align_corners=align_corners
+            )
+            x = filter_dim(x, d, scaled[0, :, :, 0].T.contiguous().numpy())
+    return x
+
+
+@rule(aten.cumsum.default)
+def cumulative_sum(call: Call, x: Value, dim: int, *, dtype: object = None) -> Value:
+    """Lower-triangular sum along a dimension."""
+    size = x.shape[dim]
+    return filter_dim(x, dim % len(x.dims), np.tril(np.ones((size, size))))

@@ -1,0 +1,198 @@
+"""Ops that move entries without changing them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from gainstage.rules.registry import Call, rule
+from gainstage.signal import Value, expand, filter_dim, join, permute, reorder, reshape, select, take
+from gainstage.signal.axes import Axis
+
+aten = torch.ops.aten
+
+
+@rule(
+    aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.flatten.using_ints, aten.unsqueeze.default,
+    aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims, aten.unflatten.int,
+)  # fmt: skip
+def view(call: Call, x: Value, *args: Any, **kwargs: Any) -> Value:
+    """Same entries, another shape."""
+    return reshape(x, call.shape)
+
+
+@rule(aten.permute.default)
+def permuted(call: Call, x: Value, dims: Sequence[int]) -> Value:
+    """Dimensions in another order."""
+    return permute(x, dims)
+
+
+@rule(aten.transpose.int)
+def transposed(call: Call, x: Value, dim0: int, dim1: int) -> Value:
+    """Two dimensions exchanged."""
+    order = list(range(len(x.dims)))
+    order[dim0], order[dim1] = order[dim1], order[dim0]
+    return permute(x, order)
+
+
+@rule(aten.t.default, aten.numpy_T.default)
+def matrix_transposed(call: Call, x: Value) -> Value:
+    """All dimensions reversed."""
+    return permute(x, list(range(len(x.dims)))[::-1])
+
+
+@rule(aten.movedim.int)
+def moved(call: Call, x: Value, source: int, destination: int) -> Value:
+    """One dimension moved."""
+    order = list(range(len(x.dims)))
+    order.insert(destination % len(order), order.pop(source))
+    return permute(x, order)
+
+
+@rule(aten.expand.default, aten.expand_as.default)
+def expanded(call: Call, x: Value, *args: Any, **kwargs: Any) -> Value:
+    """Broadcast: copies are equal."""
+    return expand(x, call.shape)
+
+
+@rule(aten.repeat.default)
+def repeated(call: Call, x: Value, repeats: Sequence[int]) -> Value:
+    """Tiled copies: a new outer axis of equal entries in each repeated dimension."""
+    x = reshape(x, (1,) * (len(repeats) - len(x.dims)) + x.shape)
+    pairs = [n for count, size in zip(repeats, x.shape, strict=True) for n in (1, size)]
+    tiled = [n for count, size in zip(repeats, x.shape, strict=True) for n in (count, size)]
+    return reshape(expand(reshape(x, pairs), tiled), call.shape)
+
+
+@rule(aten.repeat_interleave.self_int)
+def interleaved(call: Call, x: Value, repeats: int, dim: int | None = None, **kwargs: Any) -> Value:
+    """Each entry repeated: a new inner axis of equal entries."""
+    if dim is None:
+        x, dim = reshape(x, (-1,)), 0
+    dim %= len(x.dims)
+    inner = [*x.shape[: dim + 1], 1, *x.shape[dim + 1 :]]
+    wide = [*x.shape[: dim + 1], repeats, *x.shape[dim + 1 :]]
+    return reshape(expand(reshape(x, inner), wide), call.shape)
+
+
+@rule(aten.slice.Tensor)
+def sliced(call: Call, x: Value, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1) -> Value:
+    """A range of one dimension."""
+    size = x.shape[dim]
+    first, last, _ = slice(start, end).indices(size)
+    return take(x, dim, first, last, step)
+
+
+@rule(aten.narrow.default)
+def narrowed(call: Call, x: Value, dim: int, start: int, length: int) -> Value:
+    """A range of one dimension."""
+    return take(x, dim, int(start) % x.shape[dim], int(start) % x.shape[dim] + length)
+
+
+@rule(aten.select.int)
+def selected(call: Call, x: Value, dim: int, index: int) -> Value:
+    """One index of a dimension."""
+    return reshape(select(x, dim), call.shape)
+
+
+def _pieces(x: Value, sizes: Sequence[int], dim: int) -> tuple[Value, ...]:
+    """Consecutive ranges; each is other entries of the tensor, so each has a latent of its own."""
+    bounds = np.cumsum([0, *sizes])
+    return tuple(take(x, dim, int(a), int(b)) for a, b in zip(bounds[:-1], bounds[1:], strict=True))
+
+
+@rule(aten.chunk.default, aten.split.Tensor, aten.split_with_sizes.default, aten.split.sizes, aten.tensor_split.sections)
+def pieces(call: Call, x: Value, *args: Any, dim: int = 0) -> tuple[Value, ...]:
+    """Consecutive ranges of one dimension."""
+    dim = args[1] if len(args) > 1 else dim
+    sizes = [shape[dim] for shape in call.shapes if shape is not None]
+    return _pieces(x, sizes, dim)
+
+
+@rule(aten.unbind.int)
+def unbound(call: Call, x: Value, dim: int = 0) -> tuple[Value, ...]:
+    """All indices of one dimension, one by one."""
+    return tuple(_apart(reshape(select(x, dim), call.shape), i) for i in range(x.shape[dim]))
+
+
+def _apart(x: Value, index: int) -> Value:
+    from gainstage.signal.value import Marginal
+
+    return x if index == 0 else replace(x, marginal=Marginal(object(), lambda: x.marginal.values), source=object(), amplitude=None)
+
+
+@rule(aten.cat.default, aten.concat.default)
+def concatenated(call: Call, tensors: Sequence[Value], dim: int = 0) -> Value:
+    """Parts one after the other."""
+    parts = [x for x in tensors if x.shape != (0,)]
+    return join(parts, dim)
+
+
+@rule(aten.stack.default)
+def stacked(call: Call, tensors: Sequence[Value], dim: int = 0) -> Value:
+    """Parts along a new dimension."""
+    dim %= len(call.shape)
+    one = [n if d != dim else 1 for d, n in enumerate(call.shape)]
+    return join([reshape(x, one) for x in tensors], dim)
+
+
+@rule(aten.roll.default)
+def rolled(call: Call, x: Value, shifts: Sequence[int], dims: Sequence[int] = ()) -> Value:
+    """Cyclic shift: the same entries at other places; shifting back restores them."""
+    for shift, dim in zip(shifts, dims, strict=True):
+        x = _rolled(x, int(dim) % len(x.dims), int(shift))
+    return x
+
+
+def _rolled(x: Value, dim: int, shift: int) -> Value:
+    from gainstage.signal.movement import map_tables, merge_dim
+
+    if not x.dims[dim]:
+        return x
+    x = merge_dim(x, dim)
+    axis = x.dims[dim][0]
+    origin, done = axis.steps.get(("rolled from",), (axis,))[0], 0
+    for key, (other,) in list(origin.steps.items()):
+        if key[0] == "rolled" and other is axis:
+            done = int(str(key[1]))
+    total = (done + shift) % axis.size
+    target = origin if total == 0 else origin.steps.setdefault(("rolled", total), (Axis(axis.size, parent=origin),))[0]
+    if target is not origin:
+        target.steps[("rolled from",)] = (origin,)
+    dims = tuple((target,) if d == dim else axes for d, axes in enumerate(x.dims))
+    return map_tables(x, dims, lambda table: table)
+
+
+@rule(aten.flip.default)
+def flipped(call: Call, x: Value, dims: Sequence[int]) -> Value:
+    """Reversed order along some dimensions."""
+    for dim in dims:
+        x = reorder(x, dim, "flip")
+    return x
+
+
+@rule(aten.pad.default)
+def padded(call: Call, x: Value, pad: Sequence[int], mode: str = "constant", value: float | None = None) -> Value:
+    """Zeros, or copies of entries, around the tensor."""
+    for i in range(len(pad) // 2):
+        dim = len(x.dims) - 1 - i
+        before, after = int(pad[2 * i]), int(pad[2 * i + 1])
+        if before == 0 and after == 0:
+            continue
+        size = x.shape[dim]
+        if before < 0 or after < 0:
+            x = take(x, dim, max(-before, 0), size - max(-after, 0))
+            before, after, size = max(before, 0), max(after, 0), x.shape[dim]
+            if before == 0 and after == 0:
+                continue
+        places = torch.arange(size, dtype=torch.float64).reshape(1, 1, size)
+        wide = torch.nn.functional.pad(places, (before, after), mode="constant" if mode == "constant" else mode, value=-1.0)
+        matrix = (wide.reshape(-1, 1) == torch.arange(size, dtype=torch.float64)).to(torch.float64).numpy()
+        x = filter_dim(x, dim, matrix)
+    if value:
+        raise NotImplementedError
+    return x

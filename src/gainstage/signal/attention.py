@@ -1,0 +1,109 @@
+"""Softmax and attention.
+
+For n independent Gaussian logits of variance s^2 the expected sum of squared probabilities is, exactly (the gamma integral of 1/Z^2),
+
+    E sum p^2 = n  int_0^inf t E[exp(2 l - t e^l)] E[exp(-t e^l)]^(n-1) dt,
+
+right at any s, where ``exp(s^2) / n`` is right for small s only.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import lru_cache
+
+import numpy as np
+import torch
+
+from gainstage.signal.movement import expand, merge_dim, refine
+from gainstage.signal.linear import _standardised
+from gainstage.signal.quadrature import Array, nodes, weights
+from gainstage.signal.value import Marginal, Value, measured
+
+
+@lru_cache(maxsize=4096)
+def participation(variance: float, count: int) -> float:
+    """``E sum p^2`` of a softmax over ``count`` independent Gaussian logits: 1/count when they are equal, 1 when one wins."""
+    if count <= 1 or variance <= 0.0:
+        return 1.0 / max(count, 1)
+    z, weight = nodes()[::4], weights()[::4]
+    weight = weight / weight.sum()
+    logits = np.sqrt(variance) * z
+    top = np.sqrt(2.0 * variance * np.log(count)) + 4.0 * np.sqrt(variance) + np.log(count)
+    tau = np.linspace(-top - 8.0, 4.0 * np.sqrt(variance) + 4.0, 600)
+    decay = np.exp(-np.exp(np.clip(tau[:, None] + logits[None, :], -700.0, 700.0)))
+    single = decay @ weight
+    squared = (decay * np.exp(2.0 * (tau[:, None] + logits[None, :]))) @ weight
+    integrand = squared * np.exp((count - 1) * np.log(np.maximum(single, 1e-300)))
+    total = float(np.trapezoid(integrand, tau)) * count
+    return min(max(total, 1.0 / count), 1.0)
+
+
+def softmax(x: Value, dim: int) -> Value:
+    """Probabilities along a dimension, with those entries at 0 that the mask of x excludes.
+
+    Two rows whose logits correlate by rho overlap by ``U (E sum p^2 / U_same)^rho``, U the overlap of their uniform
+    distributions: exact for rho = 0 and 1, and to first order in the variance of the logits between.
+    """
+    dim %= len(x.dims)
+    x = merge_dim(x, dim)
+    if not x.dims[dim]:
+        return replace(_constant_like(x, 1.0), lineage=x.lineage)
+    size = x.shape[dim]
+    position = sum(len(d) for d in x.dims[:dim])
+    same = np.take(x.covariance, 1, axis=position)
+    other = np.take(x.covariance, 0, axis=position)
+    within = same - other
+    full = (1,) * within.ndim
+    variance = max(float(within[full]), 0.0)
+    rho = np.clip(within / variance, -1.0, 1.0) if variance > 0.0 else np.zeros_like(within)
+    uniform, gain, x = _uniform(x, dim, variance)
+    position = sum(len(d) for d in x.dims[:dim])
+    if uniform is None:
+        overlap = np.full_like(within, 1.0 / size**2)
+    else:
+        overlap = np.take(uniform, 1, axis=position)
+        rho = _fit(x, dim, position, variance)
+    matched = overlap * gain**rho
+    rest = (1.0 - size * matched) / (size * (size - 1.0)) if size > 1 else matched
+    table = np.stack([rest, matched], axis=position)
+    std = max(float(table[(1,) * table.ndim]) - size**-2.0, 0.0) ** 0.5
+
+    def values() -> Array:
+        return _standardised(np.exp(np.clip(variance**0.5, 0, 6) * nodes()), 1.0 / size, std)
+
+    return Value(
+        dims=x.dims, mean=1.0 / size, table=table, marginal=Marginal(object(), values), source=object(), lineage=x.lineage
+    )
+
+
+def _fit(x: Value, dim: int, position: int, variance: float) -> Array:
+    within = np.take(x.covariance, 1, axis=position) - np.take(x.covariance, 0, axis=position)
+    return np.clip(within / variance, -1.0, 1.0) if variance > 0.0 else np.zeros_like(within)
+
+
+def _uniform(x: Value, dim: int, variance: float) -> tuple[Array | None, float, Value]:
+    """Table of the uniform distribution over what the mask leaves, and how much louder the softmax is than it."""
+    size = x.shape[dim]
+    if x.mask is None:
+        return None, participation(round(variance, 9), size) * size, x
+    mask = x.mask.reshape((1,) * (len(x.dims) - x.mask.dim()) + tuple(x.mask.shape))
+    mask = torch.broadcast_to(mask, [n if d == dim else m for d, (m, n) in enumerate(zip(mask.shape, x.shape, strict=True))])
+    counts = mask.sum(dim, keepdim=True)
+    share = mask.to(torch.float64) / counts.clamp(min=1)
+    flat = expand(measured(share), x.shape)
+    for d in range(len(x.dims)):
+        x, flat = refine(x, flat, d, d)
+    sizes, repeats = np.unique(counts.numpy(), return_counts=True)
+    keep = sizes > 0
+    sizes, repeats = sizes[keep], repeats[keep]
+    picked = sizes if len(sizes) <= 24 else np.unique(np.geomspace(sizes[0], sizes[-1], 24).astype(int))
+    found = np.interp(sizes, picked, [participation(round(variance, 9), int(n)) * float(n) for n in picked])
+    gain = float((found / sizes * repeats).sum() / (repeats / sizes).sum())
+    return flat.table, gain, x
+
+
+def _constant_like(x: Value, value: float) -> Value:
+    from gainstage.signal.value import gaussian
+
+    return gaussian(x.dims, value, np.full_like(x.table, value**2))

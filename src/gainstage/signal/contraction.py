@@ -1,0 +1,161 @@
+"""Contractions: linear maps, convolutions, products of activations. One formula for all of them.
+
+For independent operands a, b and contracted axes R of sizes n_r, summed over which contracted coordinates two entries share:
+
+    K_y[S] = sum over T subset of R of  prod_{r in T} n_r  prod_{r not in T} n_r (n_r - 1)  K_a[S+T] K_b[S+T]
+
+A weight with independent entries of mean 0 and variance v is an operand with ``K[all] = v`` and 0 elsewhere: He's rule, the
+attention-logit rule, embeddings, experts and low-rank factors are special cases.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from gainstage.signal.axes import Axis, Dim
+from gainstage.signal.movement import expand, merge_dim, refine, reshape
+from gainstage.signal.quadrature import Array
+from gainstage.signal.value import Value, gaussian
+
+
+def contract(a: Value, b: Value, labels_a: str, labels_b: str, labels_out: str) -> Value:
+    """Sum of products over the labels that are not in ``labels_out``; one letter for each dimension, as in einsum."""
+    a, b = match(a, b, labels_a, labels_b)
+    numbers = _Numbers()
+    index_a = [n for label, dim in zip(labels_a, a.dims, strict=True) for n in numbers.of(label, dim)]
+    index_b = [n for label, dim in zip(labels_b, b.dims, strict=True) for n in numbers.of(label, dim)]
+    dims_of = dict(zip(labels_b, b.dims, strict=True)) | dict(zip(labels_a, a.dims, strict=True))
+    operands: list[object] = [a.table, index_a, b.table, index_b]
+    count = 1.0
+    for label, dim in dims_of.items():
+        if label not in labels_out:
+            for axis, number in zip(dim, numbers.of(label, dim), strict=True):
+                operands += [np.array([axis.size * (axis.size - 1.0), float(axis.size)]), [number]]
+                count *= axis.size
+    out_dims = tuple(dims_of[label] for label in labels_out)
+    out_index = [n for label in labels_out for n in numbers.of(label, dims_of[label])]
+    table = np.einsum(*operands, out_index)  # type: ignore[call-overload]
+    return contracted(a, b, out_dims, count * a.mean * b.mean, np.asarray(table, dtype=np.float64))
+
+
+class _Numbers:
+    """Integer subscripts for np.einsum: one for each axis of each label."""
+
+    def __init__(self) -> None:
+        self._of: dict[str, list[int]] = {}
+        self._next = 0
+
+    def of(self, label: str, dim: Dim) -> list[int]:
+        if label not in self._of:
+            self._of[label] = [self.fresh() for _ in dim]
+        return self._of[label]
+
+    def fresh(self) -> int:
+        self._next += 1
+        return self._next - 1
+
+
+def contracted(a: Value, b: Value, dims: tuple[Dim, ...], mean: float, table: Array) -> Value:
+    """Gaussian result of a sum over many products, with the history of its operands."""
+    stray = sum(x.log_variance + (0.0 if x.is_weight or x.constant is not None else x.fluctuation()) for x in (a, b))
+    return gaussian(
+        dims, mean, table, lineage=a.lineage | b.lineage, log_variance=stray, is_weight=a.is_weight and b.is_weight
+    )
+
+
+def match(a: Value, b: Value, labels_a: str, labels_b: str) -> tuple[Value, Value]:
+    """Give dimensions with the same label the same axes; a dimension of size 1 is broadcast."""
+    for label in labels_a:
+        if label in labels_b:
+            i, j = labels_a.index(label), labels_b.index(label)
+            size = max(a.shape[i], b.shape[j])
+            a = expand(a, [size if d == i else n for d, n in enumerate(a.shape)])
+            b = expand(b, [size if d == j else n for d, n in enumerate(b.shape)])
+            a, b = refine(a, b, i, j)
+    return a, b
+
+
+def tap_counts(windows: Array) -> Array:
+    """``N[s, k]``: expected pairs of taps of two outputs, by same or another output (s) and same or another tap (k).
+
+    ``windows`` [outputs, taps] is 1 where a tap reads inside the map, 0 where it reads padding.
+    """
+    outputs = windows.shape[0]
+    per_output, per_tap, squares = windows.sum(1), windows.sum(0), windows**2
+    counts = np.zeros((2, 2))
+    counts[1, 1] = squares.sum(1).mean()
+    counts[1, 0] = (per_output**2).mean() - counts[1, 1]
+    if outputs > 1:
+        pairs = outputs * (outputs - 1.0)
+        same_tap = float((per_tap**2).sum() - squares.sum())
+        counts[0, 1] = same_tap / pairs
+        counts[0, 0] = (per_output.sum() ** 2 - (per_output**2).sum() - same_tap) / pairs
+    return counts
+
+
+def convolve(x: Value, weight: Value, windows: Sequence[Array], groups: int, *, transposed: bool = False) -> Value:
+    """Convolution of x [batch, channel, *space] with a kernel [out, channel/groups, *taps].
+
+    Taps are contracted like channels; those in the padding do not count (see :func:`tap_counts`). Two taps read the same
+    place only for the same output and the same tap. A transposed kernel is [channel, out/groups, *taps].
+    """
+    rank = len(windows)
+    space, taps = "uvw"[:rank], "klm"[:rank]
+    for d in range(2, 2 + rank):
+        x = merge_dim(x, d)
+        weight = merge_dim(weight, d)
+    channels = x.shape[1]
+    x = reshape(x, (x.shape[0], groups, channels // groups, *x.shape[2:]))
+    kernel = weight.shape[2:]
+    if transposed:
+        weight = reshape(weight, (groups, channels // groups, weight.shape[1], *kernel))
+    else:
+        weight = reshape(weight, (groups, weight.shape[0] // groups, channels // groups, *kernel))
+    labels_w = ("gco" if transposed else "goc") + taps
+    x, weight = match(x, weight, "bgc" + space, labels_w)
+    numbers = _Numbers()
+    index_x = [n for label, dim in zip("bgc" + space, x.dims, strict=True) for n in numbers.of(label, dim)]
+    index_w = [n for label, dim in zip(labels_w, weight.dims, strict=True) for n in numbers.of(label, dim)]
+    operands: list[object] = [x.table, index_x, weight.table, index_w]
+    count = 1.0
+    for axis, number in zip(x.dims[2], numbers.of("c", x.dims[2]), strict=True):
+        operands += [np.array([axis.size * (axis.size - 1.0), float(axis.size)]), [number]]
+        count *= axis.size
+    out_space: list[Dim] = []
+    out_index: list[int] = []
+    for d, window in enumerate(windows):
+        pairs = _window_pairs(window)
+        count *= float(window.sum(1).mean())
+        out_axis = (Axis(window.shape[0]),) if window.shape[0] > 1 else ()
+        subscripts = []
+        for position, (present, number) in enumerate([
+            (bool(out_axis), numbers.fresh()),
+            (bool(weight.dims[-rank + d]), (numbers.of(taps[d], weight.dims[-rank + d]) or [-1])[0]),
+            (bool(x.dims[3 + d]), (numbers.of(space[d], x.dims[3 + d]) or [-1])[0]),
+        ]):
+            if present:
+                subscripts.append(number)
+            elif position < 2:
+                pairs = np.take(pairs, [1], axis=position)
+            else:
+                pairs = pairs.sum(axis=2, keepdims=True)
+        if out_axis:
+            out_index.append(subscripts[0])
+        out_space.append(out_axis)
+        operands += [pairs.reshape((2,) * len(subscripts)), subscripts]
+    out_index = [*(n for label in "bgo" for n in numbers.of(label, ())), *out_index]
+    table = np.einsum(*operands, out_index)  # type: ignore[call-overload]
+    out_channels = weight.dims[0] + weight.dims[2 if transposed else 1]
+    dims = (x.dims[0], out_channels, *out_space)
+    return contracted(x, weight, dims, count * x.mean * weight.mean, np.asarray(table, dtype=np.float64))
+
+
+def _window_pairs(window: Array) -> Array:
+    """``E[s, k, i]``: tap counts, at the entry i of x's table that the pair of taps reads."""
+    counts = tap_counts(window)
+    pairs = np.zeros((2, 2, 2))
+    pairs[..., 0] = counts
+    pairs[1, 1] = (0.0, counts[1, 1])
+    return pairs

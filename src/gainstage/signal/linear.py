@@ -1,0 +1,233 @@
+"""Linear maps of the table: averages, filters, sums; and what two tensors with a common origin share.
+
+An average over an axis of size n mixes "same" and "another": ``K[0] + (K[1] - K[0]) / n``. Such maps commute, and their
+common eigenspaces along an axis are "the mean over it" (index 0 of a *spectrum*) and "the rest" (index 1).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from gainstage.signal.axes import Axis
+from gainstage.signal.quadrature import Array, coarse, expectation, nodes, quantiles
+from gainstage.signal.value import Marginal, Statistic, Value, gaussian, gaussian_marginal
+
+
+def spectrum(table: Array, sizes: Sequence[int]) -> Array:
+    """Variance of each component of a tensor from its table of covariances, along every axis."""
+    for position, size in enumerate(sizes):
+        other, same = np.take(table, 0, axis=position), np.take(table, 1, axis=position)
+        table = np.stack([other + (same - other) / size, same - other], axis=position)
+    return table
+
+
+def table_of(components: Array, sizes: Sequence[int]) -> Array:
+    """Inverse of :func:`spectrum`."""
+    for position, size in enumerate(sizes):
+        mean, rest = np.take(components, 0, axis=position), np.take(components, 1, axis=position)
+        components = np.stack([mean - rest / size, mean + rest - rest / size], axis=position)
+    return components
+
+
+def amplitude_of(x: Value) -> Array:
+    """Signed size of each component of x in its source."""
+    if x.amplitude is not None:
+        return x.amplitude
+    sizes = [axis.size for axis in x.axes]
+    return np.asarray(np.sqrt(np.maximum(spectrum(x.covariance, sizes), 0.0)))
+
+
+def cross_table(x: Value, y: Value) -> Array:
+    """``E[x_i y_j]`` of two aligned values: product of means, and what they have in common with one source."""
+    product = np.full_like(x.table, x.mean * y.mean)
+    if x.source is None or x.source is not y.source:
+        return product
+    sizes = [axis.size for axis in x.axes]
+    shared = amplitude_of(x) * amplitude_of(y)
+    moved = [a is not b for a, b in zip(x.axes, y.axes, strict=True)]
+    table = table_of(shared, sizes)
+    for position, shifted in enumerate(moved):
+        if shifted and sizes[position] > 1:  # other coordinates of the same tensor
+            other = np.take(table, 0, axis=position)
+            table = np.stack([other, other], axis=position)
+    return product + table
+
+
+def affine(x: Value, scale: float, shift: float = 0.0) -> Value:
+    """``scale x + shift``."""
+    mean = scale * x.mean + shift
+    table = scale**2 * x.covariance + mean**2
+    marginal = Marginal(x.marginal.latent, lambda: scale * x.marginal.values + shift)
+    statistic = None if x.statistic is None else Statistic(x.statistic.of, scale * x.statistic.centre + shift)
+    constant = None if x.constant is None else x.constant * scale + shift
+    amplitude = scale * amplitude_of(x)
+    rho = x.correlation()
+    return replace(
+        x, mean=mean, table=table, marginal=marginal, rho=rho, statistic=statistic, constant=constant, amplitude=amplitude
+    )
+
+
+def mean_over(x: Value, axes: Sequence[Axis]) -> Value:
+    """Average over some axes; they go from the dimensions (a dimension left without axes has size 1)."""
+    gone = [axis for axis in x.axes if axis in axes]
+    if not gone:
+        return x
+    table = x.table
+    for axis in gone:
+        position = x.axes.index(axis)
+        other, same = np.take(table, 0, axis=position), np.take(table, 1, axis=position)
+        table = np.expand_dims(other + (same - other) / axis.size, position)
+    index = tuple(0 if axis in gone else slice(None) for axis in x.axes)
+    dims = tuple(tuple(axis for axis in dim if axis not in gone) for dim in x.dims)
+    count = int(np.prod([axis.size for axis in gone]))
+    latents = frozenset([x.marginal.latent]) | (x.statistic.of if x.statistic else frozenset())
+    centre = x.statistic.centre if x.statistic else x.mean
+    result = gaussian(dims, x.mean, table[index], lineage=x.lineage, log_variance=x.log_variance, is_weight=x.is_weight)
+    if count < 8:
+        result = replace(result, marginal=_average_marginal(x, result, count), rho=None)
+    return replace(result, statistic=Statistic(latents, centre))
+
+
+def _average_marginal(x: Value, result: Value, count: int) -> Marginal:
+    """Few terms do not make a Gaussian: keep the entry's own shape, at the variance of the average."""
+
+    def values() -> Array:
+        if x.variance <= 0.0:
+            return x.marginal.values
+        ratio = (result.variance / x.variance) ** 0.5
+        share = 1.0 / count
+        normal = result.mean + result.variance**0.5 * nodes()
+        own = result.mean + ratio * (x.marginal.values - x.mean)
+        return share * own + (1.0 - share) * normal if np.all(np.diff(own) >= 0) else normal
+
+    return Marginal(object(), values)
+
+
+def add(x: Value, y: Value, sign: float = 1.0) -> Value:
+    """``x + sign y`` of aligned values on different latents."""
+    cross = cross_table(x, y)
+    table = x.table + y.table + 2.0 * sign * cross
+    mean = x.mean + sign * y.mean
+    table[(1,) * table.ndim] = max(float(table[(1,) * table.ndim]), mean**2)
+    variance = float(table[(1,) * table.ndim]) - mean**2
+    share = 0.0 if variance <= 0.0 else min(max(x.variance / variance, 0.0), 1.0)
+    result = Value(
+        dims=x.dims,
+        mean=mean,
+        table=table,
+        marginal=_sum_marginal(x, y, sign, mean, variance),
+        source=object(),
+        lineage=x.lineage | y.lineage,
+        log_variance=share**2 * x.log_variance + (1.0 - share) ** 2 * y.log_variance,
+        is_weight=x.is_weight and y.is_weight,
+        mask=y.mask if x.mask is None else x.mask if y.mask is None else x.mask & y.mask,
+    )
+    same_axes = all(a is b for a, b in zip(x.axes, y.axes, strict=True))
+    if x.source is not None and x.source is y.source and same_axes:
+        result = replace(result, source=x.source, amplitude=amplitude_of(x) + sign * amplitude_of(y))
+    return result
+
+
+def _sum_marginal(x: Value, y: Value, sign: float, mean: float, variance: float) -> Marginal:
+    std = max(variance, 0.0) ** 0.5
+
+    def values() -> Array:
+        if x.variance <= 0.0 or y.variance <= 0.0 or _is_gaussian(x) and _is_gaussian(y):
+            base = x if x.variance >= y.variance else y
+            flip = sign if base is y else 1.0
+            ratio = std / base.variance**0.5 if base.variance > 0.0 else 0.0
+            return mean + flip * ratio * (base.marginal.values - base.mean)
+        points, mass = coarse()
+        u = np.interp(points, nodes(), x.marginal.values)
+        v = sign * np.interp(points, nodes(), y.marginal.values)
+        grid = quantiles(u[:, None] + v[None, :], mass[:, None] * mass[None, :])
+        return _standardised(grid, mean, std)
+
+    return Marginal(object(), values)
+
+
+def _standardised(grid: Array, mean: float, std: float) -> Array:
+    """Shift and stretch a distribution to the mean and deviation that are known exactly."""
+    centre = expectation(grid)
+    deviation = max(expectation((grid - centre) ** 2), 0.0) ** 0.5
+    return np.asarray(mean + (grid - centre) * (std / deviation if deviation > 0.0 else 0.0))
+
+
+def _is_gaussian(x: Value) -> bool:
+    values = x.marginal.values
+    return bool(np.allclose(np.diff(values), values[1] - values[0], rtol=1e-6, atol=1e-12))
+
+
+def multiply(x: Value, y: Value) -> Value:
+    """``x y`` of aligned values on different latents, jointly Gaussian where they share a source (Isserlis)."""
+    cross = cross_table(x, y)
+    shared = cross - x.mean * y.mean
+    full = (1,) * shared.ndim
+    table = x.table * y.table + 2 * x.mean * y.mean * shared + shared**2
+    mean = x.mean * y.mean + float(shared[full])
+    if float(shared[full]) != 0.0:
+        table = table + float(shared[full]) * (float(shared[full]) + 2 * x.mean * y.mean)
+    second = float(table[full])
+    std = max(second - mean**2, 0.0) ** 0.5
+
+    def values() -> Array:
+        points, mass = coarse()
+        u = np.interp(points, nodes(), x.marginal.values)
+        v = np.interp(points, nodes(), y.marginal.values)
+        grid = quantiles(u[:, None] * v[None, :], mass[:, None] * mass[None, :])
+        return _standardised(grid, mean, std)
+
+    if y.variance <= 1e-14 * y.second_moment:
+        marginal = Marginal(x.marginal.latent, lambda: x.marginal.values * y.mean)
+        scaled = amplitude_of(x) * y.mean
+        return replace(
+            x, mean=mean, table=table, marginal=marginal, rho=x.correlation(), amplitude=scaled,
+            lineage=x.lineage | y.lineage, constant=None, statistic=x.statistic,
+            is_weight=x.is_weight and y.is_weight, log_variance=x.log_variance + y.log_variance,
+        )  # fmt: skip
+    return Value(
+        dims=x.dims,
+        mean=mean,
+        table=table,
+        marginal=Marginal(object(), values),
+        source=object(),
+        lineage=x.lineage | y.lineage,
+        log_variance=x.log_variance + y.log_variance,
+        is_weight=x.is_weight and y.is_weight,
+        mask=x.mask,
+    )
+
+
+def dropout(x: Value, keep: float, shared: Sequence[int] = ()) -> Value:
+    """Inverted dropout: entries that share the mask gain ``1/keep``, all others are unchanged.
+
+    ``shared``: dimensions along which one coin is thrown for all entries (whole channels, whole samples).
+    """
+    table = x.table.copy()
+    position, index = 0, []
+    for d, dim in enumerate(x.dims):
+        index += [slice(None) if d in shared else 1 for _ in dim]
+        position += len(dim)
+    table[tuple(index)] /= keep
+    full = (1,) * table.ndim
+    std = max(float(table[full]) - x.mean**2, 0.0) ** 0.5
+
+    def values() -> Array:
+        kept = x.marginal.values / keep
+        from gainstage.signal.quadrature import weights
+
+        grid = quantiles(np.append(kept, 0.0), np.append(weights() * keep, 1.0 - keep))
+        return _standardised(grid, x.mean, std)
+
+    return replace(
+        x, table=table, marginal=Marginal(object(), values), rho=None, amplitude=amplitude_of(x), statistic=None, constant=None
+    )
+
+
+def gaussian_like(x: Value, mean: float, table: Array) -> Value:
+    """Gaussian value with the dimensions and the history of another."""
+    made = gaussian(x.dims, mean, table, lineage=x.lineage, log_variance=x.log_variance, is_weight=x.is_weight)
+    return replace(made, marginal=gaussian_marginal(mean, made.variance**0.5))

@@ -1,0 +1,301 @@
+"""Movement: view, permute, expand, slice, join. Entries are relabelled; tables keep all they can."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from math import prod
+
+import numpy as np
+import torch
+
+from gainstage.signal.axes import Axis, Dim, axes_of, shape_of
+from gainstage.signal.quadrature import Array, quantiles, weights
+from gainstage.signal.value import Marginal, Value
+
+
+def map_tables(x: Value, dims: tuple[Dim, ...], change: object) -> Value:
+    """Apply one change to every table that a value carries, and give it new dimensions."""
+    assert callable(change)
+    return replace(
+        x,
+        dims=dims,
+        table=change(x.table),
+        rho=None if x.rho is None else change(x.rho),
+        amplitude=None if x.amplitude is None else change(x.amplitude),
+        mask=None,
+        constant=None,
+    )
+
+
+def permute(x: Value, order: Sequence[int]) -> Value:
+    """Reorder the dimensions."""
+    order = [position % len(x.dims) for position in order]
+    starts = np.cumsum([0, *(len(dim) for dim in x.dims)])
+    axes = [axis for d in order for axis in range(starts[d], starts[d + 1])]
+    moved = map_tables(x, tuple(x.dims[d] for d in order), lambda table: np.transpose(table, axes))
+    return replace(moved, mask=None if x.mask is None else _full_mask(x).permute(order))
+
+
+def _full_mask(x: Value) -> torch.Tensor:
+    assert x.mask is not None
+    mask = x.mask
+    return mask.reshape((1,) * (len(x.dims) - mask.dim()) + tuple(mask.shape))
+
+
+def split_axis(x: Value, axis: Axis, sizes: tuple[int, ...]) -> Value:
+    """Write one axis as a product of axes; entries that differ in any of them differ in the axis."""
+    position = x.axes.index(axis)
+    parts = axis.split(sizes)
+    dims = tuple(tuple(p for a in dim for p in (parts if a is axis else (a,))) for dim in x.dims)
+
+    def change(table: Array) -> Array:
+        moved = np.moveaxis(table, position, 0)
+        result = np.empty((2,) * len(sizes) + moved.shape[1:])
+        result[...] = moved[0]
+        result[(1,) * len(sizes)] = moved[1]
+        return np.moveaxis(result, range(len(sizes)), range(position, position + len(sizes)))
+
+    def change_amplitude(spectrum: Array) -> Array:
+        moved = np.moveaxis(spectrum, position, 0)
+        result = np.empty((2,) * len(sizes) + moved.shape[1:])
+        result[...] = moved[1]
+        result[(0,) * len(sizes)] = moved[0]
+        return np.moveaxis(result, range(len(sizes)), range(position, position + len(sizes)))
+
+    split = map_tables(replace(x, amplitude=None), dims, change)
+    amplitude = None if x.amplitude is None else change_amplitude(x.amplitude)
+    return replace(split, amplitude=amplitude, mask=x.mask, constant=x.constant)
+
+
+def merge_axes(x: Value, axes: tuple[Axis, ...]) -> Value:
+    """Forget the inner structure of neighbouring axes of one dimension: they become one axis."""
+    if len(axes) <= 1:
+        return x
+    position = x.axes.index(axes[0])
+    assert x.axes[position : position + len(axes)] == axes
+    sizes = [axis.size for axis in axes]
+    key = ("merge", *axes[1:])
+    merged = axes[0].steps.setdefault(key, (Axis(prod(sizes), parent=axes[0]),))[0]
+    dims = tuple(tuple(merged if a is axes[0] else a for a in dim if a not in axes[1:]) for dim in x.dims)
+
+    def change(table: Array) -> Array:
+        moved = np.moveaxis(table, range(position, position + len(axes)), range(len(axes)))
+        same = moved[(1,) * len(axes)]
+        total = np.zeros_like(same)
+        for subset in np.ndindex(*(2,) * len(axes)):
+            if not all(subset):
+                total = total + moved[subset] * prod(1 if s else n - 1 for s, n in zip(subset, sizes, strict=True))
+        return np.moveaxis(np.stack([total / (prod(sizes) - 1), same]), 0, position)
+
+    return replace(map_tables(x, dims, change), source=object(), amplitude=None, constant=x.constant, mask=x.mask)
+
+
+def merge_dim(x: Value, dim: int) -> Value:
+    """One axis at most in a dimension."""
+    return merge_axes(x, x.dims[dim])
+
+
+def reshape(x: Value, shape: Sequence[int]) -> Value:
+    """View as another shape. An axis is split where the new shape asks for it; axes that do not fit are merged first."""
+    target = list(shape)
+    if -1 in target:
+        known_size = prod(size for size in target if size != -1)
+        target[target.index(-1)] = prod(x.shape) // max(known_size, 1)
+    sizes = [size for size in target if size != 1]
+    groups: list[list[Axis]] = []
+    pending = list(x.axes)
+    for size in sizes:
+        group: list[Axis] = []
+        while prod(axis.size for axis in group) < size:
+            axis = pending.pop(0)
+            have = prod(a.size for a in group)
+            need = size // have if size % have == 0 else 0
+            if need and axis.size <= need and need % axis.size == 0:
+                group.append(axis)
+            elif need and axis.size % need == 0:
+                x = split_axis(x, axis, (need, axis.size // need))
+                first, second = axis.split((need, axis.size // need))
+                group.append(first)
+                pending.insert(0, second)
+            else:
+                return reshape(_merge_across(x), shape)
+        groups.append(group)
+    parts = iter(groups)
+    dims = tuple(() if size == 1 else tuple(next(parts)) for size in target)
+    moved = map_tables(x, dims, lambda table: table)
+    constant = None if x.constant is None else x.constant.reshape(target)
+    mask = None if x.mask is None else torch.broadcast_to(_full_mask(x), x.shape).reshape(target)
+    return replace(moved, constant=constant, mask=mask)
+
+
+def _merge_across(x: Value) -> Value:
+    """Return the tensor flattened to one axis: the last resort of a view that fits no axes."""
+    flat = map_tables(x, (x.axes,), lambda table: table)
+    return merge_axes(flat, flat.axes)
+
+
+def expand(x: Value, shape: Sequence[int]) -> Value:
+    """Broadcast to a shape: along a new axis all entries are equal."""
+    missing = len(shape) - len(x.dims)
+    dims: tuple[Dim, ...] = ((),) * missing + x.dims
+    full = shape_of(dims)
+    wanted = [have if want == -1 else want for have, want in zip(full, shape, strict=True)]
+    new = tuple((Axis(w),) if h == 1 and w != 1 else dim for h, w, dim in zip(full, wanted, dims, strict=True))
+    position = 0
+    added = []
+    for old_dim, new_dim in zip(dims, new, strict=True):
+        if len(new_dim) > len(old_dim):
+            added.append(position)
+        position += len(new_dim)
+    target = (2,) * position
+
+    def change(table: Array) -> Array:
+        return np.broadcast_to(np.expand_dims(table, added), target).copy()
+
+    def change_amplitude(spectrum: Array) -> Array:
+        grown = change(spectrum)
+        for axis in added:
+            np.moveaxis(grown, axis, 0)[1] = 0.0
+        return grown
+
+    moved = map_tables(replace(x, amplitude=None), new, change)
+    amplitude = None if x.amplitude is None else change_amplitude(x.amplitude)
+    return replace(moved, amplitude=amplitude, mask=x.mask)
+
+
+def select(x: Value, dim: int) -> Value:
+    """One index along a dimension: the dimension goes, entries share it."""
+    dim %= len(x.dims)
+    moved = _fix(x, dim)
+    return replace(moved, dims=moved.dims[:dim] + moved.dims[dim + 1 :])
+
+
+def _fix(x: Value, dim: int) -> Value:
+    position = sum(len(d) for d in x.dims[:dim])
+    index = (slice(None),) * position + (1,) * len(x.dims[dim])
+    dims = tuple(() if d == dim else axes for d, axes in enumerate(x.dims))
+    return replace(map_tables(x, dims, lambda table: table[index]), source=object(), amplitude=None)
+
+
+def take(x: Value, dim: int, start: int, stop: int, step: int = 1) -> Value:
+    """Slice along a dimension: fewer coordinates, the same table."""
+    dim %= len(x.dims)
+    size = x.shape[dim]
+    start, stop, _ = slice(start, stop).indices(size)
+    count = len(range(start, stop, step))
+    if count == size:
+        return x
+    if count == 1:
+        return _fix(x, dim)
+    whole = x.dims[dim]
+    inner = prod(axis.size for axis in whole[1:])
+    if len(whole) > 1 and step == 1 and start % inner == 0 and stop % inner == 0:
+        first = whole[0].part(start // inner, stop // inner, 1)
+        kept: Dim = (first, *whole[1:]) if first.size != 1 else whole[1:]
+    else:
+        x = merge_dim(x, dim)
+        whole = x.dims[dim]
+        kept = (whole[0].part(start, stop, step),)
+    position = sum(len(d) for d in x.dims[:dim])
+    dims = tuple(kept if d == dim else axes for d, axes in enumerate(x.dims))
+    drop = len(kept) < len(whole)
+    index = (slice(None),) * position + ((1,) if drop else ())
+    moved = map_tables(replace(x, amplitude=None), dims, lambda table: table[index])
+    return replace(moved, source=object())
+
+
+def reorder(x: Value, dim: int, key: object) -> Value:
+    """Roll or flip along a dimension."""
+    dim %= len(x.dims)
+    if not x.dims[dim]:
+        return x
+    x = merge_dim(x, dim)
+    dims = tuple((axes[0].reordered(key),) if d == dim else axes for d, axes in enumerate(x.dims))
+    return map_tables(x, dims, lambda table: table)
+
+
+def join(values: Sequence[Value], dim: int) -> Value:
+    """Concatenate along a dimension: averages over entries and pairs of entries of the parts."""
+    dim %= len(values[0].dims)
+    if len(values) == 1:
+        return values[0]
+    like = values[0]
+    for value in values[1:]:
+        like = align_other_dims(like, value, dim)
+    parts = [align_other_dims(value, like, dim) for value in values]
+    sizes = [part.shape[dim] for part in parts]
+    total = sum(sizes)
+    shape = parts[0].dims
+    position = sum(len(d) for d in shape[:dim])
+    ready = [np.moveaxis(_one_axis(part, dim).table, position, 0) for part in parts]
+    means = [part.mean for part in parts]
+    same = sum(n * table[1] for n, table in zip(sizes, ready, strict=True)) / total
+    inside = sum(n * (n - 1) * table[0] for n, table in zip(sizes, ready, strict=True))
+    between = sum(sizes[i] * sizes[j] * means[i] * means[j] for i in range(len(sizes)) for j in range(len(sizes)) if i != j)
+    other = (inside + between) / (total * (total - 1))
+    table = np.moveaxis(np.stack([other, np.asarray(same)]), 0, position)
+    key = ("join", *[axis for part in parts for axis in part.dims[dim]])
+    anchor = next((axis for part in parts for axis in part.dims[dim]), Axis(1))
+    new_axis = anchor.steps.setdefault(key, (Axis(total),))[0]
+    dims = tuple((new_axis,) if d == dim else axes for d, axes in enumerate(shape))
+
+    def mixture() -> Array:
+        values_ = np.concatenate([part.marginal.values for part in parts])
+        mass = np.concatenate([weights() * n for n in sizes])
+        return quantiles(values_, mass)
+
+    mean = sum(n * m for n, m in zip(sizes, means, strict=True)) / total
+    latents = {part.marginal.latent for part in parts}
+    one = len(latents) == 1 and len({id(part.marginal) for part in parts}) == 1
+    return Value(
+        dims=dims,
+        mean=mean,
+        table=table,
+        marginal=parts[0].marginal if one else Marginal(object(), mixture),
+        source=object(),
+        lineage=_union(parts),
+        log_variance=max(part.log_variance for part in parts),
+        is_weight=all(part.is_weight for part in parts),
+    )
+
+
+def _union(values: Sequence[Value]) -> int:
+    lineage = 0
+    for value in values:
+        lineage |= value.lineage
+    return lineage
+
+
+def _one_axis(x: Value, dim: int) -> Value:
+    """Exactly one axis in a dimension; a dimension of size 1 gets an axis of its own."""
+    if x.dims[dim]:
+        return merge_dim(x, dim)
+    position = sum(len(d) for d in x.dims[:dim])
+    dims = tuple((Axis(1),) if d == dim else axes for d, axes in enumerate(x.dims))
+    return map_tables(x, dims, lambda table: np.stack([table, table], axis=position))
+
+
+def align_other_dims(x: Value, like: Value, dim: int) -> Value:
+    """Give all dimensions but one the axes of another value, split where either of them is."""
+    for d in range(len(x.dims)):
+        if d != dim:
+            x, like = refine(x, like, d, d)
+    dims = tuple(x.dims[d] if d == dim else like.dims[d] for d in range(len(x.dims)))
+    return replace(x, dims=dims)
+
+
+def refine(x: Value, y: Value, dim_x: int, dim_y: int) -> tuple[Value, Value]:
+    """Split the axes of two dimensions of equal size until both read as the same sizes; merge where they cannot."""
+    i = 0
+    while i < max(len(x.dims[dim_x]), len(y.dims[dim_y])):
+        a, b = x.dims[dim_x][i], y.dims[dim_y][i]
+        if a.size == b.size:
+            i += 1
+        elif a.size % b.size == 0:
+            x = split_axis(x, a, (b.size, a.size // b.size))
+        elif b.size % a.size == 0:
+            y = split_axis(y, b, (a.size, b.size // a.size))
+        else:
+            return merge_dim(x, dim_x), merge_dim(y, dim_y)
+    return x, y

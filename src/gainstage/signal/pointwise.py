@@ -1,0 +1,188 @@
+"""Pointwise functions: of one Gaussian latent exactly, of several by what they share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import numpy as np
+import torch
+
+from gainstage.signal.axes import Dim
+from gainstage.signal.linear import add, affine, multiply
+from gainstage.signal.movement import expand, refine
+from gainstage.signal.quadrature import Array, evaluate_series, expectation, power_series
+from gainstage.signal.value import Marginal, Statistic, Value
+
+Function = Callable[..., torch.Tensor]
+
+
+def call_on(function: Function, *grids: Array) -> Array:
+    """Evaluate a tensor function on values in float64."""
+    with torch.no_grad():
+        result = function(*(torch.from_numpy(np.ascontiguousarray(grid)) for grid in grids))
+    return np.asarray(result.to(torch.float64).numpy())
+
+
+def on_latent(x: Value, values: Array, **changes: object) -> Value:
+    """Return the value whose marginal on x's latent is given, with ``sum_n a_n^2 rho^n`` for its table (Mehler)."""
+    mean = expectation(values)
+    rho = x.correlation()
+    series = power_series(values)
+    table = evaluate_series(series, rho)
+    marginal = Marginal(x.marginal.latent, lambda: values)
+    made = Value(
+        dims=x.dims,
+        mean=mean,
+        table=table,
+        marginal=marginal,
+        rho=rho,
+        source=object(),
+        lineage=x.lineage,
+        log_variance=x.log_variance,
+        is_weight=x.is_weight,
+        mask=x.mask,
+    )
+    return replace(made, **changes) if changes else made  # type: ignore[arg-type]
+
+
+def apply(function: Function, x: Value) -> Value:
+    """``f(x)`` for any function of one tensor, entry by entry."""
+    values = call_on(function, x.marginal.values)
+    result = on_latent(x, values)
+    slope = _log_slope(x, values, function)
+    statistic = None
+    if x.statistic is not None:
+        centre = float(call_on(function, np.array([x.statistic.centre]))[0])
+        statistic = Statistic(x.statistic.of, centre)
+    constant = None if x.constant is None else function(x.constant.to(torch.float64))
+    return replace(result, statistic=statistic, constant=constant, log_variance=slope**2 * x.log_variance)
+
+
+def _log_slope(x: Value, values: Array, function: Function) -> float:
+    """``d log E[f^2] / d log E[x^2]``: how a stray level is passed on."""
+    if x.log_variance == 0.0:
+        return 0.0
+    base = expectation(values**2)
+    louder = expectation(call_on(function, x.marginal.values * 1.05) ** 2)
+    if base <= 0.0 or louder <= 0.0:
+        return 0.0
+    return float(np.log(louder / base) / (2 * np.log(1.05)))
+
+
+def align(x: Value, y: Value) -> tuple[Value, Value]:
+    """Broadcast two values against each other, with matching axes."""
+    rank = max(len(x.dims), len(y.dims))
+    shape_x = (1,) * (rank - len(x.dims)) + x.shape
+    shape_y = (1,) * (rank - len(y.dims)) + y.shape
+    shape = [b if a == 1 else a for a, b in zip(shape_x, shape_y, strict=True)]
+    broadcast_x = [a == 1 and n != 1 for a, n in zip(shape_x, shape, strict=True)]
+    broadcast_y = [b == 1 and n != 1 for b, n in zip(shape_y, shape, strict=True)]
+    x, y = expand(x, shape), expand(y, shape)
+    for d in range(rank):
+        x, y = refine(x, y, d, d)
+    dims_x = _adopt(x, y, broadcast_x)
+    dims_y = _adopt(y, x, broadcast_y)
+    return replace(x, dims=dims_x), replace(y, dims=dims_y)
+
+
+def _adopt(x: Value, y: Value, broadcast: Sequence[bool]) -> tuple[Dim, ...]:
+    """Along a broadcast dimension a tensor has the other's coordinates."""
+    return tuple(y.dims[d] if missing else x.dims[d] for d, missing in enumerate(broadcast))
+
+
+def _is_statistic_of(y: Value, x: Value) -> bool:
+    return y.statistic is not None and x.marginal.latent in y.statistic.of
+
+
+def _shares_latent(x: Value, y: Value) -> bool:
+    return x.marginal.latent is y.marginal.latent and all(a is b for a, b in zip(x.axes, y.axes, strict=True))
+
+
+def combine(function: Function, x: Value, y: Value) -> Value:
+    """``f(x, y)`` entry by entry, for addition, subtraction, multiplication, division and the rest.
+
+    Two functions of the same latent are one function of it. A tensor met by a statistic of itself (its mean square, its
+    maximum) meets a number. What else is not independent shares a source, see :func:`cross_table`.
+    """
+    x, y = align(x, y)
+    if _shares_latent(x, y):
+        result = on_latent(x, call_on(function, x.marginal.values, y.marginal.values))
+        if x.source is not None and x.source is y.source and function in (torch.add, torch.sub):
+            from gainstage.signal.linear import amplitude_of
+
+            sign = 1.0 if function is torch.add else -1.0
+            result = replace(result, source=x.source, amplitude=amplitude_of(x) + sign * amplitude_of(y))
+        return replace(result, lineage=x.lineage | y.lineage, statistic=_joint_statistic(function, x, y))
+    if function in (torch.mul, torch.div) and _is_statistic_of(y, x):
+        assert y.statistic is not None
+        centre = y.statistic.centre
+        factor = centre if function is torch.mul else 1.0 / centre
+        scaled = replace(affine(x, factor), lineage=x.lineage | y.lineage)
+        return replace(scaled, log_variance=0.0)
+    if function is torch.mul and _is_statistic_of(x, y):
+        return combine(function, y, x)
+    statistic = _joint_statistic(function, x, y)
+    if function is torch.add or function is torch.sub:
+        result = add(x, y, 1.0 if function is torch.add else -1.0)
+    elif function is torch.mul:
+        result = multiply(x, y)
+    elif function is torch.div:
+        result = multiply(x, _reciprocal(y))
+    else:
+        result = _two_latents(function, x, y)
+    return replace(result, statistic=statistic)
+
+
+def _reciprocal(y: Value) -> Value:
+    """``1 / y``; a denominator that hardly fluctuates is taken at its mean."""
+    if y.statistic is not None and y.variance < 0.05 * y.second_moment:
+        return replace(affine(y, 0.0, 1.0 / y.statistic.centre), statistic=None, amplitude=None, source=object())
+    return apply(torch.reciprocal, y)
+
+
+def _joint_statistic(function: Function, x: Value, y: Value) -> Statistic | None:
+    def centre(v: Value) -> float | None:
+        return v.statistic.centre if v.statistic is not None else v.mean if v.variance <= 1e-12 * v.second_moment else None
+
+    a, b = centre(x), centre(y)
+    if a is None or b is None or (x.statistic is None and y.statistic is None):
+        return None
+    of = (x.statistic.of if x.statistic else frozenset()) | (y.statistic.of if y.statistic else frozenset())
+    with torch.no_grad():
+        both = function(torch.tensor(a, dtype=torch.float64), torch.tensor(b, dtype=torch.float64))
+    return Statistic(of, float(both))
+
+
+def _two_latents(function: Function, x: Value, y: Value) -> Value:
+    """Any function of two independent entries: expectation over a grid of both, conditional on what they share.
+
+    The table follows from the two-dimensional Mehler expansion ``sum_nm a_nm^2 rho_x^n rho_y^m``.
+    """
+    from gainstage.signal.quadrature import coarse, nodes, quantiles
+
+    points, mass = coarse()
+    u = np.interp(points, nodes(), x.marginal.values)
+    v = np.interp(points, nodes(), y.marginal.values)
+    grid_u, grid_v = np.broadcast_arrays(u[:, None], v[None, :])
+    surface = call_on(function, grid_u, grid_v)
+    order = 16
+    basis = np.polynomial.hermite_e.hermevander(points, order)
+    norm = np.sqrt(np.cumprod(np.append(1.0, np.arange(1, order + 1))))
+    basis = basis / norm * mass[:, None]
+    squares = (basis.T @ surface @ basis) ** 2
+    second = float(mass @ surface**2 @ mass)
+    squares[-1, -1] += max(second - float(squares.sum()), 0.0)
+    table = np.polynomial.polynomial.polyval2d(x.correlation(), y.correlation(), squares)
+    mean = float(mass @ surface @ mass)
+    weight = mass[:, None] * mass[None, :]
+    return Value(
+        dims=x.dims,
+        mean=mean,
+        table=np.asarray(table),
+        marginal=Marginal(object(), lambda: quantiles(surface, weight)),
+        source=object(),
+        lineage=x.lineage | y.lineage,
+        log_variance=max(x.log_variance, y.log_variance),
+        is_weight=x.is_weight and y.is_weight,
+    )

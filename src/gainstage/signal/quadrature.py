@@ -1,0 +1,95 @@
+"""Expectations over a standard normal variable, by one fixed rule.
+
+A function of one Gaussian is its values on a grid: 1,025 equidistant points on [-9, 9] with normal weights. On smooth
+functions the trapezoid rule is then exact to 1e-12 or better (Trefethen & Weideman 2014, section 5); at a kink
+that falls between two points the error is about ``step^2 / 8`` of the change of slope, 4e-5.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[np.float64]
+ORDER = 40  # highest Hermite polynomial; what lies above is kept as one term
+
+
+@cache
+def nodes() -> Array:
+    """Points z of the grid, increasing, symmetric about 0."""
+    return np.linspace(-9.0, 9.0, 1025)
+
+
+@cache
+def weights() -> Array:
+    """Normal weights of the points; they sum to 1."""
+    weight = np.exp(-0.5 * nodes() ** 2)
+    return np.asarray(weight / weight.sum())
+
+
+@cache
+def cumulative() -> Array:
+    """Probability below each point, half of its own weight included."""
+    weight = weights()
+    return np.asarray(np.cumsum(weight) - 0.5 * weight)
+
+
+@cache
+def _weighted_hermite() -> Array:
+    """Rows ``w(z) He_n(z) / sqrt(n!)`` for n = 0..ORDER."""
+    z = nodes()
+    rows = [np.ones_like(z), z.copy()]
+    for n in range(1, ORDER):
+        rows.append((z * rows[n] - np.sqrt(n) * rows[n - 1]) / np.sqrt(n + 1))
+    return np.asarray(np.stack(rows) * weights())
+
+
+def expectation(values: Array) -> float:
+    """``E[f(z)]`` from the values of f on the grid."""
+    return float(weights() @ values)
+
+
+def power_series(values: Array) -> Array:
+    """Coefficients ``c_n`` of ``E[f(z) f(z')] = sum_n c_n rho^n`` (Mehler), n = 0..ORDER+1.
+
+    ``c_n = a_n^2`` for the normalised Hermite coefficients ``a_n``; the last coefficient holds all that lies above ORDER, so
+    that the sum at rho = 1 is ``E[f^2]`` exactly.
+    """
+    squares = (_weighted_hermite() @ values) ** 2
+    rest = max(expectation(values * values) - float(squares.sum()), 0.0)
+    return np.append(squares, rest)
+
+
+def evaluate_series(series: Array, rho: Array) -> Array:
+    """``sum_n c_n rho^n`` for each entry of rho."""
+    return np.asarray(np.polynomial.polynomial.polyval(rho, series))
+
+
+def invert_series(series: Array, covariance: Array) -> Array:
+    """Correlations rho at which ``sum_{n>0} c_n rho^n`` equals each covariance; clipped to [-1, 1].
+
+    Exact for a linear function. The series is increasing on [0, 1] always, and on [-1, 0] for monotone functions.
+    """
+    grid = np.linspace(-1.0, 1.0, 401)
+    centred = series.copy()
+    centred[0] = 0.0
+    values = np.maximum.accumulate(evaluate_series(centred, grid))
+    return np.asarray(np.interp(covariance, values, grid))
+
+
+def quantiles(samples: Array, probabilities: Array) -> Array:
+    """Values on the grid of the increasing function g with g(z) distributed as the weighted samples."""
+    order = np.argsort(samples, axis=None, kind="stable")
+    ordered, mass = samples.ravel()[order], probabilities.ravel()[order]
+    below = np.cumsum(mass) - 0.5 * mass
+    return np.asarray(np.interp(cumulative(), below / mass.sum(), ordered))
+
+
+@cache
+def coarse() -> tuple[Array, Array]:
+    """Points and weights of a coarser rule for sums and products of two distributions."""
+    points = nodes()[::16]
+    weight = np.exp(-0.5 * points**2)
+    return points, weight / weight.sum()

@@ -1,0 +1,56 @@
+"""Draw tensors that have a given table: the way to treat an op without a rule, and the judge of those that have one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from gainstage.signal.linear import spectrum
+from gainstage.signal.quadrature import Array, nodes
+from gainstage.signal.value import Value, measured, spread_pairs
+
+
+def draw(values: Sequence[Value], generator: np.random.Generator) -> list[torch.Tensor]:
+    """One joint sample of several tensors, float64. Values on one latent with the same axes are functions of one sample."""
+    latents: dict[tuple[object, ...], Array] = {}
+    tensors = []
+    for value in values:
+        if value.constant is not None:
+            tensors.append(value.constant)
+            continue
+        key = (value.marginal.latent, *value.axes)
+        if key not in latents:
+            latents[key] = _correlated_normals(value, generator)
+        sample = np.interp(latents[key], nodes(), value.marginal.values)
+        tensors.append(torch.from_numpy(sample.reshape(value.shape)))
+    return tensors
+
+
+def _correlated_normals(value: Value, generator: np.random.Generator) -> Array:
+    """Normals with the correlations of the latent: white noise, each component brought to its size."""
+    sizes = [axis.size for axis in value.axes]
+    noise = generator.standard_normal(sizes)
+    white = np.zeros((2,) * len(sizes))
+    white[(1,) * len(sizes)] = 1.0
+    wanted = np.maximum(spectrum(value.correlation(), sizes), 0.0)
+    factors = np.sqrt(wanted / np.maximum(spectrum(white, sizes), 1e-300))
+    result = np.zeros(sizes)
+    for subset in np.ndindex(*factors.shape):
+        part = noise
+        for position, rest in enumerate(subset):
+            mean = part.mean(axis=position, keepdims=True)
+            part = part - mean if rest else mean
+        result = result + factors[subset] * part
+    return np.asarray(result)
+
+
+def pooled(samples: Sequence[torch.Tensor], like: Value | None = None) -> tuple[float, Array]:
+    """Mean and table of raw second moments over several samples of one tensor."""
+    tables = [measured(sample) for sample in samples]
+    mean = float(np.mean([value.mean for value in tables]))
+    return mean, np.asarray(np.mean([value.table for value in tables], axis=0))
+
+
+_ = spread_pairs

@@ -1,0 +1,211 @@
+"""The abstract value of a tensor at initialization: second moments by what two entries share.
+
+For a tensor x with axes A the table is, for each subset S of the axes,
+
+    K[S] = E[x_i x_j],   i and j equal on the axes in S and different on all others,
+
+over weights, inputs and positions. It is stored as an array with one dimension of length 2 for each axis, in the order of the
+axes: index 1 means "same coordinate", index 0 "another one". ``K[1, 1, ..., 1]`` is the second moment.
+
+Beside the table a value knows its marginal distribution, as a function g of a standard normal variable (the *latent*):
+``x = g(z)``, with the correlations of z between two entries. Gaussian tensors have ``g(z) = mean + std z``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import numpy as np
+import torch
+
+from gainstage.signal.axes import Axis, Dim, axes_of, new_dims, shape_of
+from gainstage.signal.quadrature import (
+    Array,
+    evaluate_series,
+    expectation,
+    invert_series,
+    nodes,
+    power_series,
+)
+
+
+class Marginal:
+    """Distribution of one entry: values of g on the grid. The object's identity is that of the latent variable ``z``."""
+
+    def __init__(self, latent: object, compute: Callable[[], Array]) -> None:
+        """Hold the latent's identity and a recipe for the values, followed when they are first needed."""
+        self.latent = latent
+        self._compute = compute
+
+    @cached_property
+    def values(self) -> Array:
+        """``g`` on the grid of :func:`gainstage.signal.quadrature.nodes`."""
+        return self._compute()
+
+    @cached_property
+    def series(self) -> Array:
+        """Mehler coefficients of g."""
+        return power_series(self.values)
+
+
+def gaussian_marginal(mean: float, std: float) -> Marginal:
+    """``g(z) = mean + std z`` on a latent of its own."""
+    return Marginal(object(), lambda: mean + std * nodes())
+
+
+@dataclass(frozen=True, slots=True)
+class Statistic:
+    """Marks a value that averages functions of other values over many entries, so that it hardly fluctuates.
+
+    ``of``: the latents averaged over. ``centre``: the value without its fluctuation. Dividing a tensor by its own
+    root mean square is exact this way: numerator and denominator are not independent.
+    """
+
+    of: frozenset[object]
+    centre: float
+
+
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+class Value:
+    """What is known of one tensor. Immutable; made by the functions of this package only.
+
+    ``source`` and ``amplitude``: the tensor's linear part in an earlier tensor (often itself): its component in each
+    subspace of the axes, see :func:`gainstage.signal.linear.cross_table`. ``log_variance``: variance over draws of the log of the
+    level that it inherits from upstream. ``lineage``: bit mask of the parameters it depends on.
+    """
+
+    dims: tuple[Dim, ...]
+    mean: float
+    table: Array
+    marginal: Marginal
+    rho: Array | None = None
+    source: object = None
+    amplitude: Array | None = None
+    statistic: Statistic | None = None
+    mask: torch.Tensor | None = None
+    lineage: int = 0
+    log_variance: float = 0.0
+    constant: torch.Tensor | None = None
+    is_weight: bool = False
+
+    def __post_init__(self) -> None:
+        """Check that the table has one dimension for each axis."""
+        assert self.table.shape == (2,) * len(self.axes), (self.table.shape, self.dims)
+
+    @property
+    def axes(self) -> tuple[Axis, ...]:
+        """Axes of the table, in order."""
+        return axes_of(self.dims)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the tensor."""
+        return shape_of(self.dims)
+
+    @property
+    def second_moment(self) -> float:
+        """``E[x^2]``."""
+        return float(self.table[(1,) * self.table.ndim])
+
+    @property
+    def variance(self) -> float:
+        """``E[x^2] - E[x]^2``, never negative."""
+        return max(self.second_moment - self.mean**2, 0.0)
+
+    @property
+    def covariance(self) -> Array:
+        """Table less the square of the mean."""
+        return self.table - self.mean**2
+
+    def correlation(self) -> Array:
+        """Correlations of the latent between two entries, by what they share."""
+        if self.rho is not None:
+            return self.rho
+        rho = invert_series(self.marginal.series, self.covariance)
+        rho[(1,) * rho.ndim] = 1.0
+        return rho
+
+    def fluctuation(self) -> float:
+        """Variance of the mean of x^2 over all entries, relative to its square: how far one draw's level strays.
+
+        ``average over pairs (i, j) of Cov(x_i^2, x_j^2) / E[x^2]^2``; 2/n for n independent Gaussian entries, 5/n after ReLU.
+        """
+        square = self.marginal.values**2
+        level = expectation(square)
+        if level <= 0.0:
+            return 0.0
+        series = power_series(square / level)
+        series[0] = 0.0
+        table = evaluate_series(series, self.correlation())
+        for axis in self.axes:
+            table = table[0] + (table[1] - table[0]) / axis.size
+        return max(float(table), 0.0)
+
+    def own_source(self) -> Value:
+        """The same value as the origin of its own linear descendants."""
+        return replace(self, source=object(), amplitude=None)
+
+
+def gaussian(dims: tuple[Dim, ...], mean: float, table: Array, **extra: object) -> Value:
+    """Gaussian tensor with the given mean and table of raw second moments."""
+    variance = max(float(table[(1,) * table.ndim]) - mean**2, 0.0)
+    rho = (table - mean**2) / variance if variance > 0.0 else np.zeros_like(table)
+    rho = np.clip(rho, -1.0, 1.0)
+    rho[(1,) * rho.ndim] = 1.0
+    marginal = gaussian_marginal(mean, variance**0.5)
+    return Value(dims=dims, mean=mean, table=table, marginal=marginal, rho=rho, source=object(), **extra)  # type: ignore[arg-type]
+
+
+def independent(shape: tuple[int, ...], mean: float, std: float, **extra: object) -> Value:
+    """Tensor of independent entries, Gaussian as far as anything depends on it."""
+    dims = new_dims(shape)
+    table = np.full((2,) * len(axes_of(dims)), mean**2)
+    table[(1,) * table.ndim] += std**2
+    return gaussian(dims, mean, table, **extra)
+
+
+def spread_pairs(averaged: Array, sizes: tuple[int, ...]) -> Array:
+    """Turn averages over all pairs into averages over pairs that differ.
+
+    In ``averaged`` index 0 of an axis means "averaged over all pairs of coordinates", equal ones included, which is
+    ``K[0] + (K[1] - K[0]) / n``; solved for ``K[0]`` along each axis of size n.
+    """
+    table = averaged.copy()
+    for position, size in enumerate(sizes):
+        same, mixed = np.take(table, 1, axis=position), np.take(table, 0, axis=position)
+        table = np.stack([(size * mixed - same) / (size - 1), same], axis=position)
+    return table
+
+
+def measured(tensor: torch.Tensor, **extra: object) -> Value:
+    """Value of a known tensor: its own averages over pairs of entries, its own distribution of entries."""
+    data = tensor.detach().to("cpu", torch.float64)
+    dims = new_dims(tuple(data.shape))
+    axes = axes_of(dims)
+    flat = data.reshape([axis.size for axis in axes])
+    averaged = np.empty((2,) * len(axes))
+    for subset in np.ndindex(*averaged.shape):
+        others = [position for position, same in enumerate(subset) if not same]
+        cell = flat.mean(dim=others) if others else flat
+        averaged[subset] = float(cell.square().mean())
+    table = spread_pairs(averaged, tuple(axis.size for axis in axes))
+    entries = flat.reshape(-1).numpy()
+    if entries.size > 65536:  # the distribution of entries needs no more
+        entries = entries[:: entries.size // 32768]
+    ordered = np.sort(entries)
+
+    def values() -> Array:
+        from gainstage.signal.quadrature import cumulative
+
+        return np.asarray(np.quantile(ordered, cumulative()))
+
+    return Value(
+        dims=dims, mean=float(flat.mean()), table=table, marginal=Marginal(object(), values), source=object(), **extra  # type: ignore[arg-type]
+    )
+
+
+def known(tensor: torch.Tensor) -> Value:
+    """Value of a constant: nothing about it is random, its entries are at hand."""
+    return measured(tensor.to(torch.float64), constant=tensor)
