@@ -32,7 +32,7 @@ bench-speed: .venv/installed-zoo ## seconds and memory of every stage
 # The stamp of an extra: newer than what it was installed from, or it is installed again.
 .venv/installed-%: pyproject.toml constraints.txt | $(BIN)/python
 	@echo "installing gainstage[$*] into .venv"
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$*]'
+	@$(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check -c constraints.txt -e '.[$*]'
 	@touch $@
 
 $(BIN)/python:

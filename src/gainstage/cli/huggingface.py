@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -16,10 +17,11 @@ from gainstage.errors import InputError, UnknownNameError
 
 TOKENS = 32  # positions of a text input: enough for attention to average over, cheap to run
 # Heads in the order of preference: encoder-decoders stand in several tables, BERT in the one for causal models too.
+_ENCODER_DECODER_HEADS = ("AutoModelForSpeechSeq2Seq", "AutoModelForSeq2SeqLM")
 _HEADS = (
-    "AutoModelForSeq2SeqLM",
     "AutoModelForMaskedLM",
     "AutoModelForCausalLM",
+    "AutoModelForZeroShotImageClassification",  # CLIP and its kin: two towers
     "AutoModelForImageClassification",
     "AutoModelForAudioClassification",
     "AutoModel",
@@ -105,9 +107,7 @@ def _model_class(transformers: Any, config: Any) -> Any:
     for name in config.architectures or ():
         if hasattr(transformers, name):
             return getattr(transformers, name)
-    for head in _HEADS:
-        if head == "AutoModelForSeq2SeqLM" and not config.is_encoder_decoder:
-            continue
+    for head in (*(_ENCODER_DECODER_HEADS if config.is_encoder_decoder else ()), *_HEADS):
         tables = getattr(transformers, head)._model_mapping
         if type(config) in tables:
             found = tables[type(config)]
@@ -120,16 +120,19 @@ def _model_class(transformers: Any, config: Any) -> Any:
 def _default_inputs(model: nn.Module, config: Any) -> Iterator[InputSpecification]:
     """Inputs by the name of the model's main one; nothing for a name that we do not know."""
     main = str(getattr(model, "main_input_name", ""))
-    if main == "input_ids":
-        limit = getattr(config.get_text_config(), "max_position_embeddings", None) or TOKENS
-        tokens = (BATCH, min(TOKENS, limit))
+    text, vision = config.get_text_config(), getattr(config, "vision_config", config)
+    tokens = (BATCH, min(TOKENS, getattr(text, "max_position_embeddings", None) or TOKENS))
+    has_two_towers = vision is not config and text is not config and "pixel_values" in inspect.signature(model.forward).parameters
+    if main == "input_ids" or has_two_towers:
         yield InputSpecification(shape=tokens, name="input_ids", kind="int")
-        if config.is_encoder_decoder:
-            yield InputSpecification(shape=tokens, name="decoder_input_ids", kind="int")
-    elif main == "pixel_values":
-        vision = next((part for part in (config, getattr(config, "vision_config", None)) if hasattr(part, "image_size")), None)
-        size = getattr(vision, "image_size", 224)
+    if main == "pixel_values" or has_two_towers:
+        size = getattr(vision, "image_size", None) or 224
         height, width = size if isinstance(size, (tuple, list)) else (size, size)
         yield InputSpecification(shape=(BATCH, getattr(vision, "num_channels", 3), height, width), name="pixel_values")
-    elif main == "input_values":
+    if main == "input_values":
         yield InputSpecification(shape=(BATCH, 16_000), name="input_values")  # one second of sound at 16 kHz
+    if main == "input_features" and hasattr(config, "num_mel_bins") and hasattr(config, "max_source_positions"):
+        frames = 2 * config.max_source_positions  # the encoder's second convolution has a stride of 2
+        yield InputSpecification(shape=(BATCH, config.num_mel_bins, frames), name="input_features")
+    if config.is_encoder_decoder:
+        yield InputSpecification(shape=tokens, name="decoder_input_ids", kind="int")

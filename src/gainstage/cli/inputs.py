@@ -13,7 +13,7 @@ from torch import nn
 from gainstage.errors import InputError
 
 _SPECIFICATION = re.compile(
-    r"(?:(?P<name>[A-Za-z_]\w*)=)?(?P<shape>\d+(?:x\d+)*)(?::(?P<kind>float|int|bool)(?::(?P<below>\d+))?)?"
+    r"(?:(?P<name>[A-Za-z_]\w*)=)?(?P<shape>\d+(?:x\d+)*)(?::(?P<kind>float|int|bool)(?:(?<=int):(?P<below>\d+))?)?"
 )
 
 

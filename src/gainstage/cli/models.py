@@ -191,7 +191,7 @@ def cpu_torchvision() -> ModuleType | Any:
         del sys.modules[half_imported]
     for operation in ("nms", "qnms"):
         schema = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
-        torch.library.define(f"torchvision::{operation}", schema)  # type: ignore[no-untyped-call]
+        torch.library.define(f"torchvision::{operation}", schema)
     return require("torchvision")
 
 
@@ -207,7 +207,7 @@ def _callable(source: str, settings: Mapping[str, Any], device: str) -> Source:
     elif callable(factory):
         result = construct(source, device, lambda: factory(**settings))
     else:
-        raise InputError(f"{source} is a {type(factory).__name__}, not a callable that returns a model")
+        raise InputError(f"{source} is of type {type(factory).__name__}, not a callable that returns a model")
     return _as_source(source, result)
 
 

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from gainstage.cli.models import LoadedModel
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
+_Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 MODEL_HELP = """\b
 MODEL is one of
@@ -48,7 +49,7 @@ class ModelChoice:
         )
 
 
-def model_options(*, meta: bool) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def model_options(*, meta: bool) -> _Decorator:
     """Add MODEL and everything that says how to build and feed it; the command receives it as its first argument.
 
     Args:
@@ -63,9 +64,8 @@ def model_options(*, meta: bool) -> Callable[[Callable[..., Any]], Callable[...,
             return command(choice, **rest)
 
         invoke.__doc__ = f"{command.__doc__}\n\n{MODEL_HELP}"
-        options = [*_MODEL_OPTIONS, _META] if meta else _MODEL_OPTIONS
         decorated: Callable[..., Any] = invoke
-        for option in reversed(options):
+        for option in reversed([*_MODEL_OPTIONS, *([_META] if meta else [])]):
             decorated = option(decorated)
         return decorated
 
@@ -73,7 +73,7 @@ def model_options(*, meta: bool) -> Callable[[Callable[..., Any]], Callable[...,
 
 
 # In the order of the help text.
-_MODEL_OPTIONS: list[Callable[[Callable[..., Any]], Callable[..., Any]]] = [
+_MODEL_OPTIONS: list[_Decorator] = [
     click.argument("source", metavar="MODEL"),
     click.option(
         "--input",
@@ -93,7 +93,7 @@ _MODEL_OPTIONS: list[Callable[[Callable[..., Any]], Callable[..., Any]]] = [
     click.option("--train/--eval", "training", default=None, help="Mode of the model.  [default: as it is built]"),
     click.option("--seed", default=0, show_default=True, help="Seed of everything that is drawn."),
 ]
-_META = click.option("--meta", is_flag=True, help="Build on the meta device: shapes without values.")
+_META: _Decorator = click.option("--meta", is_flag=True, help="Build on the meta device: shapes without values.")
 
 
 def plan_options(command: _Command) -> _Command:

@@ -9,28 +9,28 @@ from collections.abc import Iterable, Sequence
 AGREEMENT = 0.02
 
 
-def number(value: float) -> str:
-    """Three significant digits; powers of ten only outside of 1e-4 ... 1e5; "-" for what is not defined (NaN)."""
+def number(value: float, significant: int = 3) -> str:
+    """Three significant digits, or as many as asked for; powers of ten outside of 1e-4 ... 1e5; "-" for NaN, not defined."""
     if math.isnan(value):
         return "-"
     if value == 0 or math.isinf(value):
         return f"{value:g}".replace("inf", "∞").replace("-0", "0")
     if 1e-4 <= abs(value) < 99_950:
-        digits = max(0, 2 - math.floor(math.log10(float(f"{abs(value):.2e}"))))
-        return f"{value:.{digits}f}"
-    mantissa, exponent = f"{value:.2e}".split("e")
+        rounded = float(f"{abs(value):.{significant - 1}e}")
+        return f"{value:.{max(0, significant - 1 - math.floor(math.log10(rounded)))}f}"
+    mantissa, exponent = f"{value:.{significant - 1}e}".split("e")
     return f"{mantissa}e{int(exponent)}"
 
 
 def span(values: Iterable[float]) -> str:
-    """One number where all values agree within 2 % of the largest, else "smallest .. largest"; NaN is left out."""
+    """One number where all values agree within 2 %, else "smallest..largest" with two digits each; NaN is left out."""
     defined = [value for value in values if not math.isnan(value)]
     if not defined:
         return "-"
     low, high = min(defined), max(defined)
-    if high - low <= AGREEMENT * max(abs(low), abs(high)) or number(low) == number(high):
-        return number((low + high) / 2 if math.isfinite(high - low) else high)
-    return f"{number(low)} .. {number(high)}"
+    if low == high or (math.isfinite(high - low) and high - low <= AGREEMENT * max(abs(low), abs(high))):
+        return number(high if low == high else (low + high) / 2)
+    return f"{number(low, 2)}..{number(high, 2)}"
 
 
 def shape(size: Sequence[int]) -> str:

@@ -1,0 +1,69 @@
+"""A check as a table: prediction against measurement, then what is wrong and what to do."""
+
+from __future__ import annotations
+
+from rich.text import Text
+
+from gainstage.report.numbers import number, shape, span
+from gainstage.report.tables import Block, Column, Report, blocks, plural, short_type
+from gainstage.verify import Check, CheckRow, Finding
+
+
+def check_report(check: Check, *, grouped: bool = True) -> Report[Block[CheckRow]]:
+    """Every measured module, and the findings below.
+
+    Args:
+        check: the comparison.
+        grouped: show repeated blocks as one row; those within bounds and those out of bounds stay apart.
+    """
+    lines = blocks(
+        check.rows,
+        name=lambda row: row.path,
+        key=lambda row: (row.call, row.module_type, tuple(row.shape), row.ok),
+        grouped=grouped,
+    )
+    within = sum(row.ok for row in check.rows)
+    return Report(
+        title=f"{'OK' if check.ok else 'NOT OK'}: {within} of {plural(len(check.rows), 'module output')} as predicted, "
+        f"{plural(len(check.findings), 'finding')}",
+        columns=_COLUMNS,
+        rows=lines,
+        remarks=[
+            Text(
+                "second moments; error: of the measurement, spread: of one draw, both in units of log; z: deviations", style="dim"
+            ),
+            *map(_finding, check.findings),
+        ],
+    )
+
+
+def _finding(finding: Finding) -> Text:
+    return Text.assemble(
+        (f"{finding.kind}: {finding.where or 'the model'}", "bold red"), f"\n  {finding.evidence}\n  → {finding.remedy}"
+    )
+
+
+def _name(block: Block[CheckRow]) -> str:
+    return (block.name or "(model)") + (f" call {block.first.call + 1}" if block.first.call else "")
+
+
+def _verdict(block: Block[CheckRow]) -> Text:
+    return Text("ok", style="green") if block.first.ok else Text("off", style="bold red")
+
+
+def _worst(block: Block[CheckRow]) -> str:
+    return number(max((row.z for row in block.rows), key=abs), 2)
+
+
+_COLUMNS: tuple[Column[Block[CheckRow]], ...] = (
+    Column(heading="module", cell=_name),
+    Column(heading="type", cell=lambda block: short_type(block.first.module_type)),
+    Column(heading="shape", cell=lambda block: shape(block.first.shape), is_optional=True),
+    Column(heading="predicted", cell=lambda block: span(row.predicted for row in block.rows), is_number=True),
+    Column(heading="measured", cell=lambda block: span(row.measured for row in block.rows), is_number=True),
+    Column(heading="ratio", cell=lambda block: span(row.ratio for row in block.rows), is_number=True),
+    Column(heading="error", cell=lambda block: span(row.sampling_error for row in block.rows), is_number=True, is_optional=True),
+    Column(heading="spread", cell=lambda block: span(row.spread for row in block.rows), is_number=True, is_optional=True),
+    Column(heading="max z", cell=_worst, is_number=True),
+    Column(heading="", cell=_verdict),
+)

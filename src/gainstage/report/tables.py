@@ -1,0 +1,105 @@
+"""What all tables share: their look, grouping, and the choice of columns by the width of the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+from rich import box
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.table import Table
+from rich.text import Text
+
+from gainstage.report.grouping import group_names
+
+WIDE = 96  # columns of a terminal from which on optional columns are shown
+
+_Row = TypeVar("_Row")
+
+
+@dataclass(frozen=True, slots=True)
+class Block(Generic[_Row]):
+    """Rows that are shown as one line, under the pattern of their names."""
+
+    name: str
+    rows: tuple[_Row, ...]
+
+    @property
+    def first(self) -> _Row:
+        """The row that stands for all in what they agree on."""
+        return self.rows[0]
+
+
+def blocks(
+    rows: Iterable[_Row], *, name: Callable[[_Row], str], key: Callable[[_Row], Hashable], grouped: bool
+) -> list[Block[_Row]]:
+    """Rows as lines of a table: repeated blocks as one where ``grouped``, else one line each.
+
+    Args:
+        rows: in the order of the model; names are distinct within one key.
+        name: the dotted name of a row.
+        key: what rows of one line agree on.
+        grouped: whether to group at all.
+    """
+    listed = list(rows)
+    if not grouped:
+        return [Block(name(row), (row,)) for row in listed]
+    groups = group_names([name(row) for row in listed], [key(row) for row in listed])
+    return [Block(group.pattern, tuple(listed[member] for member in group.members)) for group in groups]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Column(Generic[_Row]):
+    """One column: its heading, and the text of a cell."""
+
+    heading: str
+    cell: Callable[[_Row], str | Text]
+    is_number: bool = False
+    is_optional: bool = False  # left out where the terminal is narrow
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Report(Generic[_Row]):
+    """A title, a table, and remarks below it; a rich renderable."""
+
+    title: str
+    columns: Sequence[Column[_Row]]
+    rows: Sequence[_Row]
+    remarks: Sequence[Text] = ()
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        """Lay out at the width of the console."""
+        columns = [column for column in self.columns if options.max_width >= WIDE or not column.is_optional]
+        table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), show_edge=False)
+        for position, column in enumerate(columns):
+            table.add_column(
+                Text(column.heading),
+                justify="right" if column.is_number else "left",
+                overflow="fold",
+                no_wrap=column.is_number,
+                ratio=None if position else 1,
+            )
+        for row in self.rows:
+            table.add_row(*(_text(column.cell(row)) for column in columns))
+        yield Text(self.title, style="bold")
+        yield ""
+        yield table
+        for remark in self.remarks:
+            yield ""
+            yield remark
+
+
+def _text(cell: str | Text) -> Text:
+    """Plain text: brackets in a name are not markup."""
+    return cell if isinstance(cell, Text) else Text(cell)
+
+
+def short_type(module_type: str) -> str:
+    """The class without its module."""
+    return module_type.rpartition(".")[2]
+
+
+def plural(count: int, noun: str) -> str:
+    """``1 node``, ``3 nodes``."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"

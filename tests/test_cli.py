@@ -1,0 +1,324 @@
+"""The command line: start-up, the MODEL argument, refusals, and every command on a real model."""
+
+import ast
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+from torch import nn
+
+import gainstage
+from gainstage.cli import main
+from gainstage.cli.files import read_state, to_json, write_state
+from gainstage.cli.inputs import InputSpecification, draw_inputs, parse_input, smallest_vocabulary
+from gainstage.cli.models import load, parse_settings
+from gainstage.errors import InputError, PlanMismatchError, UnknownNameError
+
+MODEL_FILE = """
+import torch
+from torch import nn
+
+WIDTH = 24
+
+
+def model(depth=3):
+    return nn.Sequential(*[layer for _ in range(depth) for layer in (nn.Linear(WIDTH, WIDTH), nn.ReLU())])
+
+
+def with_inputs(batch=5):
+    return model(), (torch.randn(batch, WIDTH),)
+
+
+def with_keywords():
+    return model(), (), {"input": torch.randn(2, WIDTH)}
+
+
+def not_a_model():
+    return "a string"
+
+
+def fails():
+    raise RuntimeError("no such width")
+
+
+number = 3
+"""
+
+
+@pytest.fixture
+def model_file(tmp_path):
+    path = tmp_path / "small_model.py"
+    path.write_text(MODEL_FILE, encoding="utf-8")
+    return path
+
+
+def run(*arguments):
+    return CliRunner().invoke(main, [str(argument) for argument in arguments], catch_exceptions=False)
+
+
+def loaded(source, **options):
+    return load(str(source), **{"training": None, "seed": 0, **options})
+
+
+def skip_without(library):
+    """Look, do not import: a torchvision built for CUDA has to be imported our way first."""
+    if importlib.util.find_spec(library) is None:
+        pytest.skip(f"{library} is not installed")
+
+
+# Start-up
+
+
+def python(code):
+    environment = {**os.environ, "PYTHONPATH": str(Path(gainstage.__file__).parents[1])}
+    return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True).stdout
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["--version"], ["inspect", "--help"], ["plan", "--help"], ["verify", "--help"]]
+)
+def test_help_imports_nothing_heavy(arguments):
+    code = f"""
+        import sys
+        from gainstage.cli import main
+        main({arguments!r}, standalone_mode=False)
+        print("heavy:", sorted({{"torch", "numpy", "rich", "scipy", "gainstage.api"}} & set(sys.modules)))
+    """
+    assert python(textwrap.dedent(code)).endswith("heavy: []\n")
+
+
+def test_help_answers_in_three_tenths_of_a_second():
+    def seconds():
+        start = time.perf_counter()
+        python("from gainstage.cli import main; main(['--help'], standalone_mode=False)")
+        return time.perf_counter() - start
+
+    assert min(seconds() for _ in range(5)) < 0.3  # the least of five: other processes may hold the cores
+
+
+def test_public_names_are_the_same_for_type_checkers_and_at_run_time():
+    tree = ast.parse(Path(gainstage.__file__).read_text(encoding="utf-8"))
+    guarded = next(node for node in tree.body if isinstance(node, ast.If))
+    typed = {alias.name: statement.module for statement in guarded.body for alias in statement.names}
+    assert sorted(typed) == gainstage.__all__
+    for name, home in typed.items():
+        assert getattr(gainstage, name) is getattr(sys.modules[home], name)
+
+
+def test_importing_a_stage_does_not_hide_the_function_of_its_name():
+    code = "import gainstage.plan, gainstage as gs, gainstage.apply, gainstage.verify; print(gs.plan.__name__, gs.apply.__name__)"
+    assert python(code).split() == ["plan", "apply"]
+
+
+def test_an_unknown_name_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="no attribute 'initialise'"):
+        _ = gainstage.initialise
+
+
+# MODEL
+
+
+def test_a_callable_in_a_file_returns_a_model_with_its_inputs(model_file):
+    result = loaded(f"{model_file}:with_inputs", settings=["batch=7"])
+    assert len(result.model) == 6
+    assert result.args[0].shape == (7, 24)
+    assert result.kwargs == {}
+    assert loaded(f"{model_file}:with_keywords").kwargs["input"].shape == (2, 24)
+
+
+def test_given_inputs_replace_those_of_the_model(model_file):
+    result = loaded(f"{model_file}:with_inputs", inputs=["3x24"])
+    assert [tuple(value.shape) for value in result.args] == [(3, 24)]
+
+
+def test_a_callable_of_an_importable_module(model_file, monkeypatch):
+    monkeypatch.chdir(model_file.parent)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    assert len(loaded("small_model:model", inputs=["2x24"], settings=["depth=2"]).model) == 4
+    assert isinstance(loaded("torch.nn:Identity", inputs=["2x3"]).model, nn.Identity)
+
+
+def test_the_seed_decides_weights_and_inputs(model_file):
+    first, again, other = (loaded(f"{model_file}:model", inputs=["2x24"], seed=seed) for seed in (1, 1, 2))
+    assert torch.equal(first.model[0].weight, again.model[0].weight)
+    assert torch.equal(first.args[0], again.args[0])
+    assert not torch.equal(first.args[0], other.args[0])
+    assert not torch.equal(first.model[0].weight, other.model[0].weight)
+
+
+def test_meta_and_mode(model_file):
+    result = loaded(f"{model_file}:model", inputs=["2x24"], device="meta", training=False)
+    assert result.model[0].weight.is_meta
+    assert result.args[0].is_meta
+    assert not result.model.training
+    assert loaded(f"{model_file}:model", inputs=["2x24"]).model.training
+
+
+def test_a_file_does_not_replace_a_module_of_its_name(tmp_path):
+    path = tmp_path / "torch.py"
+    path.write_text("def model():\n    from torch import nn\n    return nn.Linear(2, 2)\n", encoding="utf-8")
+    loaded(f"{path}:model", inputs=["2x2"])
+    assert sys.modules["torch"] is torch
+
+
+@pytest.mark.parametrize(
+    ("source", "shapes"),
+    [
+        ("timm:resnet18", {None: (2, 3, 224, 224)}),
+        ("torchvision:resnet18", {None: (2, 3, 224, 224)}),
+        ("torchvision:inception_v3", {None: (2, 3, 299, 299)}),
+        ("torchvision:regnet_y_400mf", {None: (2, 3, 224, 224)}),
+        ("torchvision:fcn_resnet50", {None: (2, 3, 224, 224)}),
+        ("hf:gpt2", {"input_ids": (2, 32)}),
+        ("hf:bert", {"input_ids": (2, 32)}),
+        ("hf:t5", {"input_ids": (2, 32), "decoder_input_ids": (2, 32)}),
+        ("hf:vit", {"pixel_values": (2, 3, 224, 224)}),
+        ("hf:clip", {"input_ids": (2, 32), "pixel_values": (2, 3, 224, 224)}),
+        ("hf:whisper", {"input_features": (2, 80, 3000), "decoder_input_ids": (2, 32)}),
+    ],
+)
+@pytest.mark.filterwarnings(
+    "ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning"
+)  # of the zoos, at import
+def test_models_of_the_zoos_come_with_their_inputs(source, shapes):
+    skip_without({"hf": "transformers"}.get(source.partition(":")[0], source.partition(":")[0]))
+    result = loaded(source, device="meta")
+    given = {None: result.args[0]} if result.args else result.kwargs
+    assert {name: tuple(value.shape) for name, value in given.items()} == shapes
+    assert all(parameter.is_meta for parameter in result.model.parameters())
+    assert not getattr(getattr(result.model, "config", None), "use_cache", False)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
+def test_a_transformers_configuration_file_with_settings(tmp_path):
+    skip_without("transformers")
+    path = tmp_path / "config.json"
+    path.write_text(
+        json.dumps({"model_type": "llama", "hidden_size": 32, "num_attention_heads": 4, "vocab_size": 50}), encoding="utf-8"
+    )
+    result = loaded(path, device="cpu", settings=["num_hidden_layers=2", "intermediate_size=48", "num_key_value_heads=2"])
+    assert len(result.model.model.layers) == 2
+    assert int(result.kwargs["input_ids"].max()) < 50
+    assert torch.isfinite(result.model(**result.kwargs).logits).all()
+    with pytest.raises(UnknownNameError, match=r"no entry 'num_hidden_layer'; did you mean num_hidden_layers"):
+        loaded(path, settings=["num_hidden_layer=2"])
+
+
+# Refusals
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("resnet18", "has no known form"),
+        ("timm:", "has no known form"),
+        ("nowhere.at.all:model", "no module 'nowhere'"),
+        ("missing.py:model", "no file missing.py"),
+        ("missing/config.json", "cannot read"),
+        ("{file}:modle", "no 'modle'; did you mean model"),
+        ("{file}:number", "is of type int, not a callable"),
+        ("{file}:not_a_model", "returned str"),
+        ("{file}:fails", "RuntimeError: no such width .at small_model.py:25: raise"),
+        ("{file}:model", "comes without inputs"),
+    ],
+)
+def test_a_bad_model_argument_is_one_message_and_exit_code_2(model_file, source, message):
+    result = run("inspect", source.format(file=model_file))
+    assert result.exit_code == 2
+    assert result.stdout == ""
+    assert result.stderr.startswith("Error: ")
+    assert len(result.stderr.strip().splitlines()) == 1
+    with pytest.raises(InputError, match=message):
+        loaded(source.format(file=model_file))
+
+
+@pytest.mark.parametrize("library", ["timm", "torchvision"])
+def test_an_unknown_zoo_model_is_refused_with_the_nearest_names(library):
+    skip_without(library)
+    with pytest.raises(UnknownNameError, match="no model 'resnet18x'; did you mean resnet18"):
+        loaded(f"{library}:resnet18x")
+
+
+def test_a_library_that_is_not_installed_is_named_with_its_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(InputError, match=r"pip install 'gainstage\[transformers\]'"):
+        loaded("hf:gpt2")
+
+
+@pytest.mark.parametrize("text", ["", "2x", "x3", "axb", "2x3:complex", "2x0", "ids=2x3:int:0", "2 x 3", "2x3:float:7"])
+def test_a_bad_input_is_refused(text):
+    with pytest.raises(InputError, match="--input"):
+        parse_input(text)
+
+
+def test_inputs():
+    assert parse_input("2x3") == InputSpecification(shape=(2, 3))
+    assert parse_input("ids=2x32:int:9") == InputSpecification(shape=(2, 32), name="ids", kind="int", below=9)
+    model = nn.ModuleList([nn.Embedding(7, 2), nn.Embedding(5, 2)])
+    assert smallest_vocabulary(model) == 5
+    specifications = [parse_input(text) for text in ("64x3", "ids=64x64:int", "few=64x64:int:2", "mask=3:bool")]
+    args, kwargs = draw_inputs(specifications, vocabulary=5, device="cpu")
+    assert args[0].shape == (64, 3)
+    assert kwargs["ids"].unique().tolist() == [0, 1, 2, 3, 4]
+    assert kwargs["few"].unique().tolist() == [0, 1]
+    assert kwargs["mask"].all()
+    with pytest.raises(InputError, match="ids= is given twice"):
+        draw_inputs(specifications[1:2] * 2, vocabulary=5, device="cpu")
+
+
+def test_settings():
+    assert parse_settings(["a=1", "b=[2, 3]", "c=gelu", "d=true", "e=None", "f=x=y"]) == {
+        "a": 1,
+        "b": [2, 3],
+        "c": "gelu",
+        "d": True,
+        "e": None,
+        "f": "x=y",
+    }
+    with pytest.raises(InputError, match="not KEY=VALUE"):
+        parse_settings(["depth"])
+
+
+# Files
+
+
+def test_json_has_no_nan():
+    assert json.loads(to_json({"a": (float("nan"), 1.5), "b": {1: float("inf")}})) == {"a": [None, 1.5], "b": {"1": None}}
+
+
+@pytest.mark.parametrize("name", ["state.pt", "state.safetensors"])
+def test_a_state_comes_back_and_another_models_is_refused(tmp_path, name):
+    if name.endswith("safetensors"):
+        skip_without("safetensors")
+    first, second = nn.Linear(3, 4), nn.Linear(3, 4)
+    write_state(tmp_path / name, first)
+    read_state(tmp_path / name, second)
+    assert torch.equal(first.weight, second.weight)
+    assert [path.name for path in tmp_path.iterdir()] == [name]  # nothing temporary is left
+    with pytest.raises(PlanMismatchError, match="another model"):
+        read_state(tmp_path / name, nn.Linear(3, 5))
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "state.pt"
+    path.write_bytes(b"old")
+
+    def fail(state, temporary):
+        Path(temporary).write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", fail)
+    with pytest.raises(InputError, match=r"cannot write .*No space left"):
+        write_state(path, nn.Linear(2, 2))
+    assert path.read_bytes() == b"old"
+    assert [file.name for file in tmp_path.iterdir()] == ["state.pt"]
+    with pytest.raises(InputError, match="no known format"):
+        write_state(tmp_path / "state.bin2", nn.Linear(2, 2))
