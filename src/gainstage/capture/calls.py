@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Set
+from collections.abc import Set as AbstractSet
 
 from torch import nn
 
@@ -17,7 +17,7 @@ def canonical_paths(model: nn.Module) -> dict[str, str]:
     return {path: first.setdefault(id(module), path) for path, module in model.named_modules(remove_duplicate=False)}
 
 
-def module_calls(lowered: Lowered, varying: Set[str], model: nn.Module) -> tuple[ModuleCall, ...]:
+def module_calls(lowered: Lowered, varying: AbstractSet[str], model: nn.Module) -> tuple[ModuleCall, ...]:
     """The calls of modules that made a node, in the order in which they return.
 
     Args:
@@ -51,7 +51,7 @@ def module_calls(lowered: Lowered, varying: Set[str], model: nn.Module) -> tuple
     )
 
 
-def marks_by_readers(lowered: Lowered) -> Mapping[str, list[CallMark]]:
+def marks_by_readers(lowered: Lowered) -> dict[str, list[CallMark]]:
     """Marks where none were recorded: a call returned what it made and what is read outside of it, in order."""
     readers: dict[str, list[frozenset[tuple[str, int]]]] = {name: [frozenset()] for name in lowered.outputs}
     for node in lowered.nodes:

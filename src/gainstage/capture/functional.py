@@ -17,7 +17,7 @@ from gainstage.capture.lower import Lowered
 from gainstage.capture.trace import CallMark
 from gainstage.capture.views import is_identity, scatter_into_base
 from gainstage.capture.writes import Step, functional_write, is_handle_change
-from gainstage.graph import Node, Ref, TensorMeta
+from gainstage.graph import Node, Ref
 
 
 class NotFunctional(Exception):  # noqa: N818 - a signal to choose another way, not an error
@@ -130,10 +130,10 @@ class _Families:
             return value
         present_base = self.read(base)
         source = self._definitions[view.args[0].name] if view.op is operator.getitem else view
-        step = scatter_into_base(view, source, Ref(present_base), self._metas[present_base], Ref(value))
-        if step is None:
+        steps = scatter_into_base(view, source, Ref(present_base), self._metas[present_base], Ref(value))
+        if steps is None:
             raise NotFunctional(writer)
-        merged = self._append_steps((step,), dataclasses.replace(writer, name=self._fresh(f"{writer.name}_merged")))
+        merged = self._append_steps(steps, dataclasses.replace(writer, name=self._fresh(f"{writer.name}_merged")))
         assert merged
         return merged
 

@@ -103,7 +103,7 @@ def _placeholders(lowered: Lowered, exported: Exported) -> dict[fx.Node, Any]:
         if not isinstance(value, torch.Tensor):
             values[origin] = getattr(spec.arg, "value", None)
             continue
-        is_input = spec.kind is InputKind.USER_INPUT and value.is_floating_point()
+        is_input = spec.kind is InputKind.USER_INPUT and value.is_floating_point() and not _is_mask(value)
         node = Node(
             name=origin.name,
             kind=NodeKind.INPUT if is_input else NodeKind.CONSTANT,
@@ -131,12 +131,11 @@ def _lower_block(lowered: Lowered, block: fx.GraphModule, values: dict[fx.Node, 
     """Append the nodes of one (sub)graph; returns its outputs."""
     for origin in block.graph.nodes:
         if origin.op == "placeholder":
-            lowered.mark(values[origin].name, origin) if isinstance(values[origin], Ref) else None
         elif origin.op == "get_attr":
             values[origin] = _attribute(lowered, block, origin, prefix)
         elif origin.op == "output":
-            results = fx.map_arg(origin.args[0], lambda node: _Boxed(values[node]))
-            return [item.value if isinstance(item, _Boxed) else item for item in results]
+            results: Sequence[Any] = resolve(origin.args[0], values)
+            return results
         elif origin.op == "call_function":
             values[origin] = _call(lowered, origin, values, prefix)
         else:
@@ -144,11 +143,9 @@ def _lower_block(lowered: Lowered, block: fx.GraphModule, values: dict[fx.Node, 
     return []
 
 
-@dataclass(frozen=True, slots=True)
-class _Boxed:
-    """Keeps fx.map_arg from descending into what a node stands for."""
-
-    value: Any
+def _is_mask(value: torch.Tensor) -> bool:
+    """Whether a floating-point input is an additive attention mask: entries near minus infinity have no other use."""
+    return not value.is_meta and bool((value <= torch.finfo(value.dtype).min / 2).any())
 
 
 def _attribute(lowered: Lowered, block: fx.GraphModule, origin: fx.Node, prefix: str) -> Any:
@@ -185,13 +182,13 @@ def _call(lowered: Lowered, origin: fx.Node, values: dict[fx.Node, Any], prefix:
 
 def _enter_region(lowered: Lowered, origin: fx.Node, values: dict[fx.Node, Any], prefix: str) -> tuple[Any, ...]:
     """Inline the one subgraph of a region (no_grad, autocast, checkpoint) whose operands follow it."""
-    arguments = [values[item] if isinstance(item, fx.Node) else item for item in origin.args]
+    arguments: list[Any] = [values[item] if isinstance(item, fx.Node) else item for item in origin.args]
     blocks = [position for position, item in enumerate(arguments) if isinstance(item, fx.GraphModule)]
     if len(blocks) != 1:
         place = provenance_of(origin, lowered.canonical_paths)
         raise CaptureError(
-            f"{origin.target} in {place} chooses between computations while the model runs, which a graph of signals "
-            "cannot follow. Fix the choice (a Python argument) before capturing."
+            f"{origin.target} in {place} is not a fixed sequence of operations (it branches, loops or writes in place while "
+            "the model runs), which a graph of signals cannot follow. Fix the choice with a Python argument before capturing."
         )
     block = arguments[blocks[0]]
     operands = arguments[blocks[0] + 1 :]
@@ -218,7 +215,8 @@ def resolve(argument: Any, values: Mapping[fx.Node, Any]) -> Any:
 def meta_of(value: Any) -> TensorMeta | tuple[TensorMeta | None, ...] | None:
     """Shape and element type of what a node returns: a tensor, several, or something else (None)."""
     if isinstance(value, torch.Tensor):
-        return TensorMeta(tuple(size if isinstance(size, int) else UNKNOWN_SIZE for size in value.shape), value.dtype)
+        sizes: tuple[Any, ...] = tuple(value.shape)  # a symbol where the size is not known
+        return TensorMeta(tuple(size if isinstance(size, int) else UNKNOWN_SIZE for size in sizes), value.dtype)
     if isinstance(value, (tuple, list)):
         metas = [meta_of(item) for item in value]
         return tuple(item if isinstance(item, TensorMeta) else None for item in metas)

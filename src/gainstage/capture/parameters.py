@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import torch
 from torch import nn
-from torch.nn.parameter import UninitializedTensorMixin
+from torch.nn.parameter import is_lazy
 
 from gainstage.errors import UnsupportedParameterError
 from gainstage.graph import ParameterInfo
@@ -58,7 +58,7 @@ def _refuse(parameters: Mapping[str, nn.Parameter]) -> None:
 
 
 def _objection(parameter: nn.Parameter) -> str:
-    if isinstance(parameter, UninitializedTensorMixin):
+    if bool(is_lazy(parameter)):  # a type guard, which would tell mypy that what follows is never reached
         return "lazy and not yet initialised"
     if parameter.is_complex():
         return f"complex, {parameter.dtype}"

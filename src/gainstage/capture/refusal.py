@@ -2,29 +2,39 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from gainstage.capture.provenance import user_line_of
 from gainstage.errors import CaptureError
 
-# What torch's exceptions say (class name or a part of the message) -> the reason and the way out.
-_EXPLANATIONS = (
-    (
-        ("GuardOnDataDependentSymNode", "data-dependent", "DataDependentOutputException"),
-        "the code branches on the value of a tensor, which a graph cannot follow. Move the decision out of forward "
-        "(a Python argument, torch.where, or .eval() if only training branches)",
-    ),
-    (
-        (".numpy()", "numpy", "Can't call numpy"),
-        "the code leaves torch for NumPy, and the graph would end there. Use torch operations instead",
-    ),
-    (
-        ("pack_padded", "PackedSequence", "_pack_padded_sequence"),
+
+@dataclass(frozen=True, slots=True)
+class _Known:
+    """A refusal that users meet: what torch's exception says (class name or part of the message), why, the way out."""
+
+    signs: tuple[str, ...]
+    explanation: str
+
+
+_KNOWN = (
+    _Known(
+        ("pack_padded", "PackedSequence"),
         "packed sequences have lengths that depend on values. Pass the padded tensor to the recurrent module",
     ),
-    (
-        ("does not require grad and does not have a grad_fn", "autograd.grad"),
-        "the code differentiates inside forward, which cannot be traced. Capture the inner network on its own",
+    _Known(
+        ("GuardOnDataDependentSymNode", "DataDependentOutputException"),
+        "the code branches on the value of a tensor, which a graph cannot follow. Move the decision out of forward "
+        "(a Python argument, torch.where, or model.eval() if only training takes the branch)",
     ),
-    (
+    _Known(
+        ("numpy",),
+        "the code leaves torch for NumPy, and the graph would end there. Use torch operations instead",
+    ),
+    _Known(
+        ("does not require grad and does not have a grad_fn", "autograd.grad", "fake tensor in the exported program constant"),
+        "the code differentiates inside forward, or keeps tensors where a trace loses them. Capture the inner network on its own",
+    ),
+    _Known(
         ("FakeTensorDeviceMismatch", "different devices", "two devices"),
         "tensors of two devices meet. Create tensors on the device of the inputs (device=x.device)",
     ),
@@ -36,10 +46,11 @@ def refusal(error: BaseException) -> CaptureError:
     text = f"{type(error).__name__}: {error}"
     line = user_line_of(error.__traceback__)
     where = f" at {line}" if line else ""
-    for signs, explanation in _EXPLANATIONS:
-        if any(sign in text for sign in signs):
-            return CaptureError(f"The model cannot be captured{where}: {explanation}.")
-    first_line = str(error).strip().partition("\n")[0]
+    context = f"{text} {line}"
+    for known in _KNOWN:
+        if any(sign in context for sign in known.signs):
+            return CaptureError(f"The model cannot be captured{where}: {known.explanation}.")
+    first_line = str(error).strip().partition("\n")[0].rstrip(".")
     return CaptureError(
         f"The model cannot be captured{where}: {type(error).__name__}: {first_line}. "
         "Check that the model runs on these inputs; if it does, capture the submodule that matters."

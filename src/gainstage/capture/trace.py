@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch.export import ExportedProgram
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, get_proxy_slot
+from torch.nn.modules import transformer
 from torch.utils import _pytree as pytree
 
 from gainstage.capture.refusal import refusal
@@ -56,7 +57,7 @@ def export(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -
     """
     _check_arguments(model, args, kwargs)
     fed_args, fed_kwargs, originals = _on_device_of(model, args, dict(kwargs))
-    with _untouched(model), _marked_calls(model), warnings.catch_warnings():
+    with _untouched(model), _marked_calls(model), _plain_attention(), torch.enable_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of changes to come in torch itself, which no user can avoid
         try:
             program = torch.export.export(model, fed_args, fed_kwargs, strict=False)
@@ -131,6 +132,22 @@ def _untouched(model: nn.Module) -> Iterator[None]:
             for name, entries in contents.items():
                 module.__dict__[name].clear()
                 module.__dict__[name].update(entries)
+
+
+@contextlib.contextmanager
+def _plain_attention() -> Iterator[None]:
+    """Keep torch.nn's transformers from merging a layer into one inference operation, and from looking into a mask.
+
+    They look whether a mask is the causal one, to take a shortcut with the same result; a trace cannot know.
+    """
+    enabled, detect = torch.backends.mha.get_fastpath_enabled(), transformer._detect_is_causal_mask
+    torch.backends.mha.set_fastpath_enabled(False)
+    transformer._detect_is_causal_mask = lambda mask, is_causal=None, size=None: is_causal is True  # noqa: ARG005
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(enabled)
+        transformer._detect_is_causal_mask = detect
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable
 from typing import Any
@@ -36,7 +37,7 @@ def is_identity(node: Node) -> bool:
     return name in _IDENTITIES or (written and torch.Tag.inplace_view not in node.op.tags)  # type: ignore[union-attr]
 
 
-def scatter_into_base(view: Node, source: Node, base: Ref, base_meta: TensorMeta, value: Ref) -> Step | None:
+def scatter_into_base(view: Node, source: Node, base: Ref, base_meta: TensorMeta, value: Ref) -> tuple[Step, ...] | None:
     """The base with ``value`` in the place that a view shows.
 
     Args:
@@ -47,20 +48,36 @@ def scatter_into_base(view: Node, source: Node, base: Ref, base_meta: TensorMeta
         value: new contents of the view.
 
     Returns:
-        One operation, or None for views that cannot be inverted.
+        Operations, or None for views of another element type, which cannot be inverted.
     """
     name = packet_name(source.op)
     rest = source.args[1:]
-    build = _SCATTERS.get(name)
     if name in _RESHAPES:
-        return Step(aten.reshape.default, (value, list(base_meta.shape)), base_meta)
-    if name in _SWAPS or name == "permute":
-        dims = [d % len(base_meta.shape) for d in rest[0]] if name == "permute" else []
-        inverse = ([dims.index(d) for d in range(len(dims))],) if dims else rest
-        return Step(source.op, (value, *inverse), base_meta)
+        return (Step(aten.reshape.default, (value, list(base_meta.shape)), base_meta),)
+    if name in _SWAPS:
+        return (Step(source.op, (value, *rest), base_meta),)
+    if name == "permute":
+        dims = [dim % len(base_meta.shape) for dim in rest[0]]
+        return (Step(source.op, (value, [dims.index(dim) for dim in range(len(dims))]), base_meta),)
     if view.op is operator.getitem:
         return _scatter_piece(source, int(view.args[1]), base, base_meta, value)
-    return Step(build, (base, value, *rest), base_meta, source.kwargs) if build is not None else None
+    if name in _SCATTERS:
+        return (Step(_SCATTERS[name], (base, value, *rest), base_meta, source.kwargs),)
+    return _put(source, base, base_meta, value)
+
+
+def _put(view: Node, base: Ref, base_meta: TensorMeta, value: Ref) -> tuple[Step, ...] | None:
+    """Write entry by entry, where the same view of the base's own flat indices says."""
+    meta = view.meta
+    if not isinstance(meta, TensorMeta) or meta.dtype != base_meta.dtype or len(list(view.operands())) > 1:
+        return None
+    shape = base_meta.shape
+    return (
+        Step(aten.arange.default, (math.prod(shape),), TensorMeta((math.prod(shape),), torch.int64)),
+        Step(aten.reshape.default, (Step.PREVIOUS, list(shape)), TensorMeta(shape, torch.int64)),
+        Step(view.op, (Step.PREVIOUS, *view.args[1:]), TensorMeta(meta.shape, torch.int64), view.kwargs),
+        Step(aten.put.default, (base, Step.PREVIOUS, value), base_meta),
+    )
 
 
 _SCATTERS: dict[str, Callable[..., Any]] = {
@@ -70,15 +87,15 @@ _SCATTERS: dict[str, Callable[..., Any]] = {
 }
 
 
-def _scatter_piece(split: Node, index: int, base: Ref, base_meta: TensorMeta, value: Ref) -> Step | None:
+def _scatter_piece(split: Node, index: int, base: Ref, base_meta: TensorMeta, value: Ref) -> tuple[Step, ...] | None:
     """As above, for piece ``index`` of chunk, split or unbind."""
     name = packet_name(split.op)
     place = 1 if name == "unbind" else 2
     axis = int(split.kwargs.get("dim", split.args[place] if len(split.args) > place else 0))
     if name == "unbind":
-        return Step(aten.select_scatter.default, (base, value, axis, index), base_meta)
+        return (Step(aten.select_scatter.default, (base, value, axis, index), base_meta),)
     if name not in {"chunk", "split", "split_with_sizes"} or not isinstance(split.meta, tuple):
         return None
     sizes = [piece.shape[axis] for piece in split.meta if piece is not None]
     start = sum(sizes[:index])
-    return Step(aten.slice_scatter.default, (base, value, axis, start, start + sizes[index]), base_meta)
+    return (Step(aten.slice_scatter.default, (base, value, axis, start, start + sizes[index]), base_meta),)

@@ -22,7 +22,7 @@ class Step:
 
     PREVIOUS: ClassVar[object] = object()
 
-    op: Callable[..., Any]
+    op: Callable[..., Any] | None
     args: tuple[Any, ...]
     meta: Any
     kwargs: Mapping[str, Any] = field(default_factory=dict)
