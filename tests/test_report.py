@@ -11,8 +11,8 @@ from rich.console import Console
 from rich.text import Text
 
 from gainstage.report.grouping import group_names
-from gainstage.report.numbers import number, shape, span
-from gainstage.report.tables import WIDE, Column, Report
+from gainstage.report.numbers import cosine_span, number, shape, span
+from gainstage.report.tables import Column, Report
 
 
 def expand(pattern: str) -> list[str]:
@@ -109,6 +109,7 @@ def test_a_number_is_right_to_three_digits(value):
     ("values", "text"),
     [
         ([1.0, 1.01], "1.00"),
+        ([1.26, 1.34], "1.3"),
         ([1.0, 2.0], "1.0..2.0"),
         ([0.5, math.nan], "0.500"),
         ([math.nan], "-"),
@@ -125,6 +126,14 @@ def test_shape():
     assert (shape((2, 3)), shape(())) == ("2x3", "scalar")
 
 
+@pytest.mark.parametrize(
+    ("values", "text"),
+    [([0.321, 0.324], "0.32"), ([0.3, 0.7, math.nan], "0.30..0.70"), ([-1e-6], "0.00"), ([-0.004, 0.004], "0.00"), ([], "-")],
+)
+def test_cosine_span(values, text):
+    assert cosine_span(values) == text
+
+
 def lines_of(report, width):
     console = Console(width=width, color_system=None)
     with console.capture() as capture:
@@ -137,13 +146,27 @@ def test_optional_columns_give_way_on_a_narrow_terminal_and_brackets_are_no_mark
         title="Title",
         columns=[
             Column(heading="name", cell=lambda row: row[0]),
-            Column(heading="extra", cell=lambda row: row[1], is_optional=True),
+            Column(heading="extra", cell=lambda row: row[1], from_width=96),
         ],
         rows=[("qkv.weight[0:8]", "more")],
         remarks=[Text("[remark]")],
     )
-    wide, narrow = lines_of(report, WIDE), lines_of(report, WIDE - 1)
+    wide, narrow = lines_of(report, 96), lines_of(report, 95)
     assert any("extra" in line for line in wide)
     assert not any("extra" in line for line in narrow)
     assert any("qkv.weight[0:8]" in line for line in narrow)
     assert "[remark]" in narrow
+
+
+def test_long_names_break_after_dots_and_lose_nothing():
+    name = "decoder.layers.{0..11}.attention.output.LayerNorm"
+    report = Report(
+        title="Title",
+        columns=[Column(heading="name", cell=lambda row: row), Column(heading="n", cell=lambda _: "1.2..3.4", is_number=True)],
+        rows=[name],
+    )
+    cells = [line[:31].strip() for line in lines_of(report, 40)[4:]]
+    assert "".join(cells) == name
+    assert all(cell.endswith(".") for cell in cells[:-1])
+    assert len(cells) == 2
+    assert any(name in line for line in lines_of(report, 80))

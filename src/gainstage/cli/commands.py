@@ -48,9 +48,9 @@ def main() -> None:
 
 @main.command()
 @output_options
-@model_options(meta=True)
+@model_options(meta=False)
 def inspect(choice: ModelChoice, *, as_json: bool, ungrouped: bool) -> None:
-    """Predict what every tensor looks like at step zero; change nothing."""
+    """Predict every tensor at the present weights."""
     import gainstage as gs
 
     loaded = choice.load()
@@ -58,7 +58,7 @@ def inspect(choice: ModelChoice, *, as_json: bool, ungrouped: bool) -> None:
     if as_json:
         _write_json(trace.to_dict())
         return
-    from gainstage.report import trace_report
+    from gainstage.report.traces import trace_report
 
     console().print(trace_report(trace, grouped=not ungrouped))
 
@@ -83,7 +83,7 @@ def plan(choice: ModelChoice, *, output: Path | None, as_json: bool, ungrouped: 
     elif output is not None:
         click.echo(f"{len(made.parameters)} parameters planned, written to {output}")
     else:
-        from gainstage.report import plan_report
+        from gainstage.report.plans import plan_report
 
         console().print(plan_report(made, grouped=not ungrouped))
 
@@ -117,7 +117,10 @@ def apply(choice: ModelChoice, *, plan: Path, output: Path) -> None:
 @output_options
 @model_options(meta=False)
 def verify(choice: ModelChoice, *, plan: Path | None, weights: Path | None, as_json: bool, ungrouped: bool) -> None:
-    """Run the model once and compare with the prediction. Exit code 1 where something is wrong."""
+    """Run the model and compare with the prediction.
+
+    Exit code 1 where something is wrong.
+    """
     import gainstage as gs
 
     drawn_from = None if plan is None else _read_plan(plan)
@@ -132,7 +135,7 @@ def verify(choice: ModelChoice, *, plan: Path | None, weights: Path | None, as_j
     if as_json:
         _write_json(check.to_dict())
     else:
-        from gainstage.report import check_report
+        from gainstage.report.checks import check_report
 
         console().print(check_report(check, grouped=not ungrouped))
     sys.exit(0 if check.ok else 1)
@@ -143,13 +146,11 @@ def verify(choice: ModelChoice, *, plan: Path | None, weights: Path | None, as_j
 @model_options(meta=True)
 def ops(choice: ModelChoice, *, as_json: bool) -> None:
     """List the operations of a model, and how each is predicted."""
-    import gainstage as gs
+    from gainstage.capture import capture
+    from gainstage.report.ops import count_ops, ops_report
 
     loaded = choice.load()
-    trace = gs.inspect(loaded.model, loaded.args, loaded.kwargs)
-    from gainstage.report import count_ops, ops_report
-
-    counts = count_ops(trace)
+    counts = count_ops(capture(loaded.model, loaded.args, loaded.kwargs))
     if as_json:
         _write_json([{"op": row.op, "count": row.count, "treatment": row.treatment} for row in counts])
     else:
@@ -160,11 +161,11 @@ def ops(choice: ModelChoice, *, as_json: bool) -> None:
 @click.option("--json", "as_json", is_flag=True, help="JSON on standard output, and nothing else there.")
 def rules(*, as_json: bool) -> None:
     """List every operation that has a rule."""
-    from gainstage.report import list_rules, rules_report
+    from gainstage.report.ops import list_rules, rules_report
 
     rows = list_rules()
     if as_json:
-        _write_json([{"op": row.op, "treatment": row.treatment, "formula": row.formula} for row in rows])
+        _write_json([{"op": row.op, "family": row.family, "rule": row.formula} for row in rows])
     else:
         console().print(rules_report(rows))
 

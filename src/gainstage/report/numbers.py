@@ -30,7 +30,17 @@ def span(values: Iterable[float]) -> str:
     low, high = min(defined), max(defined)
     if low == high or (math.isfinite(high - low) and high - low <= AGREEMENT * max(abs(low), abs(high))):
         return number(high if low == high else (low + high) / 2)
-    return f"{number(low, 2)}..{number(high, 2)}"
+    first, last = number(low, 2), number(high, 2)
+    return first if first == last else f"{first}..{last}"
+
+
+def cosine_span(values: Iterable[float]) -> str:
+    """As :func:`span`, with two decimals: cosines are compared with 0 and 1, not with each other."""
+    shown = [f"{value:.2f}".replace("-0.00", "0.00") for value in values if not math.isnan(value)]
+    if not shown:
+        return "-"
+    low, high = min(shown, key=float), max(shown, key=float)
+    return low if low == high else f"{low}..{high}"
 
 
 def shape(size: Sequence[int]) -> str:

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 from rich import box
 from rich.console import Console, ConsoleOptions, RenderResult
+from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
 from gainstage.report.grouping import group_names
-
-WIDE = 96  # columns of a terminal from which on optional columns are shown
 
 _Row = TypeVar("_Row")
 
@@ -56,7 +56,8 @@ class Column(Generic[_Row]):
     heading: str
     cell: Callable[[_Row], str | Text]
     is_number: bool = False
-    is_optional: bool = False  # left out where the terminal is narrow
+    from_width: int = 0  # left out where the terminal has fewer columns than this
+    max_width: int | None = None  # what is longer ends in an ellipsis; None: the column is as wide as its widest cell
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,24 +71,47 @@ class Report(Generic[_Row]):
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         """Lay out at the width of the console."""
-        columns = [column for column in self.columns if options.max_width >= WIDE or not column.is_optional]
+        columns = [column for column in self.columns if options.max_width >= column.from_width]
         table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), show_edge=False)
         for position, column in enumerate(columns):
+            # Only names, in the first column, take several lines where space is short: numbers stay whole.
             table.add_column(
                 Text(column.heading),
                 justify="right" if column.is_number else "left",
-                overflow="fold",
-                no_wrap=column.is_number,
-                ratio=None if position else 1,
+                overflow="ellipsis",
+                no_wrap=position > 0,
+                max_width=column.max_width,
             )
         for row in self.rows:
-            table.add_row(*(_text(column.cell(row)) for column in columns))
+            name, *cells = (_text(column.cell(row)) for column in columns)
+            table.add_row(_Name(name.plain), *cells)
         yield Text(self.title, style="bold")
         yield ""
         yield table
         for remark in self.remarks:
             yield ""
             yield remark
+
+
+@dataclass(frozen=True, slots=True)
+class _Name:
+    """A dotted name that is broken after a dot where it does not fit."""
+
+    text: str
+
+    def __rich_measure__(self, console: Console, options: ConsoleOptions) -> Measurement:
+        return Measurement(max(map(len, self._components())), len(self.text)).with_maximum(options.max_width)
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        lines = [""]
+        for component in self._components():
+            if lines[-1] and len(lines[-1]) + len(component) > options.max_width:
+                lines.append("  ")
+            lines[-1] += component
+        yield Text("\n".join(lines), overflow="fold")
+
+    def _components(self) -> list[str]:
+        return re.findall(r"[^.]*(?:(?:\.\.)[^.]*)*\.?", self.text) or [""]
 
 
 def _text(cell: str | Text) -> Text:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from rich.text import Text
 
 from gainstage.propagate.trace import Signal, Trace
-from gainstage.report.numbers import shape, span
+from gainstage.report.numbers import cosine_span, shape, span
 from gainstage.report.tables import Block, Column, Report, blocks, plural, short_type
 
 
@@ -29,12 +29,8 @@ def trace_report(trace: Trace, *, grouped: bool = True) -> Report[Block[ModuleRo
         trace: the prediction.
         grouped: show repeated blocks as one row, with the range of their values.
     """
-    types = {call.path: call.module_type for call in trace.graph.calls}
-    rows = [
-        ModuleRow(path=path, module_type=types.get(path, ""), signals=signals)
-        for path, signals in trace.modules.items()
-        if signals
-    ]
+    types = {call.path: call.module_type for call in trace.calls}
+    rows = [ModuleRow(path=path, module_type=types[path], signals=signals) for path, signals in trace.modules.items() if signals]
     lines = blocks(
         rows,
         name=lambda row: row.path,
@@ -72,9 +68,9 @@ def _shape(block: Block[ModuleRow]) -> str:
     return ", ".join(dict.fromkeys(shape(signal.shape) for signal in block.first.signals))
 
 
-def _over(value: Callable[[Signal], float]) -> Callable[[Block[ModuleRow]], str]:
+def _over(value: Callable[[Signal], float], write: Callable[[Iterable[float]], str] = span) -> Callable[[Block[ModuleRow]], str]:
     """A cell with the range of ``value`` over all calls of all modules of a row."""
-    return lambda block: span(value(signal) for row in block.rows for signal in row.signals)
+    return lambda block: write(value(signal) for row in block.rows for signal in row.signals)
 
 
 def _sample_cosine(signal: Signal) -> float:
@@ -95,11 +91,11 @@ def _cosine(signal: Signal, axis: int) -> float:
 
 _COLUMNS: tuple[Column[Block[ModuleRow]], ...] = (
     Column(heading="module", cell=_name),
-    Column(heading="type", cell=_type),
-    Column(heading="shape", cell=_shape),
+    Column(heading="type", cell=_type, max_width=14),
+    Column(heading="shape", cell=_shape, max_width=16),
     Column(heading="mean", cell=_over(lambda signal: signal.mean), is_number=True),
     Column(heading="E[x²]", cell=_over(lambda signal: signal.second_moment), is_number=True),
-    Column(heading="std", cell=_over(lambda signal: signal.std), is_number=True, is_optional=True),
-    Column(heading="cos sample", cell=_over(_sample_cosine), is_number=True),
-    Column(heading="cos pos.", cell=_over(_position_cosine), is_number=True),
+    Column(heading="std", cell=_over(lambda signal: signal.std), is_number=True, from_width=96),
+    Column(heading="cos sample", cell=_over(_sample_cosine, cosine_span), is_number=True),
+    Column(heading="cos pos.", cell=_over(_position_cosine, cosine_span), is_number=True, from_width=96),
 )
