@@ -131,6 +131,9 @@ def _lower_block(lowered: Lowered, block: fx.GraphModule, values: dict[fx.Node, 
     """Append the nodes of one (sub)graph; returns its outputs."""
     for origin in block.graph.nodes:
         if origin.op == "placeholder":
+            value = values[origin]
+            if isinstance(value, Ref):
+                lowered.mark(value.name, origin)
         elif origin.op == "get_attr":
             values[origin] = _attribute(lowered, block, origin, prefix)
         elif origin.op == "output":
