@@ -141,21 +141,29 @@ def lines_of(report, width):
     return capture.get().splitlines()
 
 
-def test_optional_columns_give_way_on_a_narrow_terminal_and_brackets_are_no_markup():
+def test_the_least_important_columns_give_way_and_brackets_are_no_markup():
     report = Report(
         title="Title",
         columns=[
             Column(heading="name", cell=lambda row: row[0]),
-            Column(heading="extra", cell=lambda row: row[1], from_width=96),
+            Column(heading="extra", cell=lambda row: row[1], importance=2),
+            Column(heading="least", cell=lambda row: row[1], importance=1),
+            Column(heading="stays", cell=lambda row: row[1]),
         ],
-        rows=[("qkv.weight[0:8]", "more")],
+        rows=[("qkv.weight[0:8]", "123456")],
         remarks=[Text("[remark]")],
     )
-    wide, narrow = lines_of(report, 96), lines_of(report, 95)
-    assert any("extra" in line for line in wide)
-    assert not any("extra" in line for line in narrow)
-    assert any("qkv.weight[0:8]" in line for line in narrow)
-    assert "[remark]" in narrow
+    # The name needs 11 (its longest component), every other column 6 and a gap of 2: 35, 27 and 19 in all.
+    headings = {width: lines_of(report, width)[2].split() for width in (35, 34, 27, 26, 19)}
+    assert headings == {
+        35: ["name", "extra", "least", "stays"],
+        34: ["name", "extra", "stays"],
+        27: ["name", "extra", "stays"],
+        26: ["name", "stays"],
+        19: ["name", "stays"],
+    }
+    assert "[remark]" in lines_of(report, 39)
+    assert "".join(line[:13].strip() for line in lines_of(report, 19)[4:6]) == "qkv.weight[0:8]"
 
 
 def test_long_names_break_after_dots_and_lose_nothing():

@@ -57,13 +57,13 @@ def _worst(block: Block[CheckRow]) -> str:
 
 _COLUMNS: tuple[Column[Block[CheckRow]], ...] = (
     Column(heading="module", cell=_name),
-    Column(heading="type", cell=lambda block: short_type(block.first.module_type), max_width=14),
-    Column(heading="shape", cell=lambda block: shape(block.first.shape), max_width=16, from_width=96),
+    Column(heading="type", cell=lambda block: short_type(block.first.module_type), max_width=18, importance=3),
+    Column(heading="shape", cell=lambda block: shape(block.first.shape), max_width=16, importance=1),
     Column(heading="predicted", cell=lambda block: span(row.predicted for row in block.rows), is_number=True),
     Column(heading="measured", cell=lambda block: span(row.measured for row in block.rows), is_number=True),
     Column(heading="ratio", cell=lambda block: span(row.ratio for row in block.rows), is_number=True),
-    Column(heading="error", cell=lambda block: span(row.sampling_error for row in block.rows), is_number=True, from_width=96),
-    Column(heading="spread", cell=lambda block: span(row.spread for row in block.rows), is_number=True, from_width=96),
+    Column(heading="error", cell=lambda block: span(row.sampling_error for row in block.rows), is_number=True, importance=2),
+    Column(heading="spread", cell=lambda block: span(row.spread for row in block.rows), is_number=True, importance=4),
     Column(heading="max z", cell=_worst, is_number=True),
     Column(heading="", cell=_verdict),
 )

@@ -18,8 +18,7 @@ def number(value: float, significant: int = 3) -> str:
     if 1e-4 <= abs(value) < 99_950:
         rounded = float(f"{abs(value):.{significant - 1}e}")
         return f"{value:.{max(0, significant - 1 - math.floor(math.log10(rounded)))}f}"
-    mantissa, exponent = f"{value:.{significant - 1}e}".split("e")
-    return f"{mantissa}e{int(exponent)}"
+    return _scientific(value, significant)
 
 
 def span(values: Iterable[float]) -> str:
@@ -30,7 +29,7 @@ def span(values: Iterable[float]) -> str:
     low, high = min(defined), max(defined)
     if low == high or (math.isfinite(high - low) and high - low <= AGREEMENT * max(abs(low), abs(high))):
         return number(high if low == high else (low + high) / 2)
-    first, last = number(low, 2), number(high, 2)
+    first, last = _rough(low), _rough(high)
     return first if first == last else f"{first}..{last}"
 
 
@@ -41,6 +40,19 @@ def cosine_span(values: Iterable[float]) -> str:
         return "-"
     low, high = min(shown, key=float), max(shown, key=float)
     return low if low == high else f"{low}..{high}"
+
+
+def _rough(value: float) -> str:
+    """Two digits in the shorter of the two notations."""
+    fixed = number(value, 2)
+    if value == 0 or math.isinf(value):
+        return fixed
+    return min(fixed, _scientific(value, 2), key=len)
+
+
+def _scientific(value: float, significant: int) -> str:
+    mantissa, exponent = f"{value:.{significant - 1}e}".split("e")
+    return f"{mantissa}e{int(exponent)}"
 
 
 def shape(size: Sequence[int]) -> str:

@@ -84,7 +84,7 @@ def rules_report(rows: list[RuleRow]) -> Report[RuleRow]:
         columns=(
             Column(heading="operation", cell=lambda row: row.op),
             Column(heading="family", cell=lambda row: row.family),
-            Column(heading="rule", cell=lambda row: row.formula),
+            Column(heading="rule", cell=lambda row: row.formula, is_prose=True),
         ),
         rows=rows,
     )

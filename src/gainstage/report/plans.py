@@ -72,7 +72,7 @@ def _std(block: Block[PlanRow]) -> str:
 _COLUMNS: tuple[Column[Block[PlanRow]], ...] = (
     Column(heading="parameter", cell=lambda block: block.name + block.first.part),
     Column(heading="role", cell=lambda block: block.first.parameter.role),
-    Column(heading="shape", cell=lambda block: shape(block.first.parameter.shape)),
+    Column(heading="shape", cell=lambda block: shape(block.first.parameter.shape), importance=1),
     Column(heading="distribution", cell=lambda block: _distribution(block.first.distribution)),
     Column(heading="std", cell=_std, is_number=True),
 )

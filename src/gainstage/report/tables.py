@@ -5,15 +5,18 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Generic, Literal, TypeVar
 
 from rich import box
+from rich.cells import cell_len
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
 from gainstage.report.grouping import group_names
+
+_GAP = 2  # columns between two columns
 
 _Row = TypeVar("_Row")
 
@@ -56,7 +59,8 @@ class Column(Generic[_Row]):
     heading: str
     cell: Callable[[_Row], str | Text]
     is_number: bool = False
-    from_width: int = 0  # left out where the terminal has fewer columns than this
+    importance: int | None = None  # where space is short the least important column goes first; None: it always stays
+    is_prose: bool = False  # may take several lines
     max_width: int | None = None  # what is longer ends in an ellipsis; None: the column is as wide as its widest cell
 
 
@@ -71,26 +75,47 @@ class Report(Generic[_Row]):
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         """Lay out at the width of the console."""
-        columns = [column for column in self.columns if options.max_width >= column.from_width]
+        filled = [(column, [_text(column.cell(row)) for row in self.rows]) for column in self.columns]
+        (names, name_cells), *others = _fitting(filled, options.max_width)
         table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), show_edge=False)
-        for position, column in enumerate(columns):
-            # Only names, in the first column, take several lines where space is short: numbers stay whole.
-            table.add_column(
-                Text(column.heading),
-                justify="right" if column.is_number else "left",
-                overflow="ellipsis",
-                no_wrap=position > 0,
-                max_width=column.max_width,
-            )
-        for row in self.rows:
-            name, *cells = (_text(column.cell(row)) for column in columns)
-            table.add_row(_Name(name.plain), *cells)
+        table.add_column(Text(names.heading))
+        for column, _ in others:
+            justify: Literal["left", "right"] = "right" if column.is_number else "left"
+            table.add_column(Text(column.heading), justify=justify, no_wrap=not column.is_prose, max_width=column.max_width)
+        for position, name in enumerate(name_cells):
+            table.add_row(_Name(name.plain), *(cells[position] for _, cells in others))
         yield Text(self.title, style="bold")
         yield ""
         yield table
         for remark in self.remarks:
             yield ""
             yield remark
+
+
+_Filled = tuple[Column[_Row], list[Text]]
+
+
+def _fitting(filled: list[_Filled[_Row]], width: int) -> list[_Filled[_Row]]:
+    """Drop the least important columns until the first, the names, has about a third of the width, or all that it needs."""
+    name = _width(filled[0])
+    longest_component = max((len(part) for cell in filled[0][1] for part in _components(cell.plain)), default=0)
+    needed = min(name, max(longest_component, width // 3))
+    kept = filled
+    while needed + sum(_width(each) + _GAP for each in kept[1:]) > width:
+        droppable = [each for each in kept[1:] if each[0].importance is not None]
+        if not droppable:
+            break
+        least = min(droppable, key=lambda each: each[0].importance or 0)
+        kept = [each for each in kept if each is not least]
+    return kept
+
+
+def _width(filled: _Filled[_Row]) -> int:
+    column, cells = filled
+    widest = max([cell_len(column.heading), *(cell.cell_len for cell in cells)])
+    if column.is_prose:
+        return cell_len(column.heading)
+    return widest if column.max_width is None else min(widest, column.max_width)
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,18 +125,20 @@ class _Name:
     text: str
 
     def __rich_measure__(self, console: Console, options: ConsoleOptions) -> Measurement:
-        return Measurement(max(map(len, self._components())), len(self.text)).with_maximum(options.max_width)
+        return Measurement(max(map(len, _components(self.text))), len(self.text)).with_maximum(options.max_width)
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         lines = [""]
-        for component in self._components():
+        for component in _components(self.text):
             if lines[-1] and len(lines[-1]) + len(component) > options.max_width:
                 lines.append("  ")
             lines[-1] += component
         yield Text("\n".join(lines), overflow="fold")
 
-    def _components(self) -> list[str]:
-        return re.findall(r"[^.]*(?:(?:\.\.)[^.]*)*\.?", self.text) or [""]
+
+def _components(name: str) -> list[str]:
+    """A dotted name cut after its dots, but not inside ``{0..47}``."""
+    return re.findall(r"(?:\{[^}]*\}|[^.{])+\.?|[.{]", name) or [""]
 
 
 def _text(cell: str | Text) -> Text:

@@ -91,11 +91,11 @@ def _cosine(signal: Signal, axis: int) -> float:
 
 _COLUMNS: tuple[Column[Block[ModuleRow]], ...] = (
     Column(heading="module", cell=_name),
-    Column(heading="type", cell=_type, max_width=14),
+    Column(heading="type", cell=_type, max_width=18, importance=2),
     Column(heading="shape", cell=_shape, max_width=16),
-    Column(heading="mean", cell=_over(lambda signal: signal.mean), is_number=True),
+    Column(heading="mean", cell=_over(lambda signal: signal.mean), is_number=True, importance=4),
     Column(heading="E[x²]", cell=_over(lambda signal: signal.second_moment), is_number=True),
-    Column(heading="std", cell=_over(lambda signal: signal.std), is_number=True, from_width=96),
+    Column(heading="std", cell=_over(lambda signal: signal.std), is_number=True, importance=1),
     Column(heading="cos sample", cell=_over(_sample_cosine, cosine_span), is_number=True),
-    Column(heading="cos pos.", cell=_over(_position_cosine, cosine_span), is_number=True, from_width=96),
+    Column(heading="cos pos.", cell=_over(_position_cosine, cosine_span), is_number=True, importance=3),
 )
