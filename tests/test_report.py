@@ -153,17 +153,17 @@ def test_the_least_important_columns_give_way_and_brackets_are_no_markup():
         rows=[("qkv.weight[0:8]", "123456")],
         remarks=[Text("[remark]")],
     )
-    # The name needs 11 (its longest component), every other column 6 and a gap of 2: 35, 27 and 19 in all.
-    headings = {width: lines_of(report, width)[2].split() for width in (35, 34, 27, 26, 19)}
+    # The name needs 13 (its longest line and the indent), every other column 6 and a gap of 2: 37, 29 and 21 in all.
+    headings = {width: lines_of(report, width)[2].split() for width in (37, 36, 29, 28, 21)}
     assert headings == {
-        35: ["name", "extra", "least", "stays"],
-        34: ["name", "extra", "stays"],
-        27: ["name", "extra", "stays"],
-        26: ["name", "stays"],
-        19: ["name", "stays"],
+        37: ["name", "extra", "least", "stays"],
+        36: ["name", "extra", "stays"],
+        29: ["name", "extra", "stays"],
+        28: ["name", "stays"],
+        21: ["name", "stays"],
     }
     assert "[remark]" in lines_of(report, 39)
-    assert "".join(line[:13].strip() for line in lines_of(report, 19)[4:6]) == "qkv.weight[0:8]"
+    assert "".join(line[:13].strip() for line in lines_of(report, 21)[4:6]) == "qkv.weight[0:8]"
 
 
 def test_long_names_break_after_dots_and_lose_nothing():

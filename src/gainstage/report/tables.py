@@ -16,7 +16,8 @@ from rich.text import Text
 
 from gainstage.report.grouping import group_names
 
-_GAP = 2  # columns between two columns
+_GAP = 2  # characters between two columns
+_INDENT = "  "  # before the further lines of a name
 
 _Row = TypeVar("_Row")
 
@@ -98,8 +99,8 @@ _Filled = tuple[Column[_Row], list[Text]]
 def _fitting(filled: list[_Filled[_Row]], width: int) -> list[_Filled[_Row]]:
     """Drop the least important columns until the first, the names, has about a third of the width, or all that it needs."""
     name = _width(filled[0])
-    longest_component = max((len(part) for cell in filled[0][1] for part in _components(cell.plain)), default=0)
-    needed = min(name, max(longest_component, width // 3))
+    unbroken = max((_least_width(cell.plain) for cell in filled[0][1]), default=0)
+    needed = min(name, max(unbroken, width // 3))
     kept = filled
     while needed + sum(_width(each) + _GAP for each in kept[1:]) > width:
         droppable = [each for each in kept[1:] if each[0].importance is not None]
@@ -125,13 +126,13 @@ class _Name:
     text: str
 
     def __rich_measure__(self, console: Console, options: ConsoleOptions) -> Measurement:
-        return Measurement(max(map(len, _components(self.text))), len(self.text)).with_maximum(options.max_width)
+        return Measurement(_least_width(self.text), len(self.text)).with_maximum(options.max_width)
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         lines = [""]
         for component in _components(self.text):
             if lines[-1] and len(lines[-1]) + len(component) > options.max_width:
-                lines.append("  ")
+                lines.append(_INDENT)
             lines[-1] += component
         yield Text("\n".join(lines), overflow="fold")
 
@@ -139,6 +140,12 @@ class _Name:
 def _components(name: str) -> list[str]:
     """A dotted name cut after its dots, but not inside ``{0..47}``."""
     return re.findall(r"(?:\{[^}]*\}|[^.{])+\.?|[.{]", name) or [""]
+
+
+def _least_width(name: str) -> int:
+    """Width at which a name is broken after dots only."""
+    first, *rest = _components(name)
+    return max([len(first), *(len(_INDENT + component) for component in rest)])
 
 
 def _text(cell: str | Text) -> Text:
