@@ -322,3 +322,82 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     assert [file.name for file in tmp_path.iterdir()] == ["state.pt"]
     with pytest.raises(InputError, match="no known format"):
         write_state(tmp_path / "state.bin2", nn.Linear(2, 2))
+
+
+# Commands
+
+
+def test_inspect_groups_repeated_layers_and_json_has_each(model_file):
+    table = run("inspect", f"{model_file}:with_inputs")
+    assert table.exit_code == 0
+    assert "{0..4..2}" in table.stdout
+    assert "Linear" in table.stdout
+    ungrouped = run("inspect", f"{model_file}:with_inputs", "--all").stdout
+    assert "{" not in ungrouped
+    assert len(ungrouped.splitlines()) == len(table.stdout.splitlines()) + 4
+    modules = json.loads(run("inspect", f"{model_file}:with_inputs", "--json").stdout)["modules"]
+    assert {module["path"] for module in modules} == {"", "0", "1", "2", "3", "4", "5"}
+    assert modules[0]["outputs"][0]["shape"] == [5, 24]
+
+
+@pytest.mark.parametrize("columns", [80, 100])
+def test_no_line_is_wider_than_the_terminal(model_file, monkeypatch, columns):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    shown = run("inspect", f"{model_file}:with_inputs").stdout + run("rules").stdout
+    assert max(map(len, shown.splitlines())) <= columns
+
+
+def test_ops_counts_the_operations_of_a_model_without_values(model_file):
+    rows = json.loads(run("ops", f"{model_file}:model", "--input", "2x24", "--meta", "--json").stdout)
+    assert {row["op"]: (row["count"], row["treatment"]) for row in rows} == {
+        "aten.linear.default": (3, "ruled"),
+        "aten.relu.default": (3, "ruled"),
+    }
+    assert "2 operations, 6 nodes: 6 ruled" in run("ops", f"{model_file}:model", "--input", "2x24").stdout
+
+
+def test_rules_lists_the_registry():
+    from gainstage.rules import rules
+
+    rows = json.loads(run("rules", "--json").stdout)
+    assert {row["op"] for row in rows} == {str(op) for op in rules()}
+    assert all(row["rule"] for row in rows)
+
+
+def test_a_plan_is_written_applied_and_verified(model_file, tmp_path):
+    source, plan_file, state_file = f"{model_file}:with_inputs", tmp_path / "plan.json", tmp_path / "state.pt"
+    written = run("plan", source, "--output", plan_file, "--seed", 1)
+    assert written.exit_code == 0, written.output
+    planned = gainstage.Plan.from_json(plan_file.read_text(encoding="utf-8"))
+    assert list(planned.parameters) == [f"{layer}.{kind}" for layer in (0, 2, 4) for kind in ("weight", "bias")]
+    assert "{0..4..2}.weight" in run("plan", source).stdout
+    assert gainstage.Plan.from_json(run("plan", source, "--seed", 1, "--json").stdout) == planned
+
+    assert run("apply", source, "--plan", plan_file, "--seed", 3, "--output", state_file).exit_code == 0
+    state = torch.load(state_file, weights_only=True)
+    for layer in (0, 2, 4):
+        std = planned.parameters[f"{layer}.weight"].distribution.std
+        # 576 entries: the standard deviation of a standard deviation is 1 / sqrt(2 * 576) = 3 %; four of them.
+        assert float(state[f"{layer}.weight"].std()) == pytest.approx(std, rel=0.12)
+
+    assert run("verify", source, "--plan", plan_file).exit_code == 0
+    assert run("verify", source, "--plan", plan_file, "--weights", state_file).exit_code == 0
+    state["2.weight"] *= 30
+    torch.save(state, state_file)
+    faulty = run("verify", source, "--plan", plan_file, "--weights", state_file)
+    assert faulty.exit_code == 1
+    assert "NOT OK" in faulty.stdout
+    assert json.loads(run("verify", source, "--plan", plan_file, "--weights", state_file, "--json").stdout)["ok"] is False
+
+
+@pytest.mark.parametrize("text", ["{}", "not json"])
+def test_a_damaged_plan_is_refused(model_file, tmp_path, text):
+    (tmp_path / "plan.json").write_text(text, encoding="utf-8")
+    result = run("verify", f"{model_file}:with_inputs", "--plan", tmp_path / "plan.json")
+    assert (result.exit_code, result.stdout) == (2, "")
+
+
+def test_a_role_without_a_pattern_is_refused(model_file):
+    result = run("plan", f"{model_file}:with_inputs", "--role", "residual")
+    assert result.exit_code == 2
+    assert "is not PATTERN=ROLE" in result.stderr

@@ -10,7 +10,7 @@ import click
 
 from gainstage import __version__
 from gainstage.cli.options import ModelChoice, existing_file, model_options, output_options, plan_options
-from gainstage.errors import GainstageError, InputError
+from gainstage.errors import GainstageError, InputError, PlanFormatError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -72,8 +72,9 @@ def plan(choice: ModelChoice, *, output: Path | None, as_json: bool, ungrouped: 
     """Choose a distribution for every parameter."""
     import gainstage as gs
 
+    arguments = _plan_arguments(**options)
     loaded = choice.load()
-    made = gs.plan(loaded.model, loaded.args, loaded.kwargs, **_plan_arguments(**options))
+    made = gs.plan(loaded.model, loaded.args, loaded.kwargs, **arguments)
     if output is not None:
         from gainstage.cli.files import write_text
 
@@ -210,7 +211,11 @@ def _plan_arguments(
 def _read_plan(path: Path) -> Plan:
     from gainstage.plan import Plan
 
-    return Plan.from_json(path.read_text(encoding="utf-8"))
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise PlanFormatError(f"{path} is not text; give the file that gainstage plan --output wrote") from error
+    return Plan.from_json(text)
 
 
 def _write_json(data: Any) -> None:

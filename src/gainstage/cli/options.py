@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,7 +64,7 @@ def model_options(*, meta: bool) -> _Decorator:
             choice = ModelChoice(source=source, inputs=inputs, settings=settings, meta=on_meta, training=training, seed=seed)
             return command(choice, **rest)
 
-        invoke.__doc__ = f"{command.__doc__}\n\n{MODEL_HELP}"
+        invoke.__doc__ = f"{inspect.cleandoc(command.__doc__ or '')}\n\n{MODEL_HELP}"
         decorated: Callable[..., Any] = invoke
         for option in reversed([*_MODEL_OPTIONS, *([_META] if meta else [])]):
             decorated = option(decorated)
