@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import operator
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -19,6 +18,7 @@ aten = torch.ops.aten
 
 # These read nothing of their first operand but its shape.
 _FILLS = {"zeros_like": 0, "ones_like": 1, "new_zeros": 0, "new_ones": 1, "zero": 0}
+_SELECTIONS = frozenset({"embedding", "embedding_bag", "index", "index_select", "gather"})
 _UNWRITTEN = frozenset({"empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided", "empty_permuted"})
 
 
@@ -111,7 +111,7 @@ def _evaluate(node: Node, values: Mapping[str, Any], nodes: Sequence[Node], assu
         return value
     if _is_fill(node):
         assert isinstance(node.meta, TensorMeta)
-        return torch.full(node.meta.shape, _FILLS[packet_name(node.op)], dtype=node.meta.dtype)
+        return torch.full((), _FILLS[packet_name(node.op)], dtype=node.meta.dtype).expand(node.meta.shape)
     args, kwargs = _operands(node.args, values), {key: _operands(item, values) for key, item in node.kwargs.items()}
     if "device" in kwargs:
         kwargs["device"] = torch.device("cpu")
@@ -150,15 +150,24 @@ def _guess(node: Node, nodes: Sequence[Node]) -> tuple[torch.Tensor, str]:
 
 
 def _rows_indexed_by(name: str, nodes: Sequence[Node]) -> int:
-    """Number of rows of the smallest embedding that reads a value, also through views; 0 if none does."""
+    """Number of rows of the smallest table that a value selects from, also through views; 0 if it selects from none."""
     metas = {node.name: node.meta for node in nodes}
     handles, rows = {name}, []
     for node in nodes:
         operands = list(node.operands())
-        if packet_name(node.op) in {"embedding", "embedding_bag"} and operands[1] in handles:
+        if len(operands) == 1 and operands[0] in handles:
+            handles.add(node.name)
+        elif packet_name(node.op) in _SELECTIONS and any(operand in handles for operand in operands[1:]):
             table = metas[operands[0]]
             assert isinstance(table, TensorMeta)
-            rows.append(table.shape[0])
-        elif operands and operands[0] in handles and (len(operands) == 1 or node.op is operator.getitem):
-            handles.add(node.name)
+            rows.append(table.shape[_selected_axis(node)])
     return min(rows, default=0)
+
+
+def _selected_axis(node: Node) -> int:
+    """The axis of its table that a selection indexes."""
+    if packet_name(node.op) in {"index_select", "gather"}:
+        return int(node.args[1])
+    if packet_name(node.op) == "index":
+        return next(axis for axis, index in enumerate(node.args[1]) if index is not None)
+    return 0

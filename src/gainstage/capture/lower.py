@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -109,7 +110,7 @@ def _placeholders(lowered: Lowered, exported: Exported) -> dict[fx.Node, Any]:
             kind=NodeKind.INPUT if is_input else NodeKind.CONSTANT,
             meta=meta_of(value),
             value=None if is_input else value.detach(),
-            provenance=Provenance(source=target),
+            provenance=Provenance(target.rpartition(".")[0]),
         )
         values[origin] = lowered.add(node, origin)
     return values
@@ -197,7 +198,31 @@ def _enter_region(lowered: Lowered, origin: fx.Node, values: dict[fx.Node, Any],
     operands = arguments[blocks[0] + 1 :]
     inner = [node for node in block.graph.nodes if node.op == "placeholder"]
     results = _lower_block(lowered, block, dict(zip(inner, operands, strict=True)), f"{prefix}{origin.name}_")
+    if origin.target is torch.ops.higher_order.wrap_with_set_grad_enabled and origin.args[0] is False:
+        return tuple(_detached(lowered, item, origin, f"{prefix}{origin.name}_detach_{i}") for i, item in enumerate(results))
     return tuple(results)
+
+
+def _detached(lowered: Lowered, result: Any, origin: fx.Node, name: str) -> Any:
+    """A result of a no_grad region: as it is, but gradients end here."""
+    if not isinstance(result, Ref):
+        return result
+    inner = next(node for node in reversed(lowered.nodes) if node.name == result.name)
+    node = dataclasses.replace(
+        inner,
+        name=name,
+        kind=NodeKind.OP,
+        op=torch.ops.aten.detach.default,
+        args=(result,),
+        kwargs={},
+        parameter=None,
+        value=None,
+    )
+    lowered.add(node, origin)
+    lowered.stacks[name] = lowered.stacks[inner.name]
+    if inner.name in lowered.storages:
+        lowered.storages[name] = lowered.storages[inner.name]
+    return Ref(name)
 
 
 def resolve(argument: Any, values: Mapping[fx.Node, Any]) -> Any:

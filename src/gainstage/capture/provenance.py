@@ -6,6 +6,7 @@ import linecache
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from traceback import StackSummary
 from types import TracebackType
 
 import torch
@@ -52,15 +53,26 @@ def user_line_of(traceback: TracebackType | None) -> str:
     line = ""
     while traceback is not None:
         filename, number = traceback.tb_frame.f_code.co_filename, traceback.tb_lineno
-        if not filename.startswith((_TORCH, _OWN, "<")):
+        if _is_users(filename):
             line = f"{_short(filename)}:{number}: {linecache.getline(filename, number).strip()}"
         traceback = traceback.tb_next
     return line
 
 
+def user_frames(frames: StackSummary) -> StackSummary:
+    """Of the frames of a trace, the innermost one inside forward and outside torch; none if a model is torch's alone."""
+    names = [frame.name for frame in frames]
+    inside = frames[names.index("forward") :] if "forward" in names else []
+    return StackSummary.from_list([frame for frame in inside if _is_users(frame.filename)][-1:])
+
+
+def _is_users(filename: str) -> bool:
+    return not filename.startswith((_TORCH, _OWN, "<"))
+
+
 def _user_line(stack_trace: str) -> str:
     for filename, number, code in reversed(_FRAME.findall(stack_trace)):
-        if not filename.startswith((_TORCH, _OWN, "<")):
+        if _is_users(filename):
             return f"{_short(filename)}:{number}: {code.strip()}"
     return ""
 

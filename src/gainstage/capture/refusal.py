@@ -45,13 +45,13 @@ def refusal(error: BaseException) -> CaptureError:
     """The exception to raise for one of torch.export's: the user's line, the reason, what to do."""
     text = f"{type(error).__name__}: {error}"
     line = user_line_of(error.__traceback__)
-    where = f" at {line}" if line else ""
+    where = f" The line: {line}" if line else ""
     context = f"{text} {line}"
     for known in _KNOWN:
         if any(sign in context for sign in known.signs):
-            return CaptureError(f"The model cannot be captured{where}: {known.explanation}.")
+            return CaptureError(f"The model cannot be captured: {known.explanation}.{where}")
     first_line = str(error).strip().partition("\n")[0].rstrip(".")
     return CaptureError(
-        f"The model cannot be captured{where}: {type(error).__name__}: {first_line}. "
-        "Check that the model runs on these inputs; if it does, capture the submodule that matters."
+        f"The model cannot be captured: {type(error).__name__}: {first_line}. "
+        f"Check that the model runs on these inputs; if it does, capture the submodule that matters.{where}"
     )

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import io
+import sys
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, is_dataclass
@@ -13,9 +15,11 @@ import torch
 from torch import nn
 from torch.export import ExportedProgram
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, get_proxy_slot
+from torch.fx.proxy import TracerBase
 from torch.nn.modules import transformer
 from torch.utils import _pytree as pytree
 
+from gainstage.capture.provenance import user_frames
 from gainstage.capture.refusal import refusal
 from gainstage.errors import InputError
 from gainstage.graph.flatten import tensor_leaves
@@ -57,8 +61,7 @@ def export(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -
     """
     _check_arguments(model, args, kwargs)
     fed_args, fed_kwargs, originals = _on_device_of(model, args, dict(kwargs))
-    with _untouched(model), _marked_calls(model), _plain_attention(), torch.enable_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of changes to come in torch itself, which no user can avoid
+    with _untouched(model), _marked_calls(model), _plain_attention(), _all_user_frames(), torch.enable_grad(), _quiet():
         try:
             program = torch.export.export(model, fed_args, fed_kwargs, strict=False)
         except Exception as error:
@@ -69,8 +72,7 @@ def export(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -
 
 def decompose(exported: Exported) -> Exported:
     """The same program after torch's functionalisation, with all operations kept as they are; marks are lost."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with _quiet():
         return Exported(exported.program.run_decompositions({}), exported.inputs)
 
 
@@ -135,6 +137,16 @@ def _untouched(model: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Hold back warnings of changes to come in torch itself, and the graph that it prints when it fails."""
+    printed = io.StringIO()
+    with warnings.catch_warnings(), contextlib.redirect_stderr(printed):
+        warnings.simplefilter("ignore")
+        yield
+    sys.stderr.write(printed.getvalue())  # reached on success only: what the model itself had to say
+
+
+@contextlib.contextmanager
 def _plain_attention() -> Iterator[None]:
     """Keep torch.nn's transformers from merging a layer into one inference operation, and from looking into a mask.
 
@@ -148,6 +160,17 @@ def _plain_attention() -> Iterator[None]:
     finally:
         torch.backends.mha.set_fastpath_enabled(enabled)
         transformer._detect_is_causal_mask = detect
+
+
+@contextlib.contextmanager
+def _all_user_frames() -> Iterator[None]:
+    """Let nodes remember the innermost line of the user's code; torch keeps only the lines of functions named forward."""
+    original = TracerBase._filter_traceback_frames
+    TracerBase._filter_traceback_frames = lambda _tracer, frames: user_frames(frames)  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        TracerBase._filter_traceback_frames = original  # type: ignore[method-assign]
 
 
 @contextlib.contextmanager

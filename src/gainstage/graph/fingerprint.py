@@ -14,13 +14,15 @@ def fingerprint(graph: Graph) -> str:
         graph: a captured model.
 
     Returns:
-        64 hexadecimal digits. Batch size, values and the mode of dropout do not enter.
+        64 hexadecimal digits. Batch size, values, device and mode (train or eval) do not enter: operations without
+        parameters may differ between a meta build and a real one (a copy to contiguous memory).
     """
     digest = hashlib.sha256()
     for info in graph.parameters.values():
         digest.update(repr((info.name, info.aliases, info.shape, str(info.dtype))).encode())
     parameter_of = {node.name: node.parameter for node in graph.nodes if node.kind is NodeKind.PARAMETER}
     for node in graph.nodes:
-        if node.kind is NodeKind.OP:
-            digest.update(repr((node.op_name, [parameter_of[name] for name in node.operands() if name in parameter_of])).encode())
+        read = [parameter_of[name] for name in node.operands() if name in parameter_of]
+        if read:
+            digest.update(repr((node.op_name, read)).encode())
     return digest.hexdigest()
