@@ -1,0 +1,7 @@
+"""Writing parameters: counter-based random numbers, the families' values, and all-or-nothing writing."""
+
+from gainstage.apply.draw import draw_range
+from gainstage.apply.stream import Stream, stream_of
+from gainstage.apply.write import apply
+
+__all__ = ["Stream", "apply", "draw_range", "stream_of"]

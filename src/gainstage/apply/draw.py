@@ -1,0 +1,118 @@
+"""Values of the families: entry by entry for any range of elements, or as a whole matrix for the orthogonal ones."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from gainstage.apply.normal import cut_normal_32, normal_32, normal_64
+from gainstage.apply.stream import Stream
+from gainstage.plan import Distribution, Family
+
+# Entries computed at once: the operands of one step stay in a core's cache.
+_PIECE = 2**18
+
+_CUT = 2.0  # deviations of the parent normal
+_WIDTH = math.erf(_CUT / math.sqrt(2))  # probability between the cuts
+# Variance of a normal cut at +-c, over that of its parent: 1 - 2 c phi(c) / (Phi(c) - Phi(-c)).
+_CUT_VARIANCE = 1 - 2 * _CUT * math.exp(-(_CUT**2) / 2) / math.sqrt(2 * math.pi) / _WIDTH
+
+
+def draw_range(
+    distribution: Distribution, stream: Stream, start: int, stop: int, out: NDArray[Any] | None = None
+) -> NDArray[Any]:
+    """Entries ``start <= k < stop`` of a parameter, in its row-major order.
+
+    The result is the same slice of what a call for the whole parameter returns. In single precision an entry takes 32 random
+    bits, in double precision 64, so the two differ beyond rounding. Half-precision parameters are the
+    single-precision values, rounded.
+
+    Args:
+        distribution: any family whose entries are independent, or constant.
+        stream: the parameter's random bits.
+        start: first entry.
+        stop: one past the last entry.
+        out: where to put them, contiguous float32 or float64; a new float32 array by default.
+
+    Returns:
+        ``out``.
+    """
+    assert not distribution.family.is_matrix
+    assert distribution.family is not Family.KEEP
+    if out is None:
+        out = np.empty(stop - start, np.float32)
+    if distribution.family is Family.CONSTANT:
+        out.fill(distribution.mean)
+        return out
+    scratch = np.empty((2, min(_PIECE, stop - start)), np.float32)
+    for begin in range(start, stop, _PIECE):
+        end = min(begin + _PIECE, stop)
+        piece = out[begin - start : end - start]
+        words = stream.uniform_bits(begin, end, 8 * out.itemsize).view(f"i{out.itemsize}")
+        _draw_centred(distribution, words, piece, scratch)
+        if distribution.mean:
+            piece += out.dtype.type(distribution.mean)
+    return out
+
+
+def _draw_centred(distribution: Distribution, words: NDArray[Any], out: NDArray[Any], scratch: NDArray[np.float32]) -> None:
+    """Fill ``out`` with values of mean zero."""
+    std = distribution.std
+    single = out.dtype == np.float32
+    if distribution.family is Family.NORMAL:
+        if single:
+            normal_32(words, std, out, scratch)
+        else:
+            np.multiply(normal_64(words), std, out=out)
+    elif distribution.family is Family.TRUNCATED_NORMAL:
+        parent = std / math.sqrt(_CUT_VARIANCE)
+        if single:
+            cut_normal_32(words, _WIDTH, parent, out, scratch)
+        else:
+            np.multiply(normal_64(words, _WIDTH), parent, out=out)
+        np.clip(out, -_CUT * parent, _CUT * parent, out=out)  # rounding must not step over the cut
+    else:
+        assert distribution.family is Family.UNIFORM
+        np.copyto(out, words, casting="unsafe")
+        out *= out.dtype.type(math.sqrt(12) * std * 2.0 ** (-8 * out.itemsize))
+
+
+def draw_matrix(distribution: Distribution, normals: torch.Tensor, output_dims: Sequence[int]) -> torch.Tensor:
+    """A matrix with orthonormal rows or columns, scaled; uniform (Haar) among all such matrices.
+
+    QR of a Gaussian matrix, with the signs of R's diagonal moved into Q (F. Mezzadri 2007, arXiv:math-ph/0609050, section 5). In
+    the centre tap of a kernel only for the delta-orthogonal family (L. Xiao et al. 2018, arXiv:1806.05393, section 3).
+
+    Args:
+        distribution: an orthogonal family; ``std**2`` is the mean over the squares of all entries.
+        normals: standard normal values in the shape of the result.
+        output_dims: dimensions of the result that form the rows of the matrix.
+
+    Returns:
+        float64 tensor in the shape of ``normals``.
+    """
+    gaussian: torch.Tensor = normals.double()
+    centre: tuple[Any, ...] = ()
+    if distribution.family is Family.DELTA_ORTHOGONAL:
+        centre = (..., *(size // 2 for size in normals.shape[2:]))
+        gaussian = gaussian[centre]
+    order = [*output_dims, *(dim for dim in range(gaussian.dim()) if dim not in output_dims)]
+    permuted = gaussian.permute(order)
+    rows = math.prod(permuted.shape[: len(output_dims)])
+    matrix = permuted.reshape(rows, -1)
+    columns = matrix.shape[1]
+    q, r = torch.linalg.qr(matrix if rows >= columns else matrix.T)
+    q *= torch.where(r.diagonal() < 0, -1.0, 1.0)
+    # Unit columns of length max(rows, columns): the mean square of an entry of q is one over that.
+    q *= distribution.std * math.sqrt(max(rows, columns))
+    entries = (q if rows >= columns else q.T).reshape(permuted.shape).permute(*(order.index(dim) for dim in range(len(order))))
+    if not centre:
+        return entries
+    kernel = torch.zeros_like(normals, dtype=torch.float64)
+    kernel[centre] = entries * math.sqrt(math.prod(normals.shape[2:]))
+    return kernel

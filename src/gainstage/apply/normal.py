@@ -1,0 +1,222 @@
+"""The quantile function of the normal distribution, from random integers, alike to the last bit on every machine.
+
+Only +, -, *, / and the square root are used, one NumPy call each: IEEE 754 fixes their results, where a library's logarithm
+or a fused multiply-add depends on the processor. An integer ``w`` of ``b`` bits, taken as signed, stands for the
+probability 1/2 + q with ``q = (w + 1/2) / 2^b``; the distance of ``q`` from the nearer end is known exactly, so tails are as
+accurate as the centre. With 32 bits values reach 6.3 deviations, with 53 bits 8.3.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+# benchmarks/fit_normal_quantile.py: z = q (k + a1 / (r + b1 + a2 / (r + b2 + a3 / (r + b3 + a4 / (r + b4))))), where
+# r = CENTRE^2 - q^2, with a relative error of 7.1e-8 for r >= 0.
+CENTRE = 0.4775
+_K = 0.8593614854
+_AB = (
+    (1.405480037, 0.7905859588),
+    (-0.07892878469, 0.2609598062),
+    (-0.003626762897, 0.08319174434),
+    (-0.0002396072755, 0.03561058013),
+)
+
+# M. J. Wichura 1988, "Algorithm AS 241: the percentage points of the normal distribution", PPND16: relative error 1e-16.
+# Centre |q| <= 0.425 in 0.180625 - q^2; tails in r = sqrt(-log(tail mass)), up to and beyond r = 5.
+_CENTRE_64 = 0.425
+_A = (
+    3.3871328727963666080e0, 1.3314166789178437745e2, 1.9715909503065514427e3, 1.3731693765509461125e4,
+    4.5921953931549871457e4, 6.7265770927008700853e4, 3.3430575583588128105e4, 2.5090809287301226727e3,
+)  # fmt: skip
+_B = (
+    1.0, 4.2313330701600911252e1, 6.8718700749205790830e2, 5.3941960214247511077e3,
+    2.1213794301586595867e4, 3.9307895800092710610e4, 2.8729085735721942674e4, 5.2264952788528545610e3,
+)  # fmt: skip
+_C = (
+    1.42343711074968357734e0, 4.63033784615654529590e0, 5.76949722146069140550e0, 3.64784832476320460504e0,
+    1.27045825245236838258e0, 2.41780725177450611770e-1, 2.27238449892691845833e-2, 7.74545014278341407640e-4,
+)  # fmt: skip
+_D = (
+    1.0, 2.05319162663775882187e0, 1.67638483018380384940e0, 6.89767334985100004550e-1,
+    1.48103976427480074590e-1, 1.51986665636164571966e-2, 5.47593808499534494600e-4, 1.05075007164441684324e-9,
+)  # fmt: skip
+_E = (
+    6.65790464350110377720e0, 5.46378491116411436990e0, 1.78482653991729133580e0, 2.96560571828504891230e-1,
+    2.65321895265761230930e-2, 1.24266094738807843860e-3, 2.71155556874348757815e-5, 2.01033439929228813265e-7,
+)  # fmt: skip
+_F = (
+    1.0, 5.99832206555887937690e-1, 1.36929880922735805310e-1, 1.48753612908506148525e-2,
+    7.86869131145613259100e-4, 1.84631831751005468180e-5, 1.42151175831644588870e-7, 2.04426310338993978564e-15,
+)  # fmt: skip
+
+# Single-precision tails: parabolas on each 64th of an octave of the tail mass, whose relative error is below 1e-7.
+_TAIL_BITS = 6
+
+_LOG_2 = 0.6931471805599453
+_HALF_ROOT = 0.7071067811865476
+
+
+def normal_32(words: NDArray[np.int32], scale: float, out: NDArray[np.float32], scratch: NDArray[np.float32]) -> None:
+    """Normal values of standard deviation ``scale`` in single precision, within a millionth of ``scale``.
+
+    Args:
+        words: signed random integers.
+        scale: standard deviation.
+        out: one value for each word.
+        scratch: two rows at least as long; new memory would take as long as the arithmetic.
+    """
+    np.copyto(out, words, casting="unsafe")
+    out *= np.float32(2.0**-32)
+    r = _central_quantile(out, scale, scratch)
+    outside = np.flatnonzero(r < 0)
+    tails = np.copysign(_tail_32(words[outside]), out[outside])
+    tails *= np.float32(scale)
+    out[outside] = tails
+
+
+def cut_normal_32(
+    words: NDArray[np.int32], width: float, scale: float, out: NDArray[np.float32], scratch: NDArray[np.float32]
+) -> None:
+    """Normal values between the quantiles ``1/2 - width/2`` and ``1/2 + width/2``, in single precision.
+
+    Args:
+        words: signed random integers.
+        width: probability between the cuts, at most ``2 * CENTRE``.
+        scale: standard deviation before the cut.
+        out: one value for each word.
+        scratch: as for :func:`normal_32`.
+    """
+    assert width <= 2 * CENTRE
+    np.copyto(out, words, casting="unsafe")
+    out *= np.float32(2.0**-32 * width)
+    _central_quantile(out, scale, scratch)
+
+
+def _central_quantile(q: NDArray[np.float32], scale: float, scratch: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Put ``scale`` times the quantile at 1/2 + q in the place of q; returns r, negative where q is beyond the centre."""
+    r: NDArray[np.float32] = scratch[0, : q.size]
+    fraction = scratch[1, : q.size]
+    np.multiply(q, q, out=r)
+    np.subtract(np.float32(CENTRE * CENTRE), r, out=r)
+    (a, b), *outer = reversed(_AB)
+    np.add(r, np.float32(b), out=fraction)
+    for next_a, next_b in outer:
+        np.divide(np.float32(a), fraction, out=fraction)
+        fraction += r
+        fraction += np.float32(next_b)
+        a = next_a
+    np.divide(np.float32(a * scale), fraction, out=fraction)
+    fraction += np.float32(_K * scale)
+    q *= fraction
+    return r
+
+
+def _tail_32(words: NDArray[np.int32]) -> NDArray[np.float32]:
+    """``|z|`` of words beyond the centre, by interpolation in :func:`_tail_table`."""
+    constant, linear, square = _tail_table()
+    # Words from the end, counted from 0: w or -1-w less than the largest. Half a word more is the tail mass.
+    from_end = np.iinfo(np.int32).max - (words ^ (words >> 31))
+    mass = from_end.astype(np.float32)
+    mass += np.float32(0.5)
+    bits = mass.view(np.int32)
+    shift = 23 - _TAIL_BITS
+    position = (bits & ((1 << shift) - 1)).astype(np.float32)
+    index = (bits >> shift) - _first_segment()
+    value: NDArray[np.float32] = square[index] * position
+    value += linear[index]
+    value *= position
+    value += constant[index]
+    return value
+
+
+def _first_segment() -> int:
+    """Leading bits of the least tail mass, half a word."""
+    return int(np.float32(0.5).view(np.int32)) >> (23 - _TAIL_BITS)
+
+
+@cache
+def _tail_table() -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.float32]]:
+    """Coefficients of ``|z|`` in the lower bits of the tail mass, a single-precision number of words, for its leading bits.
+
+    The parabola goes through the double-precision quantile at the Chebyshev nodes of the segment.
+    """
+    shift = 23 - _TAIL_BITS
+    last = int(np.float32(2.0**31 * (1 - 2 * CENTRE) + 256).view(np.int32)) >> shift
+    starts = np.arange(_first_segment(), last + 1, dtype=np.int32) << shift
+    low = starts.view(np.float32).astype(np.float64)
+    width = (starts + (1 << shift)).view(np.float32) - low
+    left, middle, right = ((1 - root) / 2 for root in (math.sqrt(0.75), 0.0, -math.sqrt(0.75)))
+    z_left, z_middle, z_right = (_tail_quantile((low + width * node) * 2.0**-32) for node in (left, middle, right))
+    # Newton's divided differences, then powers of the position in the segment (from 0 to 1).
+    first = (z_middle - z_left) / (middle - left)
+    second = ((z_right - z_middle) / (right - middle) - first) / (right - left)
+    constant = z_left - first * left + second * left * middle
+    linear = first - second * (left + middle)
+    unit = 2.0**-shift
+    return constant.astype(np.float32), (linear * unit).astype(np.float32), (second * unit * unit).astype(np.float32)
+
+
+def normal_64(words: NDArray[np.int64], width: float = 1.0) -> NDArray[np.float64]:
+    """Standard normal values in double precision from the leading 53 bits, relative error about 1e-15.
+
+    Args:
+        words: signed random integers.
+        width: probability between the quantiles at which the normal is cut; 1 for the whole.
+    """
+    q: NDArray[np.float64] = ((words >> 11) + 0.5) * 2.0**-53
+    tail = 0.5 - np.abs(q)  # exact: both have at most 54 bits after the point
+    if width < 1:
+        q *= width
+        tail = 0.5 - np.abs(q)
+    out = np.empty_like(q)
+    near = np.abs(q) <= _CENTRE_64
+    centre = q[near]
+    r = 0.180625 - centre * centre
+    out[near] = centre * _horner(_A, r) / _horner(_B, r)
+    far = ~near
+    out[far] = np.copysign(_tail_quantile(tail[far]), q[far])
+    return out
+
+
+def _tail_quantile(mass: NDArray[np.float64]) -> NDArray[np.float64]:
+    """``|z|`` where the normal has probability ``mass`` beyond it, for masses below 0.075 (AS 241)."""
+    r = np.sqrt(-portable_log(mass))
+    near = r - 1.6
+    out: NDArray[np.float64] = _horner(_C, near) / _horner(_D, near)
+    beyond = np.flatnonzero(r > 5)
+    if beyond.size:
+        far = r[beyond] - 5
+        out[beyond] = _horner(_E, far) / _horner(_F, far)
+    return out
+
+
+def portable_log(x: NDArray[np.float64]) -> NDArray[np.float64]:
+    """``log(2^e m) = e log 2 + 2 (s + s^3/3 + s^5/5 + ...)``, ``s = (m-1)/(m+1)``, ``sqrt(1/2) <= m < sqrt(2)``.
+
+    The series is cut where ``s <= 0.172`` makes its terms smaller than double precision.
+    """
+    m, e = np.frexp(x)
+    low = m < _HALF_ROOT
+    m[low] *= 2
+    exponent = e - low
+    s = (m - 1) / (m + 1)
+    series = _horner([1 / (2 * k + 1) for k in range(11)], s * s)
+    result: NDArray[np.float64] = exponent * _LOG_2 + 2 * s * series
+    return result
+
+
+def _horner(coefficients: Sequence[float], x: NDArray[Any]) -> NDArray[Any]:
+    """Polynomial in ``x``, lowest coefficient first, in the type of ``x``."""
+    *lower, leading = (x.dtype.type(c) for c in coefficients)
+    out: NDArray[Any] = np.multiply(x, leading)
+    for index, coefficient in enumerate(reversed(lower)):
+        if index:
+            out *= x
+        out += coefficient
+    return out

@@ -1,0 +1,66 @@
+"""Counter-based random bits: a function of seed, parameter name and element index, and of nothing else.
+
+Every parameter has a stream of its own, Philox4x64-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3")
+under a key hashed from the seed and the name. Word ``w`` of the stream is word ``w % 4`` of the block with counter
+``w // 4``, so any range can be computed alone: on another thread, another rank, in another order.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+# Hashed into every key. Whatever changes the value of an element for a given seed must change this number.
+STREAM_VERSION = 1
+
+_WORDS_PER_BLOCK = 4
+_COUNTERS = 2**256
+
+
+@dataclass(frozen=True, slots=True)
+class Stream:
+    """The random bits of one parameter.
+
+    Args:
+        key: 128 bits, the Philox key; see :func:`stream_of`.
+    """
+
+    key: int
+
+    def uniform_bits(self, start: int, stop: int, bits: int = 32) -> NDArray[Any]:
+        """Uniform integers of the elements ``start <= k < stop``.
+
+        Args:
+            start: first element, counted from 0.
+            stop: one past the last element.
+            bits: 64, one word of the stream per element, or 32, two elements per word, the low half first.
+
+        Returns:
+            unsigned integers of that many bits, one for each element.
+        """
+        assert 0 <= start <= stop
+        assert bits in {32, 64}
+        per_block = _WORDS_PER_BLOCK * 64 // bits
+        block = start // per_block
+        count = -(-stop // per_block) - block
+        # NumPy steps the counter before it computes a block, so that its first block is that of the next counter.
+        generator = np.random.Philox(key=self.key, counter=(block - 1) % _COUNTERS)
+        words = generator.random_raw(count * _WORDS_PER_BLOCK)
+        numbers = words.astype("<u8", copy=False).view(f"<u{bits // 8}")  # in memory, the low half of a word comes first
+        offset = block * per_block
+        return numbers[start - offset : stop - offset].astype(f"u{bits // 8}", copy=False)
+
+
+def stream_of(seed: int, name: str) -> Stream:
+    """The stream of a parameter.
+
+    Args:
+        seed: any integer.
+        name: canonical name of the parameter.
+    """
+    label = f"gainstage {STREAM_VERSION}\0{seed}\0{name}".encode("utf-8", "surrogatepass")
+    return Stream(int.from_bytes(hashlib.blake2b(label, digest_size=16).digest(), "little"))
