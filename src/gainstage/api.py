@@ -30,13 +30,14 @@ class Sources:
 
     def source(self, node: Node) -> Value:
         """Input: measured, or standard normal."""
-        assert node.meta is not None and not isinstance(node.meta, tuple)
+        assert node.meta is not None
+        assert not isinstance(node.meta, tuple)
         return input_value(node.name, self.inputs.get(node.name), node.meta.shape)
 
 
 def inspect(model: nn.Module, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None) -> Trace:
     """Predict every tensor of the model at its present parameters; change nothing."""
     graph = capture(model, args, kwargs)
-    named = {name: p for name, p in model.named_parameters()}
+    named = dict(model.named_parameters())
     sources = Sources(graph, parameter_moments({n: named[n] for n in graph.parameters}), {})
     return build_trace(graph, propagate(graph, sources.parameter, sources.source))

@@ -110,7 +110,9 @@ def draw_matrix(distribution: Distribution, normals: torch.Tensor, output_dims: 
     q *= torch.where(r.diagonal() < 0, -1.0, 1.0)
     # Unit columns of length max(rows, columns): the mean square of an entry of q is one over that.
     q *= distribution.std * math.sqrt(max(rows, columns))
-    entries = (q if rows >= columns else q.T).reshape(permuted.shape).permute(*(order.index(dim) for dim in range(len(order))))
+    entries: torch.Tensor = (
+        (q if rows >= columns else q.T).reshape(permuted.shape).permute(*(order.index(dim) for dim in range(len(order))))
+    )
     if not centre:
         return entries
     kernel = torch.zeros_like(normals, dtype=torch.float64)

@@ -169,7 +169,7 @@ def normal_64(words: NDArray[np.int64], width: float = 1.0) -> NDArray[np.float6
         words: signed random integers.
         width: probability between the quantiles at which the normal is cut; 1 for the whole.
     """
-    q: NDArray[np.float64] = ((words >> 11) + 0.5) * 2.0**-53
+    q: NDArray[np.float64] = np.asarray(((words >> 11) + 0.5) * 2.0**-53, np.float64)
     tail = 0.5 - np.abs(q)  # exact: both have at most 54 bits after the point
     if width < 1:
         q *= width

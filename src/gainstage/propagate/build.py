@@ -24,9 +24,7 @@ def build_trace(graph: Graph, values: Mapping[str, Any]) -> Trace:
         if node.kind is NodeKind.PARAMETER and node.parameter is not None and isinstance(values.get(node.name), Value)
     }
     sampled = tuple(node.name for node in graph.nodes if is_sampled(node))
-    return Trace(
-        graph=graph, nodes=signals, calls=calls, parameters=parameters, sampled=sampled, assumptions=graph.assumptions
-    )
+    return Trace(graph=graph, nodes=signals, calls=calls, parameters=parameters, sampled=sampled, assumptions=graph.assumptions)
 
 
 def _has_signal(value: Value) -> bool:

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 
 from gainstage.errors import GainstageError, UnsupportedOpError
@@ -50,8 +51,6 @@ def constant_value(tensor: torch.Tensor) -> Value:
     """Value of a known tensor; integers are carried, not measured."""
     if tensor.is_floating_point():
         return known(tensor)
-    import numpy as np
-
     dims = new_dims(tuple(tensor.shape))
     table = np.zeros((2,) * sum(len(dim) for dim in dims))
     return Value(dims=dims, mean=0.0, table=table, marginal=Marginal(object(), lambda: np.zeros(1025)), constant=tensor)

@@ -14,6 +14,7 @@ from gainstage.graph import Node
 from gainstage.rules import Call
 from gainstage.signal import Value
 from gainstage.signal.axes import axes_of, new_dims
+from gainstage.signal.quadrature import cumulative
 from gainstage.signal.sampling import draw, pooled
 from gainstage.signal.value import Marginal
 
@@ -84,8 +85,6 @@ def _pooled_value(draws: list[Any], lineage: int, stray: float) -> Value | None:
     entries = torch.cat([sample.reshape(-1)[:: max(sample.numel() // 8192, 1)] for sample in draws]).double().numpy()
 
     def values() -> Any:
-        from gainstage.signal.quadrature import cumulative
-
         return np.quantile(entries, cumulative())
 
     return Value(

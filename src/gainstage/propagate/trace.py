@@ -48,7 +48,7 @@ class Signal:
     @property
     def spread(self) -> float:
         """Predicted deviation of the log second moment from one draw of the weights to another."""
-        return float((self.value.log_variance + self.value.fluctuation()) ** 0.5)
+        return float(np.sqrt(self.value.log_variance + self.value.fluctuation()))
 
     def cosine(self, axis: int) -> float:
         """``E[x_i x_j] / E[x^2]`` for entries that differ in one dimension only.
@@ -83,7 +83,9 @@ class Signal:
 
     def __repr__(self) -> str:
         """One line."""
-        return f"Signal(shape={self.shape}, mean={self.mean:.4g}, second_moment={self.second_moment:.4g}, spread={self.spread:.2g})"
+        return (
+            f"Signal(shape={self.shape}, mean={self.mean:.4g}, second_moment={self.second_moment:.4g}, spread={self.spread:.2g})"
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,7 +136,8 @@ class Trace:
         return {
             "training": self.training,
             "modules": [
-                {"path": c.path, "call": c.call, "type": c.module_type, "outputs": [s.to_dict() for s in c.outputs]} for c in self.calls
+                {"path": c.path, "call": c.call, "type": c.module_type, "outputs": [s.to_dict() for s in c.outputs]}
+                for c in self.calls
             ],
             "parameters": {name: {"second_moment": p.second_moment} for name, p in self.parameters.items()},
             "sampled": list(self.sampled),

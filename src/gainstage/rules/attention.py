@@ -8,7 +8,7 @@ import torch
 
 from gainstage.rules.elementwise import exclude
 from gainstage.rules.registry import Call, rule
-from gainstage.signal import Value, affine, combine, contract, dropout, expand, reshape, softmax
+from gainstage.signal import Value, affine, combine, contract, dropout, expand, known, reshape, softmax
 
 aten = torch.ops.aten
 LETTERS = "abcdefgh"
@@ -47,8 +47,6 @@ def masked(logits: Value, mask: Value) -> Value:
 
 def add_mask(logits: Value, mask: Value) -> Value:
     """Add a known float mask: its very negative entries exclude, the rest is added."""
-    from gainstage.signal import known
-
     assert mask.constant is not None
     data = mask.constant
     valid = data > -1e3

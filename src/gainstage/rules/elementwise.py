@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from gainstage.rules.registry import Call, binary, elementwise, identity, pointwise, rule
-from gainstage.signal import Value, affine, apply, combine, cross_table, known
+from gainstage.signal import Value, affine, apply, combine, known, take
+from gainstage.signal.value import Marginal
 
 aten = torch.ops.aten
 
@@ -72,7 +73,7 @@ identity(
     aten._to_copy.default,
     aten.type_as.default,
     aten.lift_fresh_copy.default,
-    aten.float.default if hasattr(aten, "float") else aten.positive.default,
+    aten.positive.default,
 )
 
 
@@ -132,7 +133,7 @@ def masked_fill(call: Call, x: Value, mask: Value, value: float) -> Value:
 def masked_fill_tensor(call: Call, x: Value, mask: Value, value: Any) -> Value:
     """As :func:`masked_fill`."""
     assert mask.constant is not None
-    return exclude(x, ~mask.constant.bool(), float(value.constant) if isinstance(value, Value) else float(value))
+    return exclude(x, ~mask.constant.bool(), value.mean if isinstance(value, Value) else float(value))
 
 
 def exclude(x: Value, valid: torch.Tensor, value: float) -> Value:
@@ -169,8 +170,6 @@ def _constant_number(x: Value) -> float | None:
 @rule(aten.glu.default)
 def gated_linear_unit(call: Call, x: Value, dim: int = -1) -> Value:
     """``a sigmoid(b)`` for the two halves of x."""
-    from gainstage.signal import take
-
     half = x.shape[dim] // 2
     gate = apply(torch.sigmoid, take(x, dim, half, 2 * half))
     return binary(torch.mul, take(x, dim, 0, half), replace(gate, marginal=_apart(gate)))
@@ -178,9 +177,4 @@ def gated_linear_unit(call: Call, x: Value, dim: int = -1) -> Value:
 
 def _apart(x: Value) -> Any:
     """Two halves of one tensor are different entries of it: their latents are not the same."""
-    from gainstage.signal.value import Marginal
-
     return Marginal(object(), lambda: x.marginal.values)
-
-
-__all__ = ["cross_table", "exclude"]

@@ -26,7 +26,9 @@ def indexed(call: Call, x: Value, indices: Sequence[Value | None]) -> Value:
     dims = [d for d, index in enumerate(indices) if index is not None]
     picked = [index.constant for index in indices if index is not None]
     assert all(index is not None for index in picked)
-    tensors = torch.broadcast_tensors(*[index for index in picked if index is not None])
+    known = [index for index in picked if index is not None]
+    shape = torch.broadcast_shapes(*[index.shape for index in known])
+    tensors = [index.expand(shape) for index in known]
     first = dims[0]
     assert dims == list(range(first, first + len(dims)))
     sizes = [x.shape[d] for d in dims]

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from gainstage.rules.registry import Call, rule
-from gainstage.signal import Value, affine, combine, contract, convolve, expand, permute, reshape
+from gainstage.signal import Value, affine, combine, contract, convolve, expand, mean_over, permute, reshape
 
 aten = torch.ops.aten
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
@@ -69,8 +69,6 @@ def einsum(call: Call, equation: str, operands: Sequence[Value], *, path: Any = 
     inputs, output = _expanded(equation.replace(" ", ""), [len(x.dims) for x in operands])
     value, labels = operands[0], inputs[0]
     if len(operands) == 1:
-        from gainstage.signal import mean_over
-
         for label in [c for c in labels if c not in output]:
             d = labels.index(label)
             size = value.shape[d]

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 
+from gainstage.rules.reduction import total
 from gainstage.rules.registry import Call, rule
-from gainstage.signal import Value, affine, apply, combine, normalise, reshape
+from gainstage.signal import Value, apply, combine, normalise, reshape
 
 aten = torch.ops.aten
 
@@ -80,11 +80,6 @@ def vector_norm(
     call: Call, x: Value, order: float = 2, dim: Sequence[int] | None = None, keepdim: bool = False, dtype: object = None
 ) -> Value:
     """``(sum |x|^p)^(1/p)``: a statistic of x that hardly fluctuates."""
-    from gainstage.rules.reduction import total
-
     powered = apply(lambda t: t.abs() ** order, x)
     summed = total(powered, dim, keepdim)
     return apply(lambda t: t.clamp_min(0) ** (1.0 / order), summed)
-
-
-_ = (affine, replace)

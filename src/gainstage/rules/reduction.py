@@ -11,21 +11,21 @@ import torch
 
 from gainstage.rules.linear import per_dim
 from gainstage.rules.registry import Call, rule
-from gainstage.signal import Value, affine, apply, filter_dim, max_over, mean_over, reshape, softmax
+from gainstage.signal import Value, affine, apply, combine, filter_dim, max_over, mean_over, reshape, softmax
 
 aten = torch.ops.aten
 
 
 def average(x: Value, dims: Sequence[int] | None, keepdim: bool) -> Value:
     """Mean over dimensions."""
-    chosen = [d % len(x.dims) for d in (dims if dims else range(len(x.dims)))]
+    chosen = [d % len(x.dims) for d in (dims or range(len(x.dims)))]
     y = mean_over(x, [axis for d in chosen for axis in x.dims[d]])
     return y if keepdim else reshape(y, [n for d, n in enumerate(y.shape) if d not in chosen])
 
 
 def total(x: Value, dims: Sequence[int] | None, keepdim: bool) -> Value:
     """Sum over dimensions."""
-    chosen = [d % len(x.dims) for d in (dims if dims else range(len(x.dims)))]
+    chosen = [d % len(x.dims) for d in (dims or range(len(x.dims)))]
     return affine(average(x, chosen, keepdim), float(prod(x.shape[d] for d in chosen)))
 
 
@@ -56,8 +56,6 @@ def summed_all(call: Call, x: Value, *, dtype: object = None) -> Value:
 @rule(aten.var.correction, aten.var.dim)
 def variance(call: Call, x: Value, dim: Any = None, unbiased: Any = None, keepdim: bool = False, correction: Any = 1) -> Value:
     """Mean square of what is left when the mean over the dimensions is taken off."""
-    from gainstage.signal import combine
-
     centred = combine(torch.sub, x, average(x, dim, True))
     return average(apply(torch.square, centred), dim, keepdim)
 
@@ -79,8 +77,8 @@ def averaging(size: int, kernel: int, stride: int, padding: int, outputs: int, i
 
 @rule(aten.avg_pool1d.default, aten.avg_pool2d.default, aten.avg_pool3d.default)
 def average_pool(
-    call: Call, x: Value, kernel: Any, stride: Any = (), padding: Any = 0, ceil_mode: bool = False, count_include_pad: bool = True,
-    divisor_override: int | None = None,
+    call: Call, x: Value, kernel: Any, stride: Any = (), padding: Any = 0, ceil_mode: bool = False,
+    count_include_pad: bool = True, divisor_override: int | None = None,
 ) -> Value:  # fmt: skip
     """Average over windows."""
     rank = len(list(kernel)) if len(list(kernel)) > 1 else len(x.dims) - 2

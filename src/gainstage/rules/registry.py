@@ -1,7 +1,8 @@
 """The registry of rules: one for each op overload, keyed by the op object, so that a typo fails at import.
 
-Ask first for the mathematical class of an op: :func:`pointwise`, :func:`elementwise`, :func:`identity`. Most ops are then one line.
-A rule is a function of a :class:`Call` and of the op's own arguments, with :class:`~gainstage.signal.Value` in the place of tensors.
+Ask first for the mathematical class of an op: :func:`pointwise`, :func:`elementwise`, :func:`identity`. Most ops are
+then one line. A rule is a function of a :class:`Call` and of the op's own arguments, with :class:`~gainstage.signal.Value` in the
+place of tensors.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ class Call:
     @property
     def shape(self) -> tuple[int, ...]:
         """Shape of the first result."""
-        assert self.shapes and self.shapes[0] is not None
+        assert self.shapes
+        assert self.shapes[0] is not None
         return self.shapes[0]
 
 

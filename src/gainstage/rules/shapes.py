@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,8 @@ import torch
 from gainstage.rules.registry import Call, rule
 from gainstage.signal import Value, expand, filter_dim, join, permute, reorder, reshape, select, take
 from gainstage.signal.axes import Axis
+from gainstage.signal.movement import map_tables, merge_dim
+from gainstage.signal.value import Marginal
 
 aten = torch.ops.aten
 
@@ -102,7 +105,7 @@ def selected(call: Call, x: Value, dim: int, index: int) -> Value:
 def _pieces(x: Value, sizes: Sequence[int], dim: int) -> tuple[Value, ...]:
     """Consecutive ranges; each is other entries of the tensor, so each has a latent of its own."""
     bounds = np.cumsum([0, *sizes])
-    return tuple(take(x, dim, int(a), int(b)) for a, b in zip(bounds[:-1], bounds[1:], strict=True))
+    return tuple(take(x, dim, int(a), int(b)) for a, b in pairwise(bounds))
 
 
 @rule(aten.chunk.default, aten.split.Tensor, aten.split_with_sizes.default, aten.split.sizes, aten.tensor_split.sections)
@@ -120,9 +123,9 @@ def unbound(call: Call, x: Value, dim: int = 0) -> tuple[Value, ...]:
 
 
 def _apart(x: Value, index: int) -> Value:
-    from gainstage.signal.value import Marginal
-
-    return x if index == 0 else replace(x, marginal=Marginal(object(), lambda: x.marginal.values), source=object(), amplitude=None)
+    return (
+        x if index == 0 else replace(x, marginal=Marginal(object(), lambda: x.marginal.values), source=object(), amplitude=None)
+    )
 
 
 @rule(aten.cat.default, aten.concat.default)
@@ -149,8 +152,6 @@ def rolled(call: Call, x: Value, shifts: Sequence[int], dims: Sequence[int] = ()
 
 
 def _rolled(x: Value, dim: int, shift: int) -> Value:
-    from gainstage.signal.movement import map_tables, merge_dim
-
     if not x.dims[dim]:
         return x
     x = merge_dim(x, dim)

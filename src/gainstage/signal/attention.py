@@ -1,6 +1,7 @@
 """Softmax and attention.
 
-For n independent Gaussian logits of variance s^2 the expected sum of squared probabilities is, exactly (the gamma integral of 1/Z^2),
+For n independent Gaussian logits of variance s^2 the expected sum of squared probabilities is, exactly
+(the gamma integral of 1/Z^2),
 
     E sum p^2 = n  int_0^inf t E[exp(2 l - t e^l)] E[exp(-t e^l)]^(n-1) dt,
 
@@ -15,10 +16,10 @@ from functools import lru_cache
 import numpy as np
 import torch
 
+from gainstage.signal.linear import standardised
 from gainstage.signal.movement import expand, merge_dim, refine
-from gainstage.signal.linear import _standardised
 from gainstage.signal.quadrature import Array, nodes, weights
-from gainstage.signal.value import Marginal, Value, measured
+from gainstage.signal.value import Marginal, Value, gaussian, measured
 
 
 @lru_cache(maxsize=4096)
@@ -63,21 +64,21 @@ def softmax(x: Value, dim: int) -> Value:
         overlap = np.full_like(within, 1.0 / size**2)
     else:
         overlap = np.take(uniform, 1, axis=position)
-        rho = _fit(x, dim, position, variance)
+        rho = _fit(x, position, variance)
     matched = overlap * gain**rho
     rest = (1.0 - size * matched) / (size * (size - 1.0)) if size > 1 else matched
     table = np.stack([rest, matched], axis=position)
     std = max(float(table[(1,) * table.ndim]) - size**-2.0, 0.0) ** 0.5
 
     def values() -> Array:
-        return _standardised(np.exp(np.clip(variance**0.5, 0, 6) * nodes()), 1.0 / size, std)
+        return standardised(np.exp(np.clip(variance**0.5, 0, 6) * nodes()), 1.0 / size, std)
 
     return Value(
         dims=x.dims, mean=1.0 / size, table=table, marginal=Marginal(object(), values), source=object(), lineage=x.lineage
     )
 
 
-def _fit(x: Value, dim: int, position: int, variance: float) -> Array:
+def _fit(x: Value, position: int, variance: float) -> Array:
     within = np.take(x.covariance, 1, axis=position) - np.take(x.covariance, 0, axis=position)
     return np.clip(within / variance, -1.0, 1.0) if variance > 0.0 else np.zeros_like(within)
 
@@ -104,6 +105,4 @@ def _uniform(x: Value, dim: int, variance: float) -> tuple[Array | None, float, 
 
 
 def _constant_like(x: Value, value: float) -> Value:
-    from gainstage.signal.value import gaussian
-
     return gaussian(x.dims, value, np.full_like(x.table, value**2))

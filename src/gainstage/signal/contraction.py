@@ -60,9 +60,7 @@ class _Numbers:
 def contracted(a: Value, b: Value, dims: tuple[Dim, ...], mean: float, table: Array) -> Value:
     """Gaussian result of a sum over many products, with the history of its operands."""
     stray = sum(x.log_variance + (0.0 if x.is_weight or x.constant is not None else x.fluctuation()) for x in (a, b))
-    return gaussian(
-        dims, mean, table, lineage=a.lineage | b.lineage, log_variance=stray, is_weight=a.is_weight and b.is_weight
-    )
+    return gaussian(dims, mean, table, lineage=a.lineage | b.lineage, log_variance=stray, is_weight=a.is_weight and b.is_weight)
 
 
 def match(a: Value, b: Value, labels_a: str, labels_b: str) -> tuple[Value, Value]:
@@ -130,11 +128,13 @@ def convolve(x: Value, weight: Value, windows: Sequence[Array], groups: int, *, 
         count *= float(window.sum(1).mean())
         out_axis = (Axis(window.shape[0]),) if window.shape[0] > 1 else ()
         subscripts = []
-        for position, (present, number) in enumerate([
-            (bool(out_axis), numbers.fresh()),
-            (bool(weight.dims[-rank + d]), (numbers.of(taps[d], weight.dims[-rank + d]) or [-1])[0]),
-            (bool(x.dims[3 + d]), (numbers.of(space[d], x.dims[3 + d]) or [-1])[0]),
-        ]):
+        for position, (present, number) in enumerate(
+            [
+                (bool(out_axis), numbers.fresh()),
+                (bool(weight.dims[-rank + d]), (numbers.of(taps[d], weight.dims[-rank + d]) or [-1])[0]),
+                (bool(x.dims[3 + d]), (numbers.of(space[d], x.dims[3 + d]) or [-1])[0]),
+            ]
+        ):
             if present:
                 subscripts.append(number)
             elif position < 2:

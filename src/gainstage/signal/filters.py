@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
+from typing import Any
 
 import numpy as np
 import torch
 
 from gainstage.signal.axes import Axis
-from gainstage.signal.linear import _standardised, amplitude_of, gaussian_like
+from gainstage.signal.linear import amplitude_of, gaussian_like, standardised
 from gainstage.signal.movement import merge_dim
-from gainstage.signal.quadrature import Array, coarse, cumulative, nodes, quantiles
-from gainstage.signal.value import Marginal, Statistic, Value, gaussian
+from gainstage.signal.quadrature import Array, coarse, cumulative, evaluate_series, invert_series, nodes, quantiles
+from gainstage.signal.value import Marginal, Value
 
 
 def filter_dim(x: Value, dim: int, matrix: Array) -> Value:
@@ -58,12 +59,12 @@ def _filtered_marginal(x: Value, result: Value, terms: float) -> Marginal:
     """A sum of few terms keeps the shape of one term; of many it is Gaussian (excess moments fall like 1/terms)."""
 
     def values() -> Array:
-        own = _standardised(x.marginal.values, result.mean, result.variance**0.5)
+        own = standardised(x.marginal.values, result.mean, result.variance**0.5)
         normal = result.mean + result.variance**0.5 * nodes()
         common = 1.0 - min(max(result.variance / x.variance, 0.0), 1.0) if x.variance > 0 else 0.0
         share = 1.0 if terms <= 1.0 else max(1.0 / terms, 1.0 - common * terms / max(terms - 1.0, 1e-9))
         mixed = share * np.sort(own) + (1.0 - share) * normal
-        return _standardised(mixed, result.mean, result.variance**0.5)
+        return standardised(mixed, result.mean, result.variance**0.5)
 
     return Marginal(object(), values)
 
@@ -91,11 +92,9 @@ def normalise(x: Value, reduced: Sequence[Axis], eps: float, *, centre: bool = T
         index = tuple(0 if axis in reduced else slice(None) for axis in x.axes)
         amplitude[index] = 0.0
     std = max(float(table[full]) - mean**2, 0.0) ** 0.5
-    removed = max(float(mixed[(0 if False else ...)].max()) - x.mean**2, 0.0) if centre else 0.0
+    removed = max(float(mixed.max()) - x.mean**2, 0.0) if centre else 0.0
     keeps_latent = removed <= 1e-3 * max(level, 1e-300)
-    marginal = Marginal(
-        x.marginal.latent if keeps_latent else object(), lambda: _standardised(x.marginal.values, mean, std)
-    )
+    marginal = Marginal(x.marginal.latent if keeps_latent else object(), lambda: standardised(x.marginal.values, mean, std))
     return replace(
         x,
         mean=mean,
@@ -141,28 +140,26 @@ def max_over(x: Value, dims: Sequence[int], counts: Sequence[Array]) -> Value:
     std = max(second - mean**2, 0.0) ** 0.5
     common = float(((surface @ mass) ** 2) @ mass)
     new_dims = list(x.dims)
-    table_index: list[object] = [slice(None)] * rho.ndim
+    table_index: list[Any] = [slice(None)] * rho.ndim
     for d, count in zip(dims, counts, strict=True):
         outputs = len(count)
         new_dims[d] = (Axis(outputs),) if outputs > 1 else ()
         if d in position_of and outputs == 1:
             table_index[position_of[d]] = 1
-    marginal = Marginal(object(), lambda: _standardised(grid, mean, std))
-    from gainstage.signal.quadrature import evaluate_series, invert_series
-
+    marginal = Marginal(object(), lambda: standardised(grid, mean, std))
     new_rho = rho.copy()
     if position_of:
         target = float(invert_series(marginal.series, np.array([common - mean**2]))[0])
         ratio = target / shared if shared > 0 else 1.0
         for p in position_of.values():
-            np.moveaxis(new_rho, p, 0)[0] *= ratio ** (1.0 / 1.0) if p == min(position_of.values()) else 1.0
-        both = [p for p in position_of.values()]
+            np.moveaxis(new_rho, p, 0)[0] *= ratio if p == min(position_of.values()) else 1.0
+        both = list(position_of.values())
         for subset in np.ndindex(*rho.shape):
             if any(subset[p] == 0 for p in both):
                 new_rho[subset] = np.clip(rho[subset] * ratio, -1, 1)
             else:
                 new_rho[subset] = rho[subset]
-    new_rho = new_rho[tuple(table_index)]
+    new_rho = np.asarray(new_rho[tuple(table_index)])
     table = evaluate_series(marginal.series, new_rho)
     return Value(
         dims=tuple(new_dims),
@@ -174,11 +171,3 @@ def max_over(x: Value, dims: Sequence[int], counts: Sequence[Array]) -> Value:
         lineage=x.lineage,
         log_variance=x.log_variance,
     )
-
-
-def largest_over(x: Value, axes: Sequence[Axis]) -> Value:
-    """Maximum over whole axes."""
-    raise NotImplementedError
-
-
-_ = (Statistic, gaussian)

@@ -12,7 +12,7 @@ from dataclasses import replace
 import numpy as np
 
 from gainstage.signal.axes import Axis
-from gainstage.signal.quadrature import Array, coarse, expectation, nodes, quantiles
+from gainstage.signal.quadrature import Array, coarse, expectation, nodes, quantiles, weights
 from gainstage.signal.value import Marginal, Statistic, Value, gaussian, gaussian_marginal
 
 
@@ -101,7 +101,7 @@ def _average_marginal(x: Value, result: Value, count: int) -> Marginal:
         share = 1.0 / count
         normal = result.mean + result.variance**0.5 * nodes()
         own = result.mean + ratio * (x.marginal.values - x.mean)
-        return share * own + (1.0 - share) * normal if np.all(np.diff(own) >= 0) else normal
+        return np.asarray(share * own + (1.0 - share) * normal) if np.all(np.diff(own) >= 0) else normal
 
     return Marginal(object(), values)
 
@@ -135,7 +135,7 @@ def _sum_marginal(x: Value, y: Value, sign: float, mean: float, variance: float)
     std = max(variance, 0.0) ** 0.5
 
     def values() -> Array:
-        if x.variance <= 0.0 or y.variance <= 0.0 or _is_gaussian(x) and _is_gaussian(y):
+        if x.variance <= 0.0 or y.variance <= 0.0 or (_is_gaussian(x) and _is_gaussian(y)):
             base = x if x.variance >= y.variance else y
             flip = sign if base is y else 1.0
             ratio = std / base.variance**0.5 if base.variance > 0.0 else 0.0
@@ -144,12 +144,12 @@ def _sum_marginal(x: Value, y: Value, sign: float, mean: float, variance: float)
         u = np.interp(points, nodes(), x.marginal.values)
         v = sign * np.interp(points, nodes(), y.marginal.values)
         grid = quantiles(u[:, None] + v[None, :], mass[:, None] * mass[None, :])
-        return _standardised(grid, mean, std)
+        return standardised(grid, mean, std)
 
     return Marginal(object(), values)
 
 
-def _standardised(grid: Array, mean: float, std: float) -> Array:
+def standardised(grid: Array, mean: float, std: float) -> Array:
     """Shift and stretch a distribution to the mean and deviation that are known exactly."""
     centre = expectation(grid)
     deviation = max(expectation((grid - centre) ** 2), 0.0) ** 0.5
@@ -178,7 +178,7 @@ def multiply(x: Value, y: Value) -> Value:
         u = np.interp(points, nodes(), x.marginal.values)
         v = np.interp(points, nodes(), y.marginal.values)
         grid = quantiles(u[:, None] * v[None, :], mass[:, None] * mass[None, :])
-        return _standardised(grid, mean, std)
+        return standardised(grid, mean, std)
 
     if y.variance <= 1e-14 * y.second_moment:
         marginal = Marginal(x.marginal.latent, lambda: x.marginal.values * y.mean)
@@ -217,10 +217,8 @@ def dropout(x: Value, keep: float, shared: Sequence[int] = ()) -> Value:
 
     def values() -> Array:
         kept = x.marginal.values / keep
-        from gainstage.signal.quadrature import weights
-
         grid = quantiles(np.append(kept, 0.0), np.append(weights() * keep, 1.0 - keep))
-        return _standardised(grid, x.mean, std)
+        return standardised(grid, x.mean, std)
 
     return replace(
         x, table=table, marginal=Marginal(object(), values), rho=None, amplitude=amplitude_of(x), statistic=None, constant=None

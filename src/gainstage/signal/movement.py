@@ -9,7 +9,7 @@ from math import prod
 import numpy as np
 import torch
 
-from gainstage.signal.axes import Axis, Dim, axes_of, shape_of
+from gainstage.signal.axes import Axis, Dim, shape_of
 from gainstage.signal.quadrature import Array, quantiles, weights
 from gainstage.signal.value import Marginal, Value
 

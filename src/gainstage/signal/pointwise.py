@@ -9,9 +9,9 @@ import numpy as np
 import torch
 
 from gainstage.signal.axes import Dim
-from gainstage.signal.linear import add, affine, multiply
+from gainstage.signal.linear import add, affine, amplitude_of, multiply
 from gainstage.signal.movement import expand, refine
-from gainstage.signal.quadrature import Array, evaluate_series, expectation, power_series
+from gainstage.signal.quadrature import Array, coarse, evaluate_series, expectation, nodes, power_series, quantiles
 from gainstage.signal.value import Marginal, Statistic, Value
 
 Function = Callable[..., torch.Tensor]
@@ -109,8 +109,6 @@ def combine(function: Function, x: Value, y: Value) -> Value:
     if _shares_latent(x, y):
         result = on_latent(x, call_on(function, x.marginal.values, y.marginal.values))
         if x.source is not None and x.source is y.source and function in (torch.add, torch.sub):
-            from gainstage.signal.linear import amplitude_of
-
             sign = 1.0 if function is torch.add else -1.0
             result = replace(result, source=x.source, amplitude=amplitude_of(x) + sign * amplitude_of(y))
         return replace(result, lineage=x.lineage | y.lineage, statistic=_joint_statistic(function, x, y))
@@ -159,8 +157,6 @@ def _two_latents(function: Function, x: Value, y: Value) -> Value:
 
     The table follows from the two-dimensional Mehler expansion ``sum_nm a_nm^2 rho_x^n rho_y^m``.
     """
-    from gainstage.signal.quadrature import coarse, nodes, quantiles
-
     points, mass = coarse()
     u = np.interp(points, nodes(), x.marginal.values)
     v = np.interp(points, nodes(), y.marginal.values)

@@ -9,7 +9,7 @@ import torch
 
 from gainstage.signal.linear import spectrum
 from gainstage.signal.quadrature import Array, nodes
-from gainstage.signal.value import Value, measured, spread_pairs
+from gainstage.signal.value import Value, measured
 
 
 def draw(values: Sequence[Value], generator: np.random.Generator) -> list[torch.Tensor]:
@@ -46,11 +46,8 @@ def _correlated_normals(value: Value, generator: np.random.Generator) -> Array:
     return np.asarray(result)
 
 
-def pooled(samples: Sequence[torch.Tensor], like: Value | None = None) -> tuple[float, Array]:
+def pooled(samples: Sequence[torch.Tensor]) -> tuple[float, Array]:
     """Mean and table of raw second moments over several samples of one tensor."""
     tables = [measured(sample) for sample in samples]
     mean = float(np.mean([value.mean for value in tables]))
     return mean, np.asarray(np.mean([value.table for value in tables], axis=0))
-
-
-_ = spread_pairs

@@ -21,14 +21,7 @@ import numpy as np
 import torch
 
 from gainstage.signal.axes import Axis, Dim, axes_of, new_dims, shape_of
-from gainstage.signal.quadrature import (
-    Array,
-    evaluate_series,
-    expectation,
-    invert_series,
-    nodes,
-    power_series,
-)
+from gainstage.signal.quadrature import Array, cumulative, evaluate_series, expectation, invert_series, nodes, power_series
 
 
 class Marginal:
@@ -197,12 +190,15 @@ def measured(tensor: torch.Tensor, **extra: object) -> Value:
     ordered = np.sort(entries)
 
     def values() -> Array:
-        from gainstage.signal.quadrature import cumulative
-
         return np.asarray(np.quantile(ordered, cumulative()))
 
     return Value(
-        dims=dims, mean=float(flat.mean()), table=table, marginal=Marginal(object(), values), source=object(), **extra  # type: ignore[arg-type]
+        dims=dims,
+        mean=float(flat.mean()),
+        table=table,
+        marginal=Marginal(object(), values),
+        source=object(),
+        **extra,  # type: ignore[arg-type]
     )
 
 

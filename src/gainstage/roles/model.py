@@ -1,0 +1,129 @@
+"""What parameters are for: plain, frozen data. Nodes are named as in the graph."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+
+
+class Role(Enum):
+    """What a parameter does in a model. One parameter may have several uses; the first of this order names it."""
+
+    TIED_HEAD = "tied_head"  # embedding and output head at once
+    OUTPUT_HEAD = "output_head"  # the last contraction before an output of the model
+    QUERY = "query"  # its product with a key feeds a softmax
+    KEY = "key"
+    VALUE = "value"  # averaged by a softmax
+    ROUTER = "router"  # a softmax over experts
+    RESIDUAL_END = "residual_end"  # sets the level of a branch that is added to the stream it comes from
+    MERGE_END = "merge_end"  # sets the level of a branch that is added or concatenated to its siblings
+    GATE = "gate"  # its output multiplies another tensor, through a nonlinearity
+    RECURRENT = "recurrent"  # inside an LSTM, GRU or RNN
+    DEPTHWISE = "depthwise"  # a filter with one input channel for each output
+    HIDDEN = "hidden"  # any other contraction
+    EMBEDDING = "embedding"  # rows picked by integers
+    NORM_SCALE = "norm_scale"
+    NORM_SHIFT = "norm_shift"
+    LAYER_SCALE = "layer_scale"  # multiplies a signal that no norm has just normalised, entry by entry
+    BIAS = "bias"
+    SLOPE = "slope"  # a learnable parameter of an activation
+    KEPT = "kept"  # nothing contracts it: positional tables, class tokens, state-space constants, temperatures
+    UNUSED = "unused"  # reaches no output
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Use:
+    """One use of one parameter, or of some of its output rows, by one node.
+
+    ``rows``: the ranges (start, stop) of the output coordinate ``dim`` that this use is about, ascending; empty for all of them.
+    ``node``: the contraction, norm, addition or product that reads it.
+    """
+
+    parameter: str
+    node: str
+    role: Role
+    rows: tuple[tuple[int, int], ...] = ()
+    dim: int = 0
+    output_dims: tuple[int, ...] = (0,)  # dimensions of the parameter that index outputs; the others are its fan-in
+    reason: str = ""  # one sentence: "its product with model.k_proj.weight feeds the softmax of softmax_1"
+
+
+@dataclass(frozen=True, slots=True)
+class Setter:
+    """A use that sets the level of a tensor further down: scaling those rows scales that tensor.
+
+    ``power`` is 1 where the tensor is linear in the parameter's scale.
+    """
+
+    use: Use
+    power: float = 1.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Branch:
+    """One tensor that is merged with others, and what sets its level (empty: nothing does, as for a pooled shortcut)."""
+
+    operand: str
+    setters: tuple[Setter, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stream:
+    """A residual stream: a tensor, and the branches that are added to it one after the other, in order.
+
+    ``adds``: for each branch the node that adds it. The stream goes through norms and activations between two additions.
+    """
+
+    first: str
+    adds: tuple[str, ...]
+    branches: tuple[Branch, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Merge:
+    """Siblings that are added or concatenated: none of them is computed from another."""
+
+    node: str
+    is_sum: bool
+    branches: tuple[Branch, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Logits:
+    """Attention logits: the node of the product of queries and keys, or of the whole attention, and what sets their level.
+
+    ``node`` is an op such as ``aten.scaled_dot_product_attention`` or the last scaling of the product before the softmax's mask.
+    ``is_normalised``: queries or keys go through a norm of their own, so that the weights' scale cancels.
+    """
+
+    node: str
+    queries: tuple[Setter, ...]
+    keys: tuple[Setter, ...]
+    is_normalised: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Head:
+    """An output of the model that ends in a contraction. ``width``: how many classes or values it has."""
+
+    output: str
+    setters: tuple[Setter, ...]
+    width: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Roles:
+    """Everything that a solver needs to know about what parameters are for."""
+
+    uses: Mapping[str, tuple[Use, ...]]  # parameter name -> its uses in execution order; all parameters of the graph
+    streams: tuple[Stream, ...] = ()
+    merges: tuple[Merge, ...] = ()
+    logits: tuple[Logits, ...] = ()
+    heads: tuple[Head, ...] = ()
+    notes: tuple[str, ...] = field(default=())
+
+    def of(self, parameter: str) -> Role:
+        """The role that names the parameter: the first, in the order of :class:`Role`, among its uses."""
+        order = list(Role)
+        return min((use.role for use in self.uses[parameter]), key=order.index, default=Role.UNUSED)
