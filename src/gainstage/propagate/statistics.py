@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
+import numpy as np
 import torch
 
 from gainstage.errors import NonFiniteError
 from gainstage.graph import ParameterInfo
-from gainstage.signal import Value, independent, measured
+from gainstage.signal import Value, independent, levels, measured
 
 
 def parameter_moments(parameters: Mapping[str, torch.Tensor]) -> dict[str, tuple[float, float]]:
@@ -37,9 +39,28 @@ def parameter_moments(parameters: Mapping[str, torch.Tensor]) -> dict[str, tuple
     return found
 
 
-def parameter_value(info: ParameterInfo, index: int, mean: float, variance: float) -> Value:
-    """Independent entries with these moments."""
-    return independent(info.shape, mean, variance**0.5, lineage=1 << index, is_weight=True)
+def parameter_value(
+    info: ParameterInfo, index: int, mean: float, variance: float, profile: Sequence[tuple[int, int, int, float]] = ()
+) -> Value:
+    """Independent entries with these moments, on average over the whole parameter.
+
+    ``profile``: slices (dimension, start, stop, standard deviation) that differ, all along one dimension; entries outside of
+    them are taken to share what is left of the variance.
+    """
+    value = independent(info.shape, mean, variance**0.5, lineage=1 << index, is_weight=True)
+    if not profile or value.second_moment <= 0.0:
+        return value
+    dim = profile[0][0]
+    position = sum(len(axes) for axes in value.dims[:dim])
+    squares = np.full(info.shape[dim], np.nan)
+    for _, start, stop, std in profile:
+        squares[start:stop] = std**2
+    outside = np.isnan(squares)
+    if outside.any():
+        squares[outside] = max(variance * squares.size - float(np.nansum(squares)), 0.0) / int(outside.sum())
+    shape = [1] * len(value.axes)
+    shape[position] = squares.size
+    return replace(value, levels=levels.normalised(np.sqrt(squares).reshape(shape)))
 
 
 def input_value(name: str, tensor: torch.Tensor | None, shape: tuple[int, ...]) -> Value:

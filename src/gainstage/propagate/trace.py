@@ -43,7 +43,7 @@ class Signal:
     @property
     def std(self) -> float:
         """Square root of the variance."""
-        return self.value.variance**0.5
+        return float(self.value.variance**0.5)
 
     @property
     def spread(self) -> float:

@@ -27,8 +27,7 @@ def indexed(call: Call, x: Value, indices: Sequence[Value | None]) -> Value:
     picked = [index.constant for index in indices if index is not None]
     assert all(index is not None for index in picked)
     known = [index for index in picked if index is not None]
-    shape = torch.broadcast_shapes(*[index.shape for index in known])
-    tensors = [index.expand(shape) for index in known]
+    tensors = list(torch.functional.broadcast_tensors(*known))  # type: ignore[no-untyped-call]
     first = dims[0]
     assert dims == list(range(first, first + len(dims)))
     sizes = [x.shape[d] for d in dims]

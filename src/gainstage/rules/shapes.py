@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -14,7 +13,6 @@ from gainstage.rules.registry import Call, rule
 from gainstage.signal import Value, expand, filter_dim, join, permute, reorder, reshape, select, take
 from gainstage.signal.axes import Axis
 from gainstage.signal.movement import map_tables, merge_dim
-from gainstage.signal.value import Marginal
 
 aten = torch.ops.aten
 
@@ -99,7 +97,7 @@ def narrowed(call: Call, x: Value, dim: int, start: int, length: int) -> Value:
 @rule(aten.select.int)
 def selected(call: Call, x: Value, dim: int, index: int) -> Value:
     """One index of a dimension."""
-    return reshape(select(x, dim), call.shape)
+    return reshape(select(x, dim, index), call.shape)
 
 
 def _pieces(x: Value, sizes: Sequence[int], dim: int) -> tuple[Value, ...]:
@@ -119,13 +117,7 @@ def pieces(call: Call, x: Value, *args: Any, dim: int = 0) -> tuple[Value, ...]:
 @rule(aten.unbind.int)
 def unbound(call: Call, x: Value, dim: int = 0) -> tuple[Value, ...]:
     """All indices of one dimension, one by one."""
-    return tuple(_apart(reshape(select(x, dim), call.shape), i) for i in range(x.shape[dim]))
-
-
-def _apart(x: Value, index: int) -> Value:
-    return (
-        x if index == 0 else replace(x, marginal=Marginal(object(), lambda: x.marginal.values), source=object(), amplitude=None)
-    )
+    return tuple(reshape(select(x, dim, i), call.shape) for i in range(x.shape[dim]))
 
 
 @rule(aten.cat.default, aten.concat.default)
@@ -165,7 +157,7 @@ def _rolled(x: Value, dim: int, shift: int) -> Value:
     if target is not origin:
         target.steps[("rolled from",)] = (origin,)
     dims = tuple((target,) if d == dim else axes for d, axes in enumerate(x.dims))
-    return map_tables(x, dims, lambda table: table)
+    return map_tables(x, dims, lambda table: table, None)
 
 
 @rule(aten.flip.default)

@@ -14,7 +14,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from gainstage.signal.axes import Axis, Dim
+from gainstage.signal import levels
+from gainstage.signal.axes import Axis, Dim, axes_of
 from gainstage.signal.movement import expand, merge_dim, refine, reshape
 from gainstage.signal.quadrature import Array
 from gainstage.signal.value import Value, gaussian
@@ -60,7 +61,16 @@ class _Numbers:
 def contracted(a: Value, b: Value, dims: tuple[Dim, ...], mean: float, table: Array) -> Value:
     """Gaussian result of a sum over many products, with the history of its operands."""
     stray = sum(x.log_variance + (0.0 if x.is_weight or x.constant is not None else x.fluctuation()) for x in (a, b))
-    return gaussian(dims, mean, table, lineage=a.lineage | b.lineage, log_variance=stray, is_weight=a.is_weight and b.is_weight)
+    profile = levels.carried([(a.levels, a.axes), (b.levels, b.axes)], axes_of(dims))
+    return gaussian(
+        dims,
+        mean,
+        table,
+        levels=profile,
+        lineage=a.lineage | b.lineage,
+        log_variance=stray,
+        is_weight=a.is_weight and b.is_weight,
+    )
 
 
 def match(a: Value, b: Value, labels_a: str, labels_b: str) -> tuple[Value, Value]:

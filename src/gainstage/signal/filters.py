@@ -106,6 +106,7 @@ def normalise(x: Value, reduced: Sequence[Axis], eps: float, *, centre: bool = T
         log_variance=0.0,
         constant=None,
         mask=None,
+        levels=None,
     )
 
 

@@ -11,6 +11,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from gainstage.signal import levels
 from gainstage.signal.axes import Axis
 from gainstage.signal.quadrature import Array, coarse, expectation, nodes, quantiles, weights
 from gainstage.signal.value import Marginal, Statistic, Value, gaussian, gaussian_marginal
@@ -66,8 +67,9 @@ def affine(x: Value, scale: float, shift: float = 0.0) -> Value:
     amplitude = scale * amplitude_of(x)
     rho = x.correlation()
     return replace(
-        x, mean=mean, table=table, marginal=marginal, rho=rho, statistic=statistic, constant=constant, amplitude=amplitude
-    )
+        x, mean=mean, table=table, marginal=marginal, rho=rho, statistic=statistic, constant=constant, amplitude=amplitude,
+        levels=None if shift else x.levels,
+    )  # fmt: skip
 
 
 def mean_over(x: Value, axes: Sequence[Axis]) -> Value:
@@ -123,6 +125,7 @@ def add(x: Value, y: Value, sign: float = 1.0) -> Value:
         lineage=x.lineage | y.lineage,
         log_variance=share**2 * x.log_variance + (1.0 - share) ** 2 * y.log_variance,
         is_weight=x.is_weight and y.is_weight,
+        levels=levels.of_sum([(x.levels, x.second_moment), (y.levels, y.second_moment)], table.ndim),
         mask=y.mask if x.mask is None else x.mask if y.mask is None else x.mask & y.mask,
     )
     same_axes = all(a is b for a, b in zip(x.axes, y.axes, strict=True))

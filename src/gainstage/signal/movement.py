@@ -2,27 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from math import prod
 
 import numpy as np
 import torch
 
+from gainstage.signal import levels
 from gainstage.signal.axes import Axis, Dim, shape_of
 from gainstage.signal.quadrature import Array, quantiles, weights
 from gainstage.signal.value import Marginal, Value
 
 
-def map_tables(x: Value, dims: tuple[Dim, ...], change: object) -> Value:
-    """Apply one change to every table that a value carries, and give it new dimensions."""
-    assert callable(change)
+def map_tables(x: Value, dims: tuple[Dim, ...], change: Callable[[Array], Array], profile: Array | None) -> Value:
+    """Apply one change to every table that a value carries, and give it new dimensions and the profile of its levels."""
     return replace(
         x,
         dims=dims,
         table=change(x.table),
         rho=None if x.rho is None else change(x.rho),
         amplitude=None if x.amplitude is None else change(x.amplitude),
+        levels=profile,
         mask=None,
         constant=None,
     )
@@ -33,7 +34,8 @@ def permute(x: Value, order: Sequence[int]) -> Value:
     order = [position % len(x.dims) for position in order]
     starts = np.cumsum([0, *(len(dim) for dim in x.dims)])
     axes = [axis for d in order for axis in range(starts[d], starts[d + 1])]
-    moved = map_tables(x, tuple(x.dims[d] for d in order), lambda table: np.transpose(table, axes))
+    profile = None if x.levels is None else np.transpose(x.levels, axes)
+    moved = map_tables(x, tuple(x.dims[d] for d in order), lambda table: np.transpose(table, axes), profile)
     return replace(moved, mask=None if x.mask is None else _full_mask(x).permute(order))
 
 
@@ -63,7 +65,8 @@ def split_axis(x: Value, axis: Axis, sizes: tuple[int, ...]) -> Value:
         result[(0,) * len(sizes)] = moved[0]
         return np.moveaxis(result, range(len(sizes)), range(position, position + len(sizes)))
 
-    split = map_tables(replace(x, amplitude=None), dims, change)
+    profile = levels.split(x.levels, position, sizes)
+    split = map_tables(replace(x, amplitude=None, levels=None), dims, change, profile)
     amplitude = None if x.amplitude is None else change_amplitude(x.amplitude)
     return replace(split, amplitude=amplitude, mask=x.mask, constant=x.constant)
 
@@ -88,7 +91,8 @@ def merge_axes(x: Value, axes: tuple[Axis, ...]) -> Value:
                 total = total + moved[subset] * prod(1 if s else n - 1 for s, n in zip(subset, sizes, strict=True))
         return np.moveaxis(np.stack([total / (prod(sizes) - 1), same]), 0, position)
 
-    return replace(map_tables(x, dims, change), source=object(), amplitude=None, constant=x.constant, mask=x.mask)
+    merged_x = map_tables(x, dims, change, levels.merge(x.levels, position, sizes))
+    return replace(merged_x, source=object(), amplitude=None, constant=x.constant, mask=x.mask)
 
 
 def merge_dim(x: Value, dim: int) -> Value:
@@ -123,7 +127,7 @@ def reshape(x: Value, shape: Sequence[int]) -> Value:
         groups.append(group)
     parts = iter(groups)
     dims = tuple(() if size == 1 else tuple(next(parts)) for size in target)
-    moved = map_tables(x, dims, lambda table: table)
+    moved = map_tables(x, dims, lambda table: table, x.levels)
     constant = None if x.constant is None else x.constant.reshape(target)
     mask = None if x.mask is None else torch.broadcast_to(_full_mask(x), x.shape).reshape(target)
     return replace(moved, constant=constant, mask=mask)
@@ -131,7 +135,7 @@ def reshape(x: Value, shape: Sequence[int]) -> Value:
 
 def _merge_across(x: Value) -> Value:
     """Return the tensor flattened to one axis: the last resort of a view that fits no axes."""
-    flat = map_tables(x, (x.axes,), lambda table: table)
+    flat = map_tables(x, (x.axes,), lambda table: table, x.levels)
     return merge_axes(flat, flat.axes)
 
 
@@ -159,23 +163,42 @@ def expand(x: Value, shape: Sequence[int]) -> Value:
             np.moveaxis(grown, axis, 0)[1] = 0.0
         return grown
 
-    moved = map_tables(replace(x, amplitude=None), new, change)
+    profile = None if x.levels is None else np.expand_dims(x.levels, added)
+    moved = map_tables(replace(x, amplitude=None, levels=None), new, change, profile)
     amplitude = None if x.amplitude is None else change_amplitude(x.amplitude)
     return replace(moved, amplitude=amplitude, mask=x.mask)
 
 
-def select(x: Value, dim: int) -> Value:
+def select(x: Value, dim: int, index: int) -> Value:
     """One index along a dimension: the dimension goes, entries share it."""
     dim %= len(x.dims)
-    moved = _fix(x, dim)
+    moved = _fix(x, dim, index)
     return replace(moved, dims=moved.dims[:dim] + moved.dims[dim + 1 :])
 
 
-def _fix(x: Value, dim: int) -> Value:
+def _fix(x: Value, dim: int, index: int) -> Value:
+    """One coordinate of a dimension; two different ones are different tensors, with latents of their own."""
     position = sum(len(d) for d in x.dims[:dim])
-    index = (slice(None),) * position + (1,) * len(x.dims[dim])
+    same = (slice(None),) * position + (1,) * len(x.dims[dim])
     dims = tuple(() if d == dim else axes for d, axes in enumerate(x.dims))
-    return replace(map_tables(x, dims, lambda table: table[index]), source=object(), amplitude=None)
+    profile, ratio = x.levels, 1.0
+    index %= max(x.shape[dim], 1)
+    for coordinate in np.unravel_index(index, [axis.size for axis in x.dims[dim]]) if x.dims[dim] else ():
+        profile, part = levels.sliced(profile, position, int(coordinate))
+        ratio *= part
+    fixed = map_tables(replace(x, levels=None), dims, lambda table: table[same], profile)
+    latent = ("select", x.marginal.latent, x.dims[dim], index) if x.dims[dim] else x.marginal.latent
+    marginal = Marginal(latent, lambda: x.marginal.values)
+    return scaled(replace(fixed, source=object(), amplitude=None, marginal=marginal), ratio)
+
+
+def scaled(x: Value, ratio: float) -> Value:
+    """A part that is louder than its whole by a factor: everything about it scales."""
+    if ratio == 1.0:
+        return x
+    marginal = Marginal(x.marginal.latent, lambda: x.marginal.values * ratio)
+    amplitude = None if x.amplitude is None else x.amplitude * ratio
+    return replace(x, mean=x.mean * ratio, table=x.table * ratio**2, marginal=marginal, amplitude=amplitude)
 
 
 def take(x: Value, dim: int, start: int, stop: int, step: int = 1) -> Value:
@@ -187,22 +210,27 @@ def take(x: Value, dim: int, start: int, stop: int, step: int = 1) -> Value:
     if count == size:
         return x
     if count == 1:
-        return _fix(x, dim)
+        return _fix(x, dim, start)
     whole = x.dims[dim]
     inner = prod(axis.size for axis in whole[1:])
     if len(whole) > 1 and step == 1 and start % inner == 0 and stop % inner == 0:
-        first = whole[0].part(start // inner, stop // inner, 1)
+        part = slice(start // inner, stop // inner)
+        first = whole[0].part(part.start, part.stop, 1)
         kept: Dim = (first, *whole[1:]) if first.size != 1 else whole[1:]
     else:
         x = merge_dim(x, dim)
         whole = x.dims[dim]
+        part = slice(start, stop, step)
         kept = (whole[0].part(start, stop, step),)
     position = sum(len(d) for d in x.dims[:dim])
     dims = tuple(kept if d == dim else axes for d, axes in enumerate(x.dims))
     drop = len(kept) < len(whole)
     index = (slice(None),) * position + ((1,) if drop else ())
-    moved = map_tables(replace(x, amplitude=None), dims, lambda table: table[index])
-    return replace(moved, source=object())
+    profile, ratio = levels.sliced(x.levels, position, part)
+    if drop and profile is not None:
+        profile = np.take(profile, 0, axis=position)
+    moved = map_tables(replace(x, amplitude=None, levels=None), dims, lambda table: table[index], profile)
+    return scaled(replace(moved, source=object()), ratio)
 
 
 def reorder(x: Value, dim: int, key: object) -> Value:
@@ -212,7 +240,12 @@ def reorder(x: Value, dim: int, key: object) -> Value:
         return x
     x = merge_dim(x, dim)
     dims = tuple((axes[0].reordered(key),) if d == dim else axes for d, axes in enumerate(x.dims))
-    return map_tables(x, dims, lambda table: table)
+    return map_tables(x, dims, lambda table: table, None if x.levels is None or x.levels.shape[_start(x, dim)] > 1 else x.levels)
+
+
+def _start(x: Value, dim: int) -> int:
+    """Position of the first axis of a dimension."""
+    return sum(len(axes) for axes in x.dims[:dim])
 
 
 def join(values: Sequence[Value], dim: int) -> Value:
@@ -228,7 +261,8 @@ def join(values: Sequence[Value], dim: int) -> Value:
     total = sum(sizes)
     shape = parts[0].dims
     position = sum(len(d) for d in shape[:dim])
-    ready = [np.moveaxis(_one_axis(part, dim).table, position, 0) for part in parts]
+    ordered = [_one_axis(part, dim) for part in parts]
+    ready = [np.moveaxis(part.table, position, 0) for part in ordered]
     means = [part.mean for part in parts]
     same = sum(n * table[1] for n, table in zip(sizes, ready, strict=True)) / total
     inside = sum(n * (n - 1) * table[0] for n, table in zip(sizes, ready, strict=True))
@@ -257,6 +291,7 @@ def join(values: Sequence[Value], dim: int) -> Value:
         lineage=_union(parts),
         log_variance=max(part.log_variance for part in parts),
         is_weight=all(part.is_weight for part in parts),
+        levels=levels.of_parts([(part.levels, part.second_moment) for part in ordered], sizes, position, table.ndim),
     )
 
 
@@ -273,7 +308,8 @@ def _one_axis(x: Value, dim: int) -> Value:
         return merge_dim(x, dim)
     position = sum(len(d) for d in x.dims[:dim])
     dims = tuple((Axis(1),) if d == dim else axes for d, axes in enumerate(x.dims))
-    return map_tables(x, dims, lambda table: np.stack([table, table], axis=position))
+    profile = None if x.levels is None else np.expand_dims(x.levels, position)
+    return map_tables(x, dims, lambda table: np.stack([table, table], axis=position), profile)
 
 
 def align_other_dims(x: Value, like: Value, dim: int) -> Value:

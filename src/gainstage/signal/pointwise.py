@@ -96,7 +96,7 @@ def _is_statistic_of(y: Value, x: Value) -> bool:
 
 
 def _shares_latent(x: Value, y: Value) -> bool:
-    return x.marginal.latent is y.marginal.latent and all(a is b for a, b in zip(x.axes, y.axes, strict=True))
+    return x.marginal.latent == y.marginal.latent and all(a is b for a, b in zip(x.axes, y.axes, strict=True))
 
 
 def combine(function: Function, x: Value, y: Value) -> Value:

@@ -66,7 +66,9 @@ class Value:
 
     ``source`` and ``amplitude``: the tensor's linear part in an earlier tensor (often itself): its component in each
     subspace of the axes, see :func:`gainstage.signal.linear.cross_table`. ``log_variance``: variance over draws of the log of the
-    level that it inherits from upstream. ``lineage``: bit mask of the parameters it depends on.
+    level that it inherits from upstream. ``lineage``: bit mask of the parameters it depends on. ``levels``: where some
+    coordinates are louder than others by design (the query, key and value rows of one projection; the parts of a concatenation),
+    the root mean square of each over that of the whole, with one dimension for each axis, of size 1 where it does not vary.
     """
 
     dims: tuple[Dim, ...]
@@ -82,10 +84,12 @@ class Value:
     log_variance: float = 0.0
     constant: torch.Tensor | None = None
     is_weight: bool = False
+    levels: Array | None = None
 
     def __post_init__(self) -> None:
         """Check that the table has one dimension for each axis."""
         assert self.table.shape == (2,) * len(self.axes), (self.table.shape, self.dims)
+        assert self.levels is None or self.levels.ndim == self.table.ndim, (self.levels, self.dims)
 
     @property
     def axes(self) -> tuple[Axis, ...]:

@@ -1,0 +1,72 @@
+"""Levels: slices of a tensor whose coordinates differ by design have the levels of their own."""
+
+import numpy as np
+import pytest
+import torch
+
+from gainstage.graph import ParameterInfo
+from gainstage.propagate import parameter_value
+from gainstage.rules import Call, rules
+from gainstage.signal import expand, independent, join, permute, reshape, select, take
+
+aten = torch.ops.aten
+STDS = (1.0, 2.0, 3.0)
+
+
+def fused(rows=24, columns=16):
+    """A projection whose thirds have the deviations STDS, on standard normal input."""
+    info = ParameterInfo(name="w", shape=(rows, columns), dtype=torch.float32, requires_grad=True)
+    profile = [(0, i * rows // 3, (i + 1) * rows // 3, std) for i, std in enumerate(STDS)]
+    weight = parameter_value(info, 0, 0.0, sum(std**2 for std in STDS) / 3, profile)
+    linear = aten.linear.default
+    return rules()[linear](Call(linear, ((5, 7, rows),)), independent((5, 7, columns), 0.0, columns**-0.5), weight)
+
+
+def with_bias(x):
+    add = aten.add.Tensor
+    return rules()[add](Call(add, (x.shape,)), x, independent((x.shape[-1],), 0.0, 0.0))
+
+
+WAYS = {
+    "slices": lambda y: [take(y, 2, 8 * i, 8 * i + 8) for i in range(3)],
+    "after a bias": lambda y: [take(with_bias(y), 2, 8 * i, 8 * i + 8) for i in range(3)],
+    "heads, then unbind": lambda y: [select(permute(reshape(y, (5, 7, 3, 2, 4)), (2, 0, 3, 1, 4)), 0, i) for i in range(3)],
+    "one channel": lambda y: [select(y, 2, 8 * i + 3) for i in range(3)],
+    "negative index": lambda y: [select(reshape(y, (5, 7, 3, 8)), 2, i - 3) for i in range(3)],
+    "flattened": lambda y: [take(reshape(permute(y, (2, 0, 1)), (24 * 35,)), 0, 280 * i, 280 * i + 280) for i in range(3)],
+    "broadcast": lambda y: [take(expand(reshape(y, (5, 7, 1, 24)), (5, 7, 6, 24)), 3, 8 * i, 8 * i + 8) for i in range(3)],
+    "joined again": lambda y: [
+        take(join([take(y, 2, 16, 24), take(y, 2, 0, 16)], 2), 2, *s) for s in ((8, 16), (16, 24), (0, 8))
+    ],
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_slice_has_its_own_level(way):
+    found = [part.second_moment for part in WAYS[way](fused())]
+    assert found == pytest.approx([std**2 for std in STDS])
+
+
+def test_a_slice_across_levels_has_their_mean_square():
+    y = fused()
+    half = take(y, 2, 4, 12)
+    assert half.second_moment == pytest.approx((1 + 4) / 2)
+    assert take(half, 2, 4, 8).second_moment == pytest.approx(4.0)
+
+
+def test_the_whole_is_the_average_and_a_contraction_over_the_levels_forgets_them():
+    y = fused()
+    assert y.second_moment == pytest.approx(np.mean(np.square(STDS)))
+    linear = aten.linear.default
+    z = rules()[linear](Call(linear, ((5, 7, 3),)), y, independent((3, 24), 0.0, 1.0, is_weight=True))
+    assert z.second_moment == pytest.approx(24 * np.mean(np.square(STDS)))
+    assert z.levels is None
+
+
+def test_two_selections_of_one_tensor_are_independent_and_the_same_selection_is_one():
+    x = independent((5, 3, 8), 0.0, 1.0)
+    add = aten.add.Tensor
+    different = rules()[add](Call(add, ((5, 8),)), select(x, 1, 0), select(x, 1, 1))
+    same = rules()[add](Call(add, ((5, 8),)), select(x, 1, 2), select(x, 1, -1))
+    assert different.second_moment == pytest.approx(2.0)
+    assert same.second_moment == pytest.approx(4.0)
