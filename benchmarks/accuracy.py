@@ -1,0 +1,246 @@
+"""Predicted second moment of every module output against the mean over draws of the real model.
+
+python -m benchmarks.accuracy [--only resnet] [--policy default] [--most 64]
+
+Twice: at the initialization that the modules do by themselves, where the prediction is the mean of those from the parameters'
+moments in 8 draws; and after ``gainstage.apply`` of the ``unit`` policy. Error of a module output:
+``|log(predicted / mean over draws of measured)|``. A module whose mean over draws is not known to 3 % is listed apart, with the
+spread that was predicted and the one that was measured. Writes benchmarks/results/accuracy.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import math
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from benchmarks.measure import MOST, Measured, measured, one_thread
+from benchmarks.zoo.reference import Example, reference_models
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+import gainstage as gs
+
+RESULTS = Path(__file__).with_name("results") / "accuracy.json"
+POLICIES = ("default", "unit")
+LARGEST_ERROR = 0.03  # of the mean over draws: a module with more is listed apart
+INSPECTED = 8
+CONTRACTIONS = ("Linear", "Conv", "NonDynamicallyQuantizableLinear")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """One module output: prediction, mean over draws, its relative standard error, spreads."""
+
+    module: str
+    module_type: str
+    predicted: float
+    measured: float
+    standard_error: float
+    predicted_spread: float
+    measured_spread: float
+
+    @property
+    def error(self) -> float:
+        """``|log(predicted / measured)|``; 0 where both are nothing, infinite where one is."""
+        if max(self.predicted, self.measured) < 1e-30:
+            return 0.0
+        return abs(math.log(self.predicted / self.measured)) if min(self.predicted, self.measured) > 0 else math.inf
+
+    @property
+    def is_settled(self) -> bool:
+        """The mean over draws is known well enough to judge by it."""
+        return self.standard_error <= LARGEST_ERROR
+
+    @property
+    def is_contraction(self) -> bool:
+        """A linear layer or a convolution."""
+        return self.module_type.startswith(CONTRACTIONS)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Score:
+    """One model under one policy."""
+
+    model: str
+    policy: str
+    draws: int
+    rows: tuple[Row, ...]
+    failure: str = ""
+
+    def quantiles(self) -> tuple[float, float, float]:
+        """p50, p90, p99 of the error over settled modules."""
+        return quantiles([self])
+
+    def in_bounds(self) -> float:
+        """Share of contraction outputs whose mean over draws is within [0.8, 1.25] of the prediction."""
+        return in_bounds([self])
+
+
+def quantiles(scores: list[Score]) -> tuple[float, float, float]:
+    """p50, p90, p99 of the error over the settled modules of several models."""
+    errors = [row.error for score in scores for row in score.rows if row.is_settled]
+    p50, p90, p99 = np.quantile(errors, [0.5, 0.9, 0.99]) if errors else (math.nan,) * 3
+    return float(p50), float(p90), float(p99)
+
+
+def in_bounds(scores: list[Score]) -> float:
+    """Share of the contraction outputs of several models within [0.8, 1.25] of their prediction."""
+    ratios = [row.measured / row.predicted for score in scores for row in score.rows if row.is_contraction and row.predicted > 0]
+    return float(np.mean([0.8 <= ratio <= 1.25 for ratio in ratios])) if ratios else math.nan
+
+
+def score(name: str, policy: str, most: int) -> Score:
+    """Predict, draw, compare."""
+    build = reference_models()[name]
+    if policy == "default":
+        predictions = _inspected(build)
+        draws = measured(name, build, most=most)
+    else:
+        first = build(0)
+        plan = gs.plan(first.model, first.args, first.kwargs, policy=policy)
+        spreads = plan.spreads
+        predictions = {key: (m[0], spreads[key][0] if key in spreads else math.nan) for key, m in plan.predictions.items() if m}
+
+        def drawn(seed: int) -> Example:
+            example = build(seed)
+            gs.apply(example.model, plan, seed=seed)
+            return example
+
+        draws = measured(f"{name}.{policy}.{_digest(plan)}", drawn, most=most)
+    return Score(model=name, policy=policy, draws=_count(draws), rows=tuple(_rows(predictions, draws)))
+
+
+def _inspected(build: Callable[[int], Example]) -> dict[str, tuple[float, float]]:
+    """Mean prediction over models that differ by their draw: a small parameter's own moments stray."""
+    traces = []
+    for seed in range(INSPECTED):
+        example = build(seed)
+        traces.append(gs.inspect(example.model, example.args, example.kwargs))
+    found: dict[str, list[tuple[float, float]]] = {}
+    for trace in traces:
+        for call in trace.calls:
+            if call.outputs:
+                found.setdefault(f"{call.path}@{call.call}", []).append((call.outputs[0].second_moment, call.outputs[0].spread))
+    return {key: (float(np.mean([m for m, _ in pairs])), float(np.mean([s for _, s in pairs]))) for key, pairs in found.items()}
+
+
+def _digest(plan: gs.Plan) -> str:
+    """Draws of another plan are other draws."""
+    distributions = [
+        (p.name, str(p.distribution), [str(b) + str(b.distribution) for b in p.blocks]) for p in plan.parameters.values()
+    ]
+    return hashlib.sha256(repr(distributions).encode()).hexdigest()[:12]
+
+
+def _count(draws: Mapping[str, Measured]) -> int:
+    return max((len(item.moments) for item in draws.values()), default=0)
+
+
+def _rows(predictions: Mapping[str, tuple[float, float]], draws: Mapping[str, Measured]) -> list[Row]:
+    return [
+        Row(
+            module=key,
+            module_type=item.module_type,
+            predicted=predictions[key][0],
+            measured=item.mean,
+            standard_error=item.error,
+            predicted_spread=predictions[key][1],
+            measured_spread=item.spread,
+        )
+        for key, item in draws.items()
+        if key in predictions
+    ]
+
+
+def table(scores: list[Score], policy: str) -> Table:
+    """One line for each model, one for all together."""
+    title = "as the modules initialise themselves" if policy == "default" else f"after applying the policy {policy!r}"
+    shown = Table(title=f"forward second moments, {title}: error against the mean over draws, %", title_justify="left")
+    shown.add_column("model")
+    for heading in ("draws", "modules", "p50", "p90", "p99", "apart", "in bounds"):
+        shown.add_column(heading, justify="right")
+    shown.add_column("worst settled module")
+    for item in scores:
+        if item.failure:
+            shown.add_row(item.model, *["-"] * 7, item.failure)
+            continue
+        settled = [row for row in item.rows if row.is_settled]
+        worst = max(settled, key=lambda row: row.error, default=None)
+        place = "-" if worst is None else f"{worst.module} {100 * worst.error:.1f}"
+        figures = [f"{100 * value:.2f}" for value in item.quantiles()]
+        apart = str(len(item.rows) - len(settled))
+        shown.add_row(item.model, str(item.draws), str(len(item.rows)), *figures, apart, f"{100 * item.in_bounds():.1f}", place)
+    count = sum(len(item.rows) for item in scores)
+    shown.add_section()
+    figures = [f"{100 * value:.2f}" for value in quantiles(scores)]
+    shown.add_row("all", "", str(count), *figures, "", f"{100 * in_bounds(scores):.1f}", "")
+    return shown
+
+
+def main() -> None:
+    """Run, print, write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="", help="models whose names contain this")
+    parser.add_argument("--policy", choices=POLICIES, help="one of the two (default: both)")
+    parser.add_argument("--most", type=int, default=MOST, help="draws at most (default: %(default)s)")
+    options = parser.parse_args()
+    warnings.simplefilter("ignore")  # of the model libraries, about themselves
+    one_thread()
+    names = [name for name in reference_models() if options.only in name]
+    policies = [options.policy] if options.policy else list(POLICIES)
+    console = Console(width=None if Console().is_terminal else 140)
+    found: dict[str, list[Score]] = {policy: [] for policy in policies}
+    with Progress(console=Console(stderr=True)) as progress:
+        task = progress.add_task("", total=len(names) * len(policies))
+        for policy in policies:
+            for name in names:
+                progress.update(task, description=f"{name}, {policy}")
+                try:
+                    found[policy].append(score(name, policy, options.most))
+                except gs.GainstageError as error:
+                    reason = str(error).splitlines()[0]
+                    found[policy].append(Score(model=name, policy=policy, draws=0, rows=(), failure=reason))
+                progress.advance(task)
+    for policy, scores in found.items():
+        console.print(table(scores, policy))
+    if not options.only:
+        write(found)
+
+
+def write(found: Mapping[str, list[Score]]) -> None:
+    """Results as JSON; a policy that was not run keeps what stood there."""
+    kept: dict[str, Any] = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
+    for policy, scores in found.items():
+        models = [_summary(item) for item in scores]
+        kept[policy] = {"all": dict(zip(("p50", "p90", "p99"), quantiles(scores), strict=True)), "models": models}
+        kept[policy]["all"]["in_bounds"] = in_bounds(scores)
+    RESULTS.parent.mkdir(exist_ok=True)
+    RESULTS.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
+
+
+def _summary(item: Score) -> dict[str, Any]:
+    """A model in the results: its quantiles, its five worst modules, and those that are listed apart."""
+    settled = sorted((row for row in item.rows if row.is_settled), key=lambda row: -row.error)
+    return {
+        "model": item.model,
+        "draws": item.draws,
+        "modules": len(item.rows),
+        "failure": item.failure,
+        **dict(zip(("p50", "p90", "p99"), item.quantiles(), strict=True)),
+        "in_bounds": item.in_bounds(),
+        "worst": [asdict(row) for row in settled[:5]],
+        "apart": [asdict(row) for row in item.rows if not row.is_settled],
+    }
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,97 @@
+"""Second moments of every module output over draws of weights and inputs, kept on disk so that a run can be resumed."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from benchmarks.zoo.reference import Example
+from torch import nn
+
+from gainstage.graph import tensor_leaves
+
+DRAWS = Path(__file__).with_name("draws")  # not in version control: any run can make them again
+FEWEST, MOST = 16, 64
+SETTLED = 0.01  # standard error of the mean at which drawing stops
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """Moments of one module output over the draws."""
+
+    module_type: str
+    moments: tuple[float, ...]
+
+    @property
+    def mean(self) -> float:
+        """Mean over draws."""
+        return float(np.mean(self.moments))
+
+    @property
+    def error(self) -> float:
+        """Standard error of the mean, relative to it."""
+        return float(np.std(self.moments, ddof=1) / len(self.moments) ** 0.5 / self.mean) if self.mean > 0 else 0.0
+
+    @property
+    def spread(self) -> float:
+        """Standard deviation of the log moment from draw to draw."""
+        positive = [moment for moment in self.moments if moment > 0]
+        return float(np.std(np.log(positive), ddof=1)) if len(positive) > 1 else 0.0
+
+
+def measured(name: str, draw: Callable[[int], Example], *, most: int = MOST) -> dict[str, Measured]:
+    """``"path@call"`` -> moments of the first tensor that the call returns. Resumes where an earlier run stopped.
+
+    Draws until nine in ten modules have settled, at least FEWEST and at most ``most`` times.
+    """
+    path = DRAWS / (name.replace(":", "_") + ".json")
+    kept: list[dict[str, tuple[str, float]]] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+    while len(kept) < FEWEST or (len(kept) < most and not _has_settled(kept)):
+        kept.append(one_pass(draw(1 + len(kept))))
+        path.parent.mkdir(exist_ok=True)
+        partial = path.with_suffix(".part")
+        partial.write_text(json.dumps(kept), encoding="utf-8")
+        partial.replace(path)
+    return _collected(kept[:most])
+
+
+def one_pass(example: Example) -> dict[str, tuple[str, float]]:
+    """Type and mean square of every module call's first floating-point output in one forward pass."""
+    found: dict[str, tuple[str, float]] = {}
+    calls: dict[str, int] = {}
+
+    def hook_of(path: str) -> Callable[[nn.Module, Any, Any], None]:
+        def hook(module: nn.Module, _args: Any, output: Any) -> None:
+            call = calls[path] = calls.get(path, -1) + 1
+            tensors = tensor_leaves(output)
+            if tensors and tensors[0].is_floating_point():
+                found[f"{path}@{call}"] = (type(module).__name__, float(tensors[0].double().square().mean()))
+
+        return hook
+
+    handles = [module.register_forward_hook(hook_of(path)) for path, module in example.model.named_modules()]
+    with torch.no_grad():
+        example.model(*example.args, **(example.kwargs or {}))
+    for handle in handles:
+        handle.remove()
+    return found
+
+
+def _collected(draws: list[dict[str, tuple[str, float]]]) -> dict[str, Measured]:
+    keys = [key for key in draws[0] if all(key in draw for draw in draws)]
+    return {key: Measured(draws[0][key][0], tuple(draw[key][1] for draw in draws)) for key in keys}
+
+
+def _has_settled(draws: list[dict[str, tuple[str, float]]]) -> bool:
+    return float(np.quantile([item.error for item in _collected(draws).values()], 0.9)) < SETTLED
+
+
+def one_thread() -> None:
+    """Let two runs share two cores, and be reproducible."""
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
