@@ -9,7 +9,8 @@ import numpy as np
 import torch
 
 from gainstage.rules.registry import Call, rule
-from gainstage.signal import Value, affine, combine, contract, convolve, expand, mean_over, permute, reshape
+from gainstage.signal import Value, affine, combine, contract, convolve, mean_over, permute, reshape
+from gainstage.signal.contraction import Places
 
 aten = torch.ops.aten
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
@@ -102,17 +103,16 @@ def _expanded(equation: str, ranks: list[int]) -> tuple[list[str], str]:
     return filled, dots + "".join(sorted(c for c in set(letters) if letters.count(c) == 1 and c not in dots))
 
 
-def windows(size: int, kernel: int, stride: int, padding: int, dilation: int, outputs: int) -> np.ndarray[Any, Any]:
-    """0/1 matrix [outputs, taps]: does tap k of output p read inside the map?"""
+def windows(size: int, kernel: int, stride: int, padding: int, dilation: int, outputs: int) -> Places:
+    """Position [outputs, taps] inside the map that tap k of output p reads, -1 in the padding."""
     place = stride * np.arange(outputs)[:, None] - padding + dilation * np.arange(kernel)[None, :]
-    return np.asarray(((place >= 0) & (place < size)).astype(float))
+    return np.where((place >= 0) & (place < size), place, -1)
 
 
-def transposed_windows(size: int, kernel: int, stride: int, padding: int, dilation: int, outputs: int) -> np.ndarray[Any, Any]:
-    """0/1 matrix [outputs, taps] of a transposed convolution: only every stride-th tap meets an input."""
+def transposed_windows(size: int, kernel: int, stride: int, padding: int, dilation: int, outputs: int) -> Places:
+    """Position [outputs, taps] that a tap of a transposed convolution reads: only every stride-th tap meets an input."""
     place = np.arange(outputs)[:, None] + padding - dilation * np.arange(kernel)[None, :]
-    inside = (place % stride == 0) & (place >= 0) & (place < size * stride)
-    return np.asarray(inside.astype(float))
+    return np.where((place % stride == 0) & (place >= 0) & (place < size * stride), place // stride, -1)
 
 
 def per_dim(value: int | Sequence[int], rank: int) -> list[int]:
@@ -161,6 +161,3 @@ def transposed_convolution(
     )  # fmt: skip
     found = convolve(x, weight, [transposed_windows(*args) for args in each], groups, transposed=True)
     return with_bias(found, bias, 1)
-
-
-_ = expand

@@ -11,14 +11,18 @@ attention-logit rule, embeddings, experts and low-rank factors are special cases
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
+from numpy.typing import NDArray
 
 from gainstage.signal import levels
 from gainstage.signal.axes import Axis, Dim, axes_of
 from gainstage.signal.movement import expand, merge_dim, refine, reshape
 from gainstage.signal.quadrature import Array
-from gainstage.signal.value import Value, gaussian
+from gainstage.signal.value import Lean, Value, gaussian
+
+Places = NDArray[np.int64]
 
 
 def contract(a: Value, b: Value, labels_a: str, labels_b: str, labels_out: str) -> Value:
@@ -58,15 +62,20 @@ class _Numbers:
         return self._next - 1
 
 
-def contracted(a: Value, b: Value, dims: tuple[Dim, ...], mean: float, table: Array) -> Value:
-    """Gaussian result of a sum over many products, with the history of its operands."""
+def contracted(a: Value, b: Value, dims: tuple[Dim, ...], mean: float, table: Array, *, across: Array | None = None) -> Value:
+    """Gaussian result of a sum over many products, with the history of its operands.
+
+    ``across``: mean square of the result along axes that are new, where it varies.
+    """
     stray = sum(x.log_variance + (0.0 if x.is_weight or x.constant is not None else x.fluctuation()) for x in (a, b))
     profile = levels.carried([(a.levels, a.axes), (b.levels, b.axes)], axes_of(dims))
+    if across is not None:
+        profile = levels.product(profile, levels.normalised(np.sqrt(across)))
     return gaussian(
         dims,
         mean,
         table,
-        levels=profile,
+        profile=profile,
         lineage=a.lineage | b.lineage,
         log_variance=stray,
         is_weight=a.is_weight and b.is_weight,
@@ -88,7 +97,7 @@ def match(a: Value, b: Value, labels_a: str, labels_b: str) -> tuple[Value, Valu
 def tap_counts(windows: Array) -> Array:
     """``N[s, k]``: expected pairs of taps of two outputs, by same or another output (s) and same or another tap (k).
 
-    ``windows`` [outputs, taps] is 1 where a tap reads inside the map, 0 where it reads padding.
+    ``windows`` [outputs, taps] is the level of the place that a tap reads, 0 where it reads padding.
     """
     outputs = windows.shape[0]
     per_output, per_tap, squares = windows.sum(1), windows.sum(0), windows**2
@@ -103,68 +112,64 @@ def tap_counts(windows: Array) -> Array:
     return counts
 
 
-def convolve(x: Value, weight: Value, windows: Sequence[Array], groups: int, *, transposed: bool = False) -> Value:
+def convolve(x: Value, weight: Value, places: Sequence[Places], groups: int, *, transposed: bool = False) -> Value:
     """Convolution of x [batch, channel, *space] with a kernel [out, channel/groups, *taps].
 
     Taps are contracted like channels; those in the padding do not count (see :func:`tap_counts`). Two taps read the same
     place only for the same output and the same tap. A transposed kernel is [channel, out/groups, *taps].
+    ``places`` [outputs, taps], for each dimension of space: the position that a tap reads, -1 for none.
     """
-    rank = len(windows)
-    space, taps = "uvw"[:rank], "klm"[:rank]
-    for d in range(2, 2 + rank):
-        x = merge_dim(x, d)
-        weight = merge_dim(weight, d)
-    channels = x.shape[1]
-    x = reshape(x, (x.shape[0], groups, channels // groups, *x.shape[2:]))
-    kernel = weight.shape[2:]
-    if transposed:
-        weight = reshape(weight, (groups, channels // groups, weight.shape[1], *kernel))
-    else:
-        weight = reshape(weight, (groups, weight.shape[0] // groups, channels // groups, *kernel))
-    labels_w = ("gco" if transposed else "goc") + taps
-    x, weight = match(x, weight, "bgc" + space, labels_w)
+    rank = len(places)
+    x, weight = _grouped(x, weight, groups, rank, transposed=transposed)
+    labels_x, labels_w = "bgc" + "uvw"[:rank], ("gco" if transposed else "goc") + "klm"[:rank]
+    x, weight = match(x, weight, labels_x, labels_w)
+    starts = np.cumsum([0, *(len(dim) for dim in x.dims)])
+    windows = [levels.read(x.levels, int(starts[3 + d]), place) for d, place in enumerate(places)]
     numbers = _Numbers()
-    index_x = [n for label, dim in zip("bgc" + space, x.dims, strict=True) for n in numbers.of(label, dim)]
+    index_x = [n for label, dim in zip(labels_x, x.dims, strict=True) for n in numbers.of(label, dim)]
     index_w = [n for label, dim in zip(labels_w, weight.dims, strict=True) for n in numbers.of(label, dim)]
-    operands: list[object] = [x.table, index_x, weight.table, index_w]
+    even = levels.evened(x.table, x.levels, range(x.table.ndim - sum(map(bool, x.dims[3:])), x.table.ndim))
+    operands: list[object] = [even, index_x, weight.table, index_w]
     count = 1.0
     for axis, number in zip(x.dims[2], numbers.of("c", x.dims[2]), strict=True):
         operands += [np.array([axis.size * (axis.size - 1.0), float(axis.size)]), [number]]
         count *= axis.size
     out_space: list[Dim] = []
-    out_index: list[int] = []
+    out_index = [n for label in "bgo" for n in numbers.of(label, ())]
     for d, window in enumerate(windows):
-        pairs = _window_pairs(window)
         count *= float(window.sum(1).mean())
-        out_axis = (Axis(window.shape[0]),) if window.shape[0] > 1 else ()
-        subscripts = []
-        for position, (present, number) in enumerate(
-            [
-                (bool(out_axis), numbers.fresh()),
-                (bool(weight.dims[-rank + d]), (numbers.of(taps[d], weight.dims[-rank + d]) or [-1])[0]),
-                (bool(x.dims[3 + d]), (numbers.of(space[d], x.dims[3 + d]) or [-1])[0]),
-            ]
-        ):
-            if present:
-                subscripts.append(number)
-            elif position < 2:
-                pairs = np.take(pairs, [1], axis=position)
-            else:
-                pairs = pairs.sum(axis=2, keepdims=True)
-        if out_axis:
-            out_index.append(subscripts[0])
-        out_space.append(out_axis)
-        operands += [pairs.reshape((2,) * len(subscripts)), subscripts]
-    out_index = [*(n for label in "bgo" for n in numbers.of(label, ())), *out_index]
+        out = (Axis(window.shape[0]),) if window.shape[0] > 1 else ()
+        own = [numbers.fresh()] if out else []
+        tap, place = numbers.of("klm"[d], weight.dims[d - rank]), numbers.of("uvw"[d], x.dims[3 + d])
+        pairs = _window_pairs(window, even=not place)
+        operands += [pairs[(slice(None) if out else 1, slice(None) if tap else 1)], own + tap + place]
+        out_index += own
+        out_space.append(out)
     table = np.einsum(*operands, out_index)  # type: ignore[call-overload]
-    out_channels = weight.dims[0] + weight.dims[2 if transposed else 1]
-    dims = (x.dims[0], out_channels, *out_space)
-    return contracted(x, weight, dims, count * x.mean * weight.mean, np.asarray(table, dtype=np.float64))
+    dims = (x.dims[0], weight.dims[0] + weight.dims[2 if transposed else 1], *out_space)
+    across = levels.outer([(window**2).sum(1) for window in windows], len(axes_of(dims)))
+    result = contracted(x, weight, dims, count * x.mean * weight.mean, np.asarray(table, dtype=np.float64), across=across)
+    if result.levels is None:
+        return result
+    lean = levels.outer([window @ window.mean(0) for window in windows], len(axes_of(dims)))
+    return replace(result, lean=Lean(result.levels, lean / lean.mean()))
 
 
-def _window_pairs(window: Array) -> Array:
-    """``E[s, k, i]``: tap counts, at the entry i of x's table that the pair of taps reads."""
+def _grouped(x: Value, weight: Value, groups: int, rank: int, *, transposed: bool) -> tuple[Value, Value]:
+    """Operands as [batch, group, channel, *space] and [group, out, channel, *taps]; a transposed kernel has the channel first."""
+    for d in range(2, 2 + rank):
+        x, weight = merge_dim(x, d), merge_dim(weight, d)
+    channels, kernel = x.shape[1] // groups, weight.shape[2:]
+    x = reshape(x, (x.shape[0], groups, channels, *x.shape[2:]))
+    inner = (channels, weight.shape[1]) if transposed else (weight.shape[0] // groups, channels)
+    return x, reshape(weight, (groups, *inner, *kernel))
+
+
+def _window_pairs(window: Array, *, even: bool) -> Array:
+    """``E[s, k, i]``: tap counts, at the entry i of x's table that the pair of taps reads; ``even``: there is only one place."""
     counts = tap_counts(window)
+    if even:
+        return counts
     pairs = np.zeros((2, 2, 2))
     pairs[..., 0] = counts
     pairs[1, 1] = (0.0, counts[1, 1])

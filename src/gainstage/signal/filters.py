@@ -10,42 +10,37 @@ from typing import Any
 import numpy as np
 import torch
 
+from gainstage.signal import levels
 from gainstage.signal.axes import Axis
-from gainstage.signal.linear import amplitude_of, gaussian_like, standardised
+from gainstage.signal.linear import amplitude_of, is_gaussian, standardised
 from gainstage.signal.movement import merge_dim
 from gainstage.signal.quadrature import Array, coarse, cumulative, evaluate_series, invert_series, nodes, quantiles
-from gainstage.signal.value import Marginal, Value
+from gainstage.signal.value import Marginal, Value, gaussian
 
 
 def filter_dim(x: Value, dim: int, matrix: Array) -> Value:
     """Linear map along one dimension with known coefficients: ``y_p = sum_i matrix[p, i] x_i``.
 
-    Covers average pooling, interpolation, cumulative sums and padding. Exact for exchangeable positions.
+    Covers average pooling, interpolation, cumulative sums and padding. Exact for positions that are exchangeable but for
+    their levels.
     """
     x = merge_dim(x, dim)
     outputs, inputs = matrix.shape
-    sums, columns = matrix.sum(1), matrix.sum(0)
-    squares = float((matrix**2).sum())
-    mix = np.zeros((2, 2))  # K_y[s] = sum_i mix[s, i] K_x[i]
-    mix[1, 1] = squares / outputs
-    mix[1, 0] = float((sums**2).mean()) - mix[1, 1]
-    if outputs > 1:
-        pairs = outputs * (outputs - 1.0)
-        mix[0, 1] = (float((columns**2).sum()) - squares) / pairs
-        mix[0, 0] = (float(sums.sum()) ** 2 - float((sums**2).sum())) / pairs - mix[0, 1]
     position = sum(len(d) for d in x.dims[:dim])
-    table = x.table if inputs > 1 else np.stack([x.table, x.table], axis=position)
-    table = np.moveaxis(np.tensordot(mix, np.moveaxis(table, position, 0), axes=1), 0, position)
-    scale = float(sums.mean())
+    along = np.ones(1) if x.levels is None or inputs == 1 else levels.over(x.levels, position, inputs)
+    even = levels.evened(x.table, x.levels, [position]) if inputs > 1 else np.stack([x.table, x.table], axis=position)
+    weighted = matrix * along
+    table = np.moveaxis(np.tensordot(_mixing(weighted), np.moveaxis(even, position, 0), axes=1), 0, position)
     same_axes = outputs == inputs and inputs > 1
     out_axis = x.dims[dim] if same_axes else ((Axis(outputs),) if outputs > 1 else ())
+    profile = _filtered_levels(x.levels, even, weighted, position)
     if outputs == 1:
         table = np.take(table, 1, axis=position)
     dims = tuple(out_axis if d == dim else axes for d, axes in enumerate(x.dims))
-    base = replace(x, dims=dims, table=table)
-    result = gaussian_like(base, scale * x.mean, table)
-    terms = float((1.0 / np.maximum((matrix**2).sum(1) / np.maximum(sums**2, 1e-300), 1e-300)).mean())
-    result = replace(result, marginal=_filtered_marginal(x, result, terms), rho=None)
+    mean = x.mean * float(weighted.sum(1).mean() / along.mean())
+    result = gaussian(dims, mean, table, profile, lineage=x.lineage, log_variance=x.log_variance, is_weight=x.is_weight)
+    if not is_gaussian(x):
+        result = replace(result, marginal=_filtered_marginal(x, result, _terms(weighted)), rho=None)
     if same_axes:
         rest = (float(np.trace(matrix)) - float(matrix.sum()) / inputs) / (inputs - 1)
         factors = np.array([float(matrix.sum()) / inputs, rest])
@@ -53,6 +48,43 @@ def filter_dim(x: Value, dim: int, matrix: Array) -> Value:
         shape[position] = 2
         result = replace(result, source=x.source, amplitude=amplitude_of(x) * factors.reshape(shape))
     return result
+
+
+def _mixing(matrix: Array) -> Array:
+    """``mix[s, i]`` of ``K_y[s] = sum_i mix[s, i] K_x[i]`` along the axis of a linear map."""
+    outputs = matrix.shape[0]
+    sums, columns = matrix.sum(1), matrix.sum(0)
+    squares = float((matrix**2).sum())
+    mix = np.zeros((2, 2))
+    mix[1, 1] = squares / outputs
+    mix[1, 0] = float((sums**2).mean()) - mix[1, 1]
+    if outputs > 1:
+        pairs = outputs * (outputs - 1.0)
+        mix[0, 1] = (float((columns**2).sum()) - squares) / pairs
+        mix[0, 0] = (float(sums.sum()) ** 2 - float((sums**2).sum())) / pairs - mix[0, 1]
+    return mix
+
+
+def _filtered_levels(profile: Array | None, even: Array, matrix: Array, position: int) -> Array | None:
+    """Levels after a linear map along an axis: the second moment of each output, times the levels along the other axes."""
+    full = [1] * even.ndim
+    other, same = (float(even[(*full[:position], s, *full[position + 1 :])]) for s in (0, 1))
+    squares, sums = (matrix**2).sum(1), matrix.sum(1)
+    own = np.maximum(squares * same + (sums**2 - squares) * other, 0.0)
+    if profile is None:
+        profile = np.ones((1,) * (even.ndim - (matrix.shape[1] == 1)))
+    if matrix.shape[1] > 1:
+        profile = np.sqrt((profile**2).mean(axis=position, keepdims=matrix.shape[0] > 1))
+    elif matrix.shape[0] > 1:
+        profile = np.expand_dims(profile, position)
+    if matrix.shape[0] > 1:
+        profile = profile * np.sqrt(own).reshape([-1 if p == position else 1 for p in range(even.ndim)])
+    return levels.normalised(np.asarray(profile))
+
+
+def _terms(matrix: Array) -> float:
+    """How many equal terms an output's sum amounts to."""
+    return float((matrix.sum(1) ** 2 / np.maximum((matrix**2).sum(1), 1e-300)).mean())
 
 
 def _filtered_marginal(x: Value, result: Value, terms: float) -> Marginal:
@@ -94,7 +126,8 @@ def normalise(x: Value, reduced: Sequence[Axis], eps: float, *, centre: bool = T
     std = max(float(table[full]) - mean**2, 0.0) ** 0.5
     removed = max(float(mixed.max()) - x.mean**2, 0.0) if centre else 0.0
     keeps_latent = removed <= 1e-3 * max(level, 1e-300)
-    marginal = Marginal(x.marginal.latent if keeps_latent else object(), lambda: standardised(x.marginal.values, mean, std))
+    profile = _normalised_levels(x, [x.axes.index(axis) for axis in reduced], float(mixed[(-1,) * mixed.ndim]) if centre else 0.0)
+    marginal = _normalised_marginal(x, mean, std, profile, x.marginal.latent if keeps_latent else object())
     return replace(
         x,
         mean=mean,
@@ -106,8 +139,33 @@ def normalise(x: Value, reduced: Sequence[Axis], eps: float, *, centre: bool = T
         log_variance=0.0,
         constant=None,
         mask=None,
-        levels=None,
+        levels=profile,
     )
+
+
+def _normalised_levels(x: Value, reduced: Sequence[int], removed: float) -> Array | None:
+    """Levels of ``x - mean(x)``: of ``E[x_i^2] - 2 E[x_i mean(x)] + E[mean(x)^2]``, relative to their average over some axes."""
+    if x.levels is None:
+        return None
+    along = tuple(reduced)
+    lean = x.leaning()
+    squares = x.levels**2 / np.maximum((x.levels**2).mean(axis=along, keepdims=True), 1e-300) * x.second_moment
+    lean = lean / np.maximum(lean.mean(axis=along, keepdims=True), 1e-300)
+    centred = np.maximum(squares + removed * (1.0 - 2.0 * lean), 0.0)
+    return levels.normalised(np.sqrt(centred / np.maximum(centred.mean(axis=along, keepdims=True), 1e-300)))
+
+
+def _normalised_marginal(x: Value, mean: float, std: float, profile: Array | None, latent: object) -> Marginal:
+    """The shape of an entry of average level, at the levels that are left."""
+    if x.levels is None:
+        return Marginal(latent, lambda: standardised(x.marginal.values, mean, std))
+
+    def even() -> Array:
+        return standardised(x.marginal.even, mean, std)
+
+    if profile is not None and is_gaussian(x):
+        return Marginal(latent, lambda: standardised(levels.normal_mixture(profile), mean, std), even)
+    return Marginal(latent, even if profile is None else lambda: standardised(x.marginal.values, mean, std), even)
 
 
 @cache

@@ -6,12 +6,14 @@ mean square 1. A slice with mean square r^2 has r^2 times the table of the whole
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
+import torch
+from numpy.typing import NDArray
 
 from gainstage.signal.axes import Axis
-from gainstage.signal.quadrature import Array
+from gainstage.signal.quadrature import Array, cumulative, expectation, nodes, weights
 
 
 def split(levels: Array | None, position: int, sizes: Sequence[int]) -> Array | None:
@@ -89,14 +91,106 @@ def of_sum(terms: Sequence[tuple[Array | None, float]], axes: int) -> Array | No
 
 
 def of_parts(parts: Sequence[tuple[Array | None, float]], sizes: Sequence[int], position: int, axes: int) -> Array | None:
-    """Profile of parts with these profiles and second moments, laid one after the other along the axis at ``position``."""
+    """Profile of parts with these profiles and second moments, laid one after the other along the axis at ``position``.
+
+    Across the other axes the parts are taken to vary alike: by their average.
+    """
     squares = []
+    common = np.zeros((1,) * axes)
     for (levels, second), size in zip(parts, sizes, strict=True):
         own = np.ones((1,) * axes) if levels is None else levels**2
-        shape = list(own.shape)
-        shape[position] = size
-        squares.append(max(second, 0.0) * np.broadcast_to(own, shape))
-    common = np.broadcast_shapes(*[np.take(square, [0], axis=position).shape for square in squares])
-    shapes = [[*common[:position], size, *common[position + 1 :]] for size in sizes]
-    wide = [np.broadcast_to(square, shape) for square, shape in zip(squares, shapes, strict=True)]
-    return normalised(np.sqrt(np.concatenate(wide, axis=position)))
+        others = tuple(p for p in range(axes) if p != position)
+        squares.append(max(second, 0.0) * np.broadcast_to(own.mean(axis=others), size))
+        common = common + float(squares[-1].sum()) * own.mean(axis=position, keepdims=True)
+    shape = [1] * axes
+    shape[position] = -1
+    return normalised(np.sqrt(np.concatenate(squares).reshape(shape) * common))
+
+
+def product(first: Array | None, second: Array | None) -> Array | None:
+    """Profile of a product of two tensors with these profiles."""
+    if first is None or second is None:
+        return second if first is None else first
+    return normalised(first * second)
+
+
+def over(levels: Array | None, position: int, size: int) -> Array:
+    """Level along one axis alone, the others averaged out; its mean square is 1."""
+    if levels is None or levels.shape[position] == 1:
+        return np.ones(size)
+    others = tuple(p for p in range(levels.ndim) if p != position)
+    return np.asarray(np.sqrt((levels**2).mean(axis=others)))
+
+
+def pair_factor(along: Array) -> float:
+    """``average of s_i s_j`` over pairs of different coordinates of a profile s along one axis."""
+    n = along.size
+    return float(along.sum() ** 2 - (along**2).sum()) / (n * (n - 1.0)) if n > 1 else 1.0
+
+
+def groups(levels: Array, most: int = 12) -> tuple[Array, Array]:
+    """A few representative levels (root mean squares of classes of near levels), and the share of entries that has each."""
+    flat = np.abs(levels).ravel()
+    top = max(float(flat.max()), 1e-300)
+    index = np.minimum((flat / top * most).astype(int), most - 1)
+    counts = np.bincount(index, minlength=most)
+    squares = np.bincount(index, weights=flat**2, minlength=most)
+    present = counts > 0
+    return np.sqrt(squares[present] / counts[present]), counts[present] / flat.size
+
+
+def normal_mixture(levels: Array) -> Array:
+    """Grid values of the increasing function of a normal that is distributed as ``s z``, for an s drawn from the levels.
+
+    The distribution function ``mean of Phi(x / s)`` is inverted; variance 1.
+    """
+    sizes, shares = groups(levels)
+    places = nodes() * sizes.max()
+    scaled = torch.from_numpy(places[:, None] / np.maximum(sizes, 1e-9 * sizes.max()))
+    below = torch.special.ndtr(scaled).numpy() @ shares
+    values = np.interp(cumulative(), below, places)
+    return np.asarray(values / expectation(values**2) ** 0.5)
+
+
+def mapped(levels: Array | None, even: Array, function: Callable[[Array], Array]) -> Array | None:
+    """Profile of f(x): ``E f(s x)^2`` over entries of average level, at a few s, and in between by interpolation."""
+    if levels is None:
+        return None
+    sizes = np.linspace(float(levels.min()), float(levels.max()), 7)
+    found = function(even[:, None] * sizes) ** 2
+    return normalised(np.sqrt(np.interp(levels, sizes, weights() @ found)))
+
+
+def averaged(levels: Array | None, positions: Sequence[int]) -> Array | None:
+    """Profile over the other axes; those at ``positions`` go."""
+    return None if levels is None else normalised(np.sqrt((levels**2).mean(axis=tuple(positions))))
+
+
+def read(levels: Array | None, position: int, places: NDArray[np.int64]) -> Array:
+    """Level along one axis at the places read [outputs, taps], 0 where a place is -1."""
+    inside = places >= 0
+    if levels is None or position >= levels.ndim or levels.shape[position] == 1:
+        return inside.astype(float)
+    along = over(levels, position, levels.shape[position])
+    return np.asarray(np.where(inside, along[places], 0.0))
+
+
+def outer(along: Sequence[Array], axes: int) -> Array:
+    """Product of one factor for each of the last axes (a dimension of one entry has no axis), as a profile's shape asks."""
+    result = np.ones(1)
+    wide = [factor for factor in along if factor.size > 1]
+    for factor in wide:
+        result = result[..., None] * factor
+    return result.reshape([1] * (axes - len(wide)) + [factor.size for factor in wide])
+
+
+def evened(table: Array, levels: Array | None, positions: Sequence[int]) -> Array:
+    """Table of a tensor before the levels along some axes act on it: ``E[x_i x_j] / (s_i s_j)``."""
+    if levels is None:
+        return table
+    result = table.copy()
+    for position in positions:
+        if levels.shape[position] > 1:
+            factor = pair_factor(over(levels, position, levels.shape[position]))
+            np.moveaxis(result, position, 0)[0] /= max(factor, 1e-12)
+    return result

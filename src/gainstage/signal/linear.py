@@ -14,7 +14,7 @@ import numpy as np
 from gainstage.signal import levels
 from gainstage.signal.axes import Axis
 from gainstage.signal.quadrature import Array, coarse, expectation, nodes, quantiles, weights
-from gainstage.signal.value import Marginal, Statistic, Value, gaussian, gaussian_marginal
+from gainstage.signal.value import Lean, Marginal, Statistic, Value, gaussian, gaussian_marginal
 
 
 def spectrum(table: Array, sizes: Sequence[int]) -> Array:
@@ -61,7 +61,7 @@ def affine(x: Value, scale: float, shift: float = 0.0) -> Value:
     """``scale x + shift``."""
     mean = scale * x.mean + shift
     table = scale**2 * x.covariance + mean**2
-    marginal = Marginal(x.marginal.latent, lambda: scale * x.marginal.values + shift)
+    marginal = Marginal(x.marginal.latent, lambda: scale * x.marginal.values + shift, lambda: scale * x.marginal.even + shift)
     statistic = None if x.statistic is None else Statistic(x.statistic.of, scale * x.statistic.centre + shift)
     constant = None if x.constant is None else x.constant * scale + shift
     amplitude = scale * amplitude_of(x)
@@ -87,7 +87,8 @@ def mean_over(x: Value, axes: Sequence[Axis]) -> Value:
     count = int(np.prod([axis.size for axis in gone]))
     latents = frozenset([x.marginal.latent]) | (x.statistic.of if x.statistic else frozenset())
     centre = x.statistic.centre if x.statistic else x.mean
-    result = gaussian(dims, x.mean, table[index], lineage=x.lineage, log_variance=x.log_variance, is_weight=x.is_weight)
+    profile = levels.averaged(x.levels, [x.axes.index(axis) for axis in gone])
+    result = gaussian(dims, x.mean, table[index], profile, lineage=x.lineage, log_variance=x.log_variance, is_weight=x.is_weight)
     if count < 8:
         result = replace(result, marginal=_average_marginal(x, result, count), rho=None)
     return replace(result, statistic=Statistic(latents, centre))
@@ -116,33 +117,48 @@ def add(x: Value, y: Value, sign: float = 1.0) -> Value:
     table[(1,) * table.ndim] = max(float(table[(1,) * table.ndim]), mean**2)
     variance = float(table[(1,) * table.ndim]) - mean**2
     share = 0.0 if variance <= 0.0 else min(max(x.variance / variance, 0.0), 1.0)
+    profile = levels.of_sum([(x.levels, x.second_moment), (y.levels, y.second_moment)], table.ndim)
     result = Value(
         dims=x.dims,
         mean=mean,
         table=table,
-        marginal=_sum_marginal(x, y, sign, mean, variance),
+        marginal=_sum_marginal(x, y, sign, (mean, max(variance, 0.0) ** 0.5), profile),
         source=object(),
         lineage=x.lineage | y.lineage,
         log_variance=share**2 * x.log_variance + (1.0 - share) ** 2 * y.log_variance,
         is_weight=x.is_weight and y.is_weight,
-        levels=levels.of_sum([(x.levels, x.second_moment), (y.levels, y.second_moment)], table.ndim),
+        levels=profile,
         mask=y.mask if x.mask is None else x.mask if y.mask is None else x.mask & y.mask,
     )
+    if profile is not None and not (x.lean is None and y.lean is None):
+        result = replace(result, lean=_summed_lean(x, y, profile))
     same_axes = all(a is b for a, b in zip(x.axes, y.axes, strict=True))
     if x.source is not None and x.source is y.source and same_axes:
         result = replace(result, source=x.source, amplitude=amplitude_of(x) + sign * amplitude_of(y))
     return result
 
 
-def _sum_marginal(x: Value, y: Value, sign: float, mean: float, variance: float) -> Marginal:
-    std = max(variance, 0.0) ** 0.5
+def _summed_lean(x: Value, y: Value, profile: Array) -> Lean:
+    apart = tuple(0 if size > 1 else 1 for size in profile.shape)
+    common = [max(float(v.table[apart]), 0.0) for v in (x, y)]
+    share = 0.5 if sum(common) <= 0.0 else common[0] / sum(common)
+    return Lean(profile, share * x.leaning() + (1.0 - share) * y.leaning())
+
+
+def _sum_marginal(x: Value, y: Value, sign: float, moments: tuple[float, float], profile: Array | None) -> Marginal:
+    mean, std = moments
+    if is_gaussian(x) and is_gaussian(y):
+        return gaussian_marginal(mean, std, profile)
+    if x.variance <= 0.0 or y.variance <= 0.0:
+        base, flip = (x, 1.0) if x.variance >= y.variance else (y, sign)
+        ratio = flip * std / base.variance**0.5 if base.variance > 0.0 else 0.0
+        return Marginal(
+            object(),
+            lambda: mean + ratio * (base.marginal.values - base.mean),
+            lambda: mean + ratio * (base.marginal.even - base.mean),
+        )
 
     def values() -> Array:
-        if x.variance <= 0.0 or y.variance <= 0.0 or (_is_gaussian(x) and _is_gaussian(y)):
-            base = x if x.variance >= y.variance else y
-            flip = sign if base is y else 1.0
-            ratio = std / base.variance**0.5 if base.variance > 0.0 else 0.0
-            return mean + flip * ratio * (base.marginal.values - base.mean)
         points, mass = coarse()
         u = np.interp(points, nodes(), x.marginal.values)
         v = sign * np.interp(points, nodes(), y.marginal.values)
@@ -159,8 +175,9 @@ def standardised(grid: Array, mean: float, std: float) -> Array:
     return np.asarray(mean + (grid - centre) * (std / deviation if deviation > 0.0 else 0.0))
 
 
-def _is_gaussian(x: Value) -> bool:
-    values = x.marginal.values
+def is_gaussian(x: Value) -> bool:
+    """Tell whether an entry of average level is Gaussian (or constant)."""
+    values = x.marginal.even
     return bool(np.allclose(np.diff(values), values[1] - values[0], rtol=1e-6, atol=1e-12))
 
 
@@ -184,12 +201,13 @@ def multiply(x: Value, y: Value) -> Value:
         return standardised(grid, mean, std)
 
     if y.variance <= 1e-14 * y.second_moment:
-        marginal = Marginal(x.marginal.latent, lambda: x.marginal.values * y.mean)
+        marginal = Marginal(x.marginal.latent, lambda: x.marginal.values * y.mean, lambda: x.marginal.even * y.mean)
         scaled = amplitude_of(x) * y.mean
         return replace(
             x, mean=mean, table=table, marginal=marginal, rho=x.correlation(), amplitude=scaled,
             lineage=x.lineage | y.lineage, constant=None, statistic=x.statistic,
             is_weight=x.is_weight and y.is_weight, log_variance=x.log_variance + y.log_variance,
+            levels=levels.product(x.levels, y.levels),
         )  # fmt: skip
     return Value(
         dims=x.dims,
@@ -201,6 +219,7 @@ def multiply(x: Value, y: Value) -> Value:
         log_variance=x.log_variance + y.log_variance,
         is_weight=x.is_weight and y.is_weight,
         mask=x.mask,
+        levels=levels.product(x.levels, y.levels),
     )
 
 
@@ -226,9 +245,3 @@ def dropout(x: Value, keep: float, shared: Sequence[int] = ()) -> Value:
     return replace(
         x, table=table, marginal=Marginal(object(), values), rho=None, amplitude=amplitude_of(x), statistic=None, constant=None
     )
-
-
-def gaussian_like(x: Value, mean: float, table: Array) -> Value:
-    """Gaussian value with the dimensions and the history of another."""
-    made = gaussian(x.dims, mean, table, lineage=x.lineage, log_variance=x.log_variance, is_weight=x.is_weight)
-    return replace(made, marginal=gaussian_marginal(mean, made.variance**0.5))

@@ -188,7 +188,7 @@ def _fix(x: Value, dim: int, index: int) -> Value:
         ratio *= part
     fixed = map_tables(replace(x, levels=None), dims, lambda table: table[same], profile)
     latent = ("select", x.marginal.latent, x.dims[dim], index) if x.dims[dim] else x.marginal.latent
-    marginal = Marginal(latent, lambda: x.marginal.values)
+    marginal = Marginal(latent, lambda: x.marginal.even if profile is None else x.marginal.values, lambda: x.marginal.even)
     return scaled(replace(fixed, source=object(), amplitude=None, marginal=marginal), ratio)
 
 
@@ -196,7 +196,7 @@ def scaled(x: Value, ratio: float) -> Value:
     """A part that is louder than its whole by a factor: everything about it scales."""
     if ratio == 1.0:
         return x
-    marginal = Marginal(x.marginal.latent, lambda: x.marginal.values * ratio)
+    marginal = Marginal(x.marginal.latent, lambda: x.marginal.values * ratio, lambda: x.marginal.even * ratio)
     amplitude = None if x.amplitude is None else x.amplitude * ratio
     return replace(x, mean=x.mean * ratio, table=x.table * ratio**2, marginal=marginal, amplitude=amplitude)
 
@@ -230,6 +230,8 @@ def take(x: Value, dim: int, start: int, stop: int, step: int = 1) -> Value:
     if drop and profile is not None:
         profile = np.take(profile, 0, axis=position)
     moved = map_tables(replace(x, amplitude=None, levels=None), dims, lambda table: table[index], profile)
+    if profile is None and x.levels is not None:
+        moved = replace(moved, marginal=Marginal(x.marginal.latent, lambda: x.marginal.even))
     return scaled(replace(moved, source=object()), ratio)
 
 

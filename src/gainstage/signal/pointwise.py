@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 
+from gainstage.signal import levels
 from gainstage.signal.axes import Dim
 from gainstage.signal.linear import add, affine, amplitude_of, multiply
 from gainstage.signal.movement import expand, refine
@@ -56,7 +57,8 @@ def apply(function: Function, x: Value) -> Value:
         centre = float(call_on(function, np.array([x.statistic.centre]))[0])
         statistic = Statistic(x.statistic.of, centre)
     constant = None if x.constant is None else function(x.constant.to(torch.float64))
-    return replace(result, statistic=statistic, constant=constant, log_variance=slope**2 * x.log_variance)
+    profile = levels.mapped(x.levels, x.marginal.even, lambda grid: call_on(function, grid))
+    return replace(result, statistic=statistic, constant=constant, log_variance=slope**2 * x.log_variance, levels=profile)
 
 
 def _log_slope(x: Value, values: Array, function: Function) -> float:
@@ -111,7 +113,8 @@ def combine(function: Function, x: Value, y: Value) -> Value:
         if x.source is not None and x.source is y.source and function in (torch.add, torch.sub):
             sign = 1.0 if function is torch.add else -1.0
             result = replace(result, source=x.source, amplitude=amplitude_of(x) + sign * amplitude_of(y))
-        return replace(result, lineage=x.lineage | y.lineage, statistic=_joint_statistic(function, x, y))
+        profile = levels.product(x.levels, y.levels) if function is torch.mul else x.levels
+        return replace(result, lineage=x.lineage | y.lineage, statistic=_joint_statistic(function, x, y), levels=profile)
     if function in (torch.mul, torch.div) and _is_statistic_of(y, x):
         assert y.statistic is not None
         centre = y.statistic.centre

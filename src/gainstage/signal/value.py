@@ -20,17 +20,22 @@ from functools import cached_property
 import numpy as np
 import torch
 
+from gainstage.signal import levels
 from gainstage.signal.axes import Axis, Dim, axes_of, new_dims, shape_of
 from gainstage.signal.quadrature import Array, cumulative, evaluate_series, expectation, invert_series, nodes, power_series
 
 
 class Marginal:
-    """Distribution of one entry: values of g on the grid. The object's identity is that of the latent variable ``z``."""
+    """Distribution of one entry: values of g on the grid. The object's identity is that of the latent variable ``z``.
 
-    def __init__(self, latent: object, compute: Callable[[], Array]) -> None:
+    ``even``: where levels differ, the distribution of an entry of average level, for lack of which it is that of any entry.
+    """
+
+    def __init__(self, latent: object, compute: Callable[[], Array], even: Callable[[], Array] | None = None) -> None:
         """Hold the latent's identity and a recipe for the values, followed when they are first needed."""
         self.latent = latent
         self._compute = compute
+        self._even = even
 
     @cached_property
     def values(self) -> Array:
@@ -38,14 +43,21 @@ class Marginal:
         return self._compute()
 
     @cached_property
+    def even(self) -> Array:
+        """Values on the grid for an entry of average level."""
+        return self.values if self._even is None else self._even()
+
+    @cached_property
     def series(self) -> Array:
         """Mehler coefficients of g."""
         return power_series(self.values)
 
 
-def gaussian_marginal(mean: float, std: float) -> Marginal:
-    """``g(z) = mean + std z`` on a latent of its own."""
-    return Marginal(object(), lambda: mean + std * nodes())
+def gaussian_marginal(mean: float, std: float, profile: Array | None = None) -> Marginal:
+    """``g(z) = mean + std z`` on a latent of its own; where levels differ, a mixture of them."""
+    if profile is None:
+        return Marginal(object(), lambda: mean + std * nodes())
+    return Marginal(object(), lambda: mean + std * levels.normal_mixture(profile), lambda: mean + std * nodes())
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +72,17 @@ class Statistic:
     centre: float
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Lean:
+    """``E[x_i mean(x)] / E[mean(x)^2]`` for each coordinate i of a profile of levels; void for a tensor with other levels.
+
+    A convolution sees fewer taps at the border of a map: what all positions have in common is there in part only.
+    """
+
+    levels: Array
+    profile: Array
+
+
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
 class Value:
     """What is known of one tensor. Immutable; made by the functions of this package only.
@@ -69,6 +92,7 @@ class Value:
     level that it inherits from upstream. ``lineage``: bit mask of the parameters it depends on. ``levels``: where some
     coordinates are louder than others by design (the query, key and value rows of one projection; the parts of a concatenation),
     the root mean square of each over that of the whole, with one dimension for each axis, of size 1 where it does not vary.
+    ``lean``: how each of those coordinates leans on the average over all, where this is not in proportion to its level.
     """
 
     dims: tuple[Dim, ...]
@@ -85,6 +109,7 @@ class Value:
     constant: torch.Tensor | None = None
     is_weight: bool = False
     levels: Array | None = None
+    lean: Lean | None = None
 
     def __post_init__(self) -> None:
         """Check that the table has one dimension for each axis."""
@@ -140,19 +165,27 @@ class Value:
             table = table[0] + (table[1] - table[0]) / axis.size
         return max(float(table), 0.0)
 
+    def leaning(self) -> Array:
+        """``E[x_i mean(x)] / E[mean(x)^2]`` of each coordinate; its mean is 1."""
+        if self.levels is None:
+            return np.ones((1,) * self.table.ndim)
+        if self.lean is not None and self.lean.levels is self.levels:
+            return self.lean.profile
+        return np.asarray(self.levels / self.levels.mean())
+
     def own_source(self) -> Value:
         """The same value as the origin of its own linear descendants."""
         return replace(self, source=object(), amplitude=None)
 
 
-def gaussian(dims: tuple[Dim, ...], mean: float, table: Array, **extra: object) -> Value:
-    """Gaussian tensor with the given mean and table of raw second moments."""
+def gaussian(dims: tuple[Dim, ...], mean: float, table: Array, profile: Array | None = None, **extra: object) -> Value:
+    """Gaussian tensor with the given mean, table of raw second moments, and profile of levels."""
     variance = max(float(table[(1,) * table.ndim]) - mean**2, 0.0)
     rho = (table - mean**2) / variance if variance > 0.0 else np.zeros_like(table)
     rho = np.clip(rho, -1.0, 1.0)
     rho[(1,) * rho.ndim] = 1.0
-    marginal = gaussian_marginal(mean, variance**0.5)
-    return Value(dims=dims, mean=mean, table=table, marginal=marginal, rho=rho, source=object(), **extra)  # type: ignore[arg-type]
+    marginal = gaussian_marginal(mean, variance**0.5, profile)
+    return Value(dims=dims, mean=mean, table=table, marginal=marginal, rho=rho, source=object(), levels=profile, **extra)  # type: ignore[arg-type]
 
 
 def independent(shape: tuple[int, ...], mean: float, std: float, **extra: object) -> Value:
@@ -160,7 +193,7 @@ def independent(shape: tuple[int, ...], mean: float, std: float, **extra: object
     dims = new_dims(shape)
     table = np.full((2,) * len(axes_of(dims)), mean**2)
     table[(1,) * table.ndim] += std**2
-    return gaussian(dims, mean, table, **extra)
+    return gaussian(dims, mean, table, None, **extra)
 
 
 def spread_pairs(averaged: Array, sizes: tuple[int, ...]) -> Array:
