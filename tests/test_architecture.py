@@ -41,7 +41,7 @@ def copied_source(tmp_path):
 @pytest.mark.parametrize(
     ("file", "line", "contract"),
     [
-        ("plan.py", "import gainstage.report", "Data flows one way"),
+        ("plan/plan.py", "import gainstage.report", "Data flows one way"),
         ("graph/model.py", "import gainstage.plan", "Data flows one way"),
         ("signal/value.py", "import gainstage.graph", "The abstract value"),
         ("graph/model.py", "import rich", "Only the report"),

@@ -6,6 +6,9 @@ A message says what happened, where (operation, module path, the user's own line
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from difflib import get_close_matches
+
 
 class GainstageError(Exception):
     """Base of everything that Gainstage raises on purpose."""
@@ -53,3 +56,9 @@ class PlanMismatchError(GainstageError):
 
 class RuleError(GainstageError):
     """A rule was registered twice, or returned something that its operation cannot return."""
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """What a message about an unknown name ends in: ``" (nearest: fc.weight)"``, or nothing where none is like it."""
+    close = get_close_matches(name, list(known), n=3, cutoff=0.5)
+    return f" (nearest: {', '.join(close)})" if close else ""
