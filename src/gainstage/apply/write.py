@@ -19,6 +19,7 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from gainstage.apply.memory import check_writable
 from gainstage.apply.stage import Task, drawing_tasks
 from gainstage.errors import InputError, PlanMismatchError
 from gainstage.plan import Distribution, Family, ParameterPlan, Plan
@@ -54,16 +55,20 @@ def apply(model: nn.Module, plan: Plan, *, seed: int = 0, progress: Callable[[in
 
     Raises:
         PlanMismatchError: the plan was made for another model.
-        InputError: parameters on the meta device, or without memory of their own.
+        InputError: parameters on the meta device, or without memory of their own; a seed that is no integer.
     """
-    number = operator.index(seed)
     found = _parameters(model)
     plan.check_fits(found)
-    for name, parameter in found.items():
-        _check_writable(name, parameter.tensor)
-    _check_separate(found)
-    writer = _Writer(number, torch.get_num_threads(), progress)
+    check_writable({name: parameter.tensor for name, parameter in found.items()})
+    writer = _Writer(_integer(seed), torch.get_num_threads(), progress)
     _shielded(lambda: writer.write([(plan.parameters[name], parameter.tensor) for name, parameter in found.items()]), writer.stop)
+
+
+def _integer(seed: object) -> int:
+    try:
+        return operator.index(seed)  # type: ignore[arg-type]
+    except TypeError as error:
+        raise InputError(f"The seed is {seed!r}; give an integer.") from error
 
 
 def _parameters(model: nn.Module) -> dict[str, _Found]:
@@ -75,28 +80,6 @@ def _parameters(model: nn.Module) -> dict[str, _Found]:
         if bool(is_lazy(parameter)):
             raise PlanMismatchError(f"{name} is not initialised yet; run one forward pass first.")
     return {name: _Found(tensors[key], tuple(aliases)) for key, (name, *aliases) in names.items()}
-
-
-def _check_writable(name: str, tensor: torch.Tensor) -> None:
-    if tensor.is_meta:
-        raise InputError(
-            f"{name} lies on the meta device and has no memory to write to. "
-            "Materialise the model first: model.to_empty(device='cpu'), then tie the weights that were tied."
-        )
-    if any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True)):
-        raise InputError(f"Entries of {name} share memory (an expanded tensor); give it memory of its own with clone().")
-    if tensor.is_inference():
-        raise InputError(f"{name} was made in inference mode and cannot be written; build the model outside of it.")
-
-
-def _check_separate(found: dict[str, _Found]) -> None:
-    seen: dict[tuple[torch.device, int], str] = {}
-    for name, parameter in found.items():
-        first = seen.setdefault((parameter.tensor.device, parameter.tensor.data_ptr()), name)
-        if first != name:
-            raise InputError(
-                f"{first} and {name} are different parameters in the same memory; tie them: assign one to the other."
-            )
 
 
 def _shielded(work: Callable[[], None], stop: threading.Event) -> None:
