@@ -6,9 +6,9 @@ from dataclasses import replace
 
 import torch
 
-from gainstage.rules.elementwise import exclude
+from gainstage.rules.elementwise import add_known, exclude
 from gainstage.rules.registry import Call, rule
-from gainstage.signal import Value, affine, combine, contract, dropout, expand, known, reshape, softmax
+from gainstage.signal import Value, affine, combine, contract, dropout, expand, reshape, softmax
 
 aten = torch.ops.aten
 LETTERS = "abcdefgh"
@@ -42,18 +42,7 @@ def masked(logits: Value, mask: Value) -> Value:
         return combine(torch.add, logits, mask)
     if mask.constant.dtype == torch.bool:
         return exclude(logits, mask.constant, float("-inf"))
-    return add_mask(logits, mask)
-
-
-def add_mask(logits: Value, mask: Value) -> Value:
-    """Add a known float mask: its very negative entries exclude, the rest is added."""
-    assert mask.constant is not None
-    data = mask.constant
-    valid = data > -1e3
-    if not bool(valid.all()):
-        logits = exclude(logits, valid, float("-inf"))
-    rest = torch.where(valid, data, torch.zeros_like(data))
-    return combine(torch.add, logits, known(rest)) if bool((rest != 0).any()) else logits
+    return add_known(logits, mask)
 
 
 @rule(aten.scaled_dot_product_attention.default)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from gainstage.rules.registry import Call, binary, elementwise, identity, pointwise, rule
-from gainstage.signal import Value, affine, apply, combine, known, take
+from gainstage.signal import Value, affine, apply, combine, expand, known, take
 from gainstage.signal.value import Marginal
 
 aten = torch.ops.aten
@@ -53,7 +53,9 @@ pointwise(
     aten.nan_to_num.default,
 )
 
-elementwise(torch.add, aten.add.Tensor, aten.add.Scalar)
+VANISHES, EXCLUDES = -50.0, -1e3  # logits whose exponential is nothing; logits that can only be meant as a mask
+
+elementwise(torch.add, aten.add.Scalar)
 elementwise(torch.sub, aten.sub.Tensor, aten.sub.Scalar)
 elementwise(torch.mul, aten.mul.Tensor, aten.mul.Scalar)
 elementwise(torch.div, aten.div.Tensor, aten.div.Scalar)
@@ -75,6 +77,32 @@ identity(
     aten.lift_fresh_copy.default,
     aten.positive.default,
 )
+
+
+@rule(aten.add.Tensor)
+def add(call: Call, x: Any, y: Any, alpha: float = 1.0) -> Value:
+    """``x + alpha y``; a known operand with very negative entries is the mask of a softmax."""
+    if alpha == 1.0 and isinstance(x, Value) and isinstance(y, Value):
+        if y.constant is not None and x.constant is None:
+            return add_known(x, y)
+        if x.constant is not None and y.constant is None:
+            return add_known(y, x)
+    return binary(torch.add, x, y, alpha)
+
+
+def add_known(x: Value, y: Value) -> Value:
+    """``x + y`` for a known y. Entries at which a softmax vanishes exclude; the rest is added."""
+    assert y.constant is not None
+    data = y.constant
+    if not data.is_floating_point() or data.numel() < 2 or float(data.min()) > VANISHES:
+        return binary(torch.add, x, y)
+    valid = data > VANISHES
+    rest = torch.where(valid, data, torch.zeros_like(data))
+    if not bool(valid.any()) or (float(data.min()) > EXCLUDES and bool((rest != 0).any())):
+        return binary(torch.add, x, y)
+    shape = torch.broadcast_shapes(x.shape, tuple(data.shape))
+    masked = exclude(expand(x, shape), valid, float("-inf"))
+    return combine(torch.add, masked, known(rest)) if bool((rest != 0).any()) else masked
 
 
 @rule(aten.neg.default)
@@ -138,8 +166,9 @@ def masked_fill_tensor(call: Call, x: Value, mask: Value, value: Any) -> Value:
 
 def exclude(x: Value, valid: torch.Tensor, value: float) -> Value:
     """Replace the entries that are not valid."""
-    if value < -1e3:
-        return replace(x, mask=valid if x.mask is None else x.mask & valid)
+    if value < EXCLUDES:
+        shape = torch.broadcast_shapes(x.shape, tuple(valid.shape))
+        return replace(expand(x, shape), mask=valid if x.mask is None else x.mask & valid)
     share = known(valid.to(torch.float64))
     kept = combine(torch.mul, x, share)
     return kept if value == 0.0 else combine(torch.add, kept, known((~valid).to(torch.float64) * value))

@@ -30,6 +30,12 @@ def bernoulli(call: Call, x: Value, p: float = 0.5, **kwargs: Any) -> Value:
     return independent(call.shape, p, (p * (1.0 - p)) ** 0.5)
 
 
+@rule(aten.empty.memory_format, aten.empty_like.default, aten.new_empty.default)
+def empty(call: Call, *args: Any, **kwargs: Any) -> Value:
+    """Memory that something else is written into."""
+    return independent(call.shape, 0.0, 0.0)
+
+
 @rule(aten.rand.default, aten.rand_like.default)
 def uniform(call: Call, *args: Any, **kwargs: Any) -> Value:
     """Uniform on [0, 1)."""

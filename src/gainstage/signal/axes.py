@@ -34,6 +34,10 @@ class Axis:
         """Axis with the same values in another order (roll, flip); ``key`` names the order."""
         return self._step(("order", key), (self.size,))[0]
 
+    def twin(self) -> Axis:
+        """Axis of the same size that stands beside this one in one tensor: queries and keys of the same positions."""
+        return self._step(("twin",), (self.size,))[0]
+
     def _step(self, key: tuple[object, ...], sizes: tuple[int, ...]) -> tuple[Axis, ...]:
         if key not in self.steps:
             self.steps[key] = tuple(Axis(size, parent=self) for size in sizes)
@@ -48,6 +52,21 @@ def new_dims(shape: tuple[int, ...]) -> tuple[Dim, ...]:
 def axes_of(dims: tuple[Dim, ...]) -> tuple[Axis, ...]:
     """All axes in order: the axes of a table."""
     return tuple(axis for dim in dims for axis in dim)
+
+
+def distinct(dims: tuple[Dim, ...]) -> tuple[Dim, ...]:
+    """Dimensions in which no axis stands twice."""
+    seen: set[Axis] = set()
+    result: list[Dim] = []
+    for dim in dims:
+        axes = []
+        for axis in dim:
+            while axis in seen:
+                axis = axis.twin()  # noqa: PLW2901
+            seen.add(axis)
+            axes.append(axis)
+        result.append(tuple(axes))
+    return tuple(result)
 
 
 def shape_of(dims: tuple[Dim, ...]) -> tuple[int, ...]:

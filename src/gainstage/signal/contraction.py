@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gainstage.signal import levels
-from gainstage.signal.axes import Axis, Dim, axes_of
+from gainstage.signal.axes import Axis, Dim, axes_of, distinct
 from gainstage.signal.movement import expand, merge_dim, refine, reshape
 from gainstage.signal.quadrature import Array
 from gainstage.signal.value import Lean, Value, gaussian
@@ -39,10 +39,11 @@ def contract(a: Value, b: Value, labels_a: str, labels_b: str, labels_out: str) 
             for axis, number in zip(dim, numbers.of(label, dim), strict=True):
                 operands += [np.array([axis.size * (axis.size - 1.0), float(axis.size)]), [number]]
                 count *= axis.size
-    out_dims = tuple(dims_of[label] for label in labels_out)
+    out_dims = distinct(tuple(dims_of[label] for label in labels_out))
     out_index = [n for label in labels_out for n in numbers.of(label, dims_of[label])]
     table = np.einsum(*operands, out_index)  # type: ignore[call-overload]
-    return contracted(a, b, out_dims, count * a.mean * b.mean, np.asarray(table, dtype=np.float64))
+    profile = levels.carried([(a.levels, index_a), (b.levels, index_b)], out_index)
+    return contracted(a, b, out_dims, count * a.mean * b.mean, np.asarray(table, dtype=np.float64), profile)
 
 
 class _Numbers:
@@ -62,15 +63,9 @@ class _Numbers:
         return self._next - 1
 
 
-def contracted(a: Value, b: Value, dims: tuple[Dim, ...], mean: float, table: Array, *, across: Array | None = None) -> Value:
-    """Gaussian result of a sum over many products, with the history of its operands.
-
-    ``across``: mean square of the result along axes that are new, where it varies.
-    """
+def contracted(a: Value, b: Value, dims: tuple[Dim, ...], mean: float, table: Array, profile: Array | None) -> Value:
+    """Gaussian result of a sum over many products, with the history of its operands."""
     stray = sum(x.log_variance + (0.0 if x.is_weight or x.constant is not None else x.fluctuation()) for x in (a, b))
-    profile = levels.carried([(a.levels, a.axes), (b.levels, b.axes)], axes_of(dims))
-    if across is not None:
-        profile = levels.product(profile, levels.normalised(np.sqrt(across)))
     return gaussian(
         dims,
         mean,
@@ -148,7 +143,10 @@ def convolve(x: Value, weight: Value, places: Sequence[Places], groups: int, *, 
     table = np.einsum(*operands, out_index)  # type: ignore[call-overload]
     dims = (x.dims[0], weight.dims[0] + weight.dims[2 if transposed else 1], *out_space)
     across = levels.outer([(window**2).sum(1) for window in windows], len(axes_of(dims)))
-    result = contracted(x, weight, dims, count * x.mean * weight.mean, np.asarray(table, dtype=np.float64), across=across)
+    profile = levels.carried([(x.levels, index_x), (weight.levels, index_w)], out_index)
+    if across is not None:
+        profile = levels.product(profile, levels.normalised(np.sqrt(across)))
+    result = contracted(x, weight, dims, count * x.mean * weight.mean, np.asarray(table, dtype=np.float64), profile)
     if result.levels is None:
         return result
     lean = levels.outer([window @ window.mean(0) for window in windows], len(axes_of(dims)))

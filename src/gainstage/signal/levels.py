@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from gainstage.signal.axes import Axis
 from gainstage.signal.quadrature import Array, cumulative, expectation, nodes, weights
 
 
@@ -64,21 +63,23 @@ def normalised(levels: Array) -> Array | None:
     return np.asarray(result)
 
 
-def carried(operands: Sequence[tuple[Array | None, Sequence[Axis]]], axes: Sequence[Axis]) -> Array | None:
-    """Profile of a sum of products: each operand's mean square over the axes that are summed, times the others'."""
-    squares = np.ones((1,) * len(axes))
-    for levels, own in operands:
-        if levels is None:
-            continue
-        gone = tuple(position for position, axis in enumerate(own) if axis not in axes)
-        kept = [axis for axis in own if axis in axes]
-        mean = (levels**2).mean(axis=gone)
-        order = sorted(range(len(kept)), key=lambda i: axes.index(kept[i]))
-        shape = [1] * len(axes)
-        for i in order:
-            shape[axes.index(kept[i])] = mean.shape[i]
-        squares = squares * mean.transpose(order).reshape(shape)
-    return normalised(np.sqrt(squares))
+def carried(operands: Sequence[tuple[Array | None, Sequence[int]]], kept: Sequence[int]) -> Array | None:
+    """Profile of a sum of products: mean over the axes that are summed of the product of the operands' squares.
+
+    Axes are named by numbers, as in ``np.einsum``.
+    """
+    given = [(profile, names) for profile, names in operands if profile is not None]
+    if not given:
+        return None
+    order = [*kept, *sorted({name for _, names in given for name in names} - set(kept))]
+    squares = np.ones((1,) * len(order))
+    for profile, names in given:
+        positions = sorted(range(len(names)), key=lambda i: order.index(names[i]))  # noqa: B023
+        shape = [1] * len(order)
+        for i in positions:
+            shape[order.index(names[i])] = profile.shape[i]
+        squares = squares * (profile**2).transpose(positions).reshape(shape)
+    return normalised(np.sqrt(squares.mean(axis=tuple(range(len(kept), len(order))))))
 
 
 def of_sum(terms: Sequence[tuple[Array | None, float]], axes: int) -> Array | None:

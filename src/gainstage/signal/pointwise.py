@@ -25,6 +25,14 @@ def call_on(function: Function, *grids: Array) -> Array:
     return np.asarray(result.to(torch.float64).numpy())
 
 
+def _within_domain(values: Array) -> Array:
+    """Values on the grid, the nearest finite one where the function is not defined: far in the tail of a Gaussian stand-in."""
+    finite = np.isfinite(values)
+    if finite.all() or not finite.any():
+        return values
+    return np.asarray(np.interp(nodes(), nodes()[finite], values[finite]))
+
+
 def on_latent(x: Value, values: Array, **changes: object) -> Value:
     """Return the value whose marginal on x's latent is given, with ``sum_n a_n^2 rho^n`` for its table (Mehler)."""
     mean = expectation(values)
@@ -49,7 +57,7 @@ def on_latent(x: Value, values: Array, **changes: object) -> Value:
 
 def apply(function: Function, x: Value) -> Value:
     """``f(x)`` for any function of one tensor, entry by entry."""
-    values = call_on(function, x.marginal.values)
+    values = _within_domain(call_on(function, x.marginal.values))
     result = on_latent(x, values)
     slope = _log_slope(x, values, function)
     statistic = None
