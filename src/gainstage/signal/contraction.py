@@ -43,7 +43,7 @@ def contract(a: Value, b: Value, labels_a: str, labels_b: str, labels_out: str) 
     out_index = [n for label in labels_out for n in numbers.of(label, dims_of[label])]
     table = np.einsum(*operands, out_index)  # type: ignore[call-overload]
     profile = levels.carried([(a.levels, index_a), (b.levels, index_b)], out_index)
-    return contracted(a, b, out_dims, count * a.mean * b.mean, np.asarray(table, dtype=np.float64), profile)
+    return contracted(a, b, out_dims, count * a.mean * b.mean, np.asarray(table, dtype=np.float64), profile=profile)
 
 
 class _Numbers:
@@ -63,7 +63,7 @@ class _Numbers:
         return self._next - 1
 
 
-def contracted(a: Value, b: Value, dims: tuple[Dim, ...], mean: float, table: Array, profile: Array | None) -> Value:
+def contracted(a: Value, b: Value, dims: tuple[Dim, ...], mean: float, table: Array, *, profile: Array | None) -> Value:
     """Gaussian result of a sum over many products, with the history of its operands."""
     stray = sum(x.log_variance + (0.0 if x.is_weight or x.constant is not None else x.fluctuation()) for x in (a, b))
     return gaussian(
@@ -146,7 +146,7 @@ def convolve(x: Value, weight: Value, places: Sequence[Places], groups: int, *, 
     profile = levels.carried([(x.levels, index_x), (weight.levels, index_w)], out_index)
     if across is not None:
         profile = levels.product(profile, levels.normalised(np.sqrt(across)))
-    result = contracted(x, weight, dims, count * x.mean * weight.mean, np.asarray(table, dtype=np.float64), profile)
+    result = contracted(x, weight, dims, count * x.mean * weight.mean, np.asarray(table, dtype=np.float64), profile=profile)
     if result.levels is None:
         return result
     lean = levels.outer([window @ window.mean(0) for window in windows], len(axes_of(dims)))

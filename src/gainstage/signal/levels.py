@@ -74,7 +74,7 @@ def carried(operands: Sequence[tuple[Array | None, Sequence[int]]], kept: Sequen
     order = [*kept, *sorted({name for _, names in given for name in names} - set(kept))]
     squares = np.ones((1,) * len(order))
     for profile, names in given:
-        positions = sorted(range(len(names)), key=lambda i: order.index(names[i]))  # noqa: B023
+        positions = sorted(range(len(names)), key=lambda i: order.index(names[i]))
         shape = [1] * len(order)
         for i in positions:
             shape[order.index(names[i])] = profile.shape[i]
