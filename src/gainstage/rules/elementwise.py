@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 
 from gainstage.rules.registry import Call, binary, elementwise, identity, pointwise, rule
@@ -100,7 +101,7 @@ def add_known(x: Value, y: Value) -> Value:
     rest = torch.where(valid, data, torch.zeros_like(data))
     if not bool(valid.any()) or (float(data.min()) > EXCLUDES and bool((rest != 0).any())):
         return binary(torch.add, x, y)
-    shape = torch.broadcast_shapes(x.shape, tuple(data.shape))
+    shape = np.broadcast_shapes(x.shape, tuple(data.shape))
     masked = exclude(expand(x, shape), valid, float("-inf"))
     return combine(torch.add, masked, known(rest)) if bool((rest != 0).any()) else masked
 
@@ -167,7 +168,7 @@ def masked_fill_tensor(call: Call, x: Value, mask: Value, value: Any) -> Value:
 def exclude(x: Value, valid: torch.Tensor, value: float) -> Value:
     """Replace the entries that are not valid."""
     if value < EXCLUDES:
-        shape = torch.broadcast_shapes(x.shape, tuple(valid.shape))
+        shape = np.broadcast_shapes(x.shape, tuple(valid.shape))
         return replace(expand(x, shape), mask=valid if x.mask is None else x.mask & valid)
     share = known(valid.to(torch.float64))
     kept = combine(torch.mul, x, share)
