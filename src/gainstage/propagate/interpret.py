@@ -7,16 +7,13 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import numpy as np
 import torch
 
 from gainstage.errors import GainstageError, UnsupportedOpError
 from gainstage.graph import Graph, Node, NodeKind, ParameterInfo, Ref, TensorMeta
-from gainstage.propagate.sample import sample_node
-from gainstage.rules import Call, is_free, rules
-from gainstage.signal import Value, known
-from gainstage.signal.axes import new_dims
-from gainstage.signal.value import Marginal
+from gainstage.propagate.sample import constant_value, is_known, run_known, sample_node
+from gainstage.rules import Call, is_free, rule_of
+from gainstage.signal import Value
 
 Result = Any  # Value, tuple of Values, or None for an op without statistics
 ParameterValues = Callable[[ParameterInfo], Value]
@@ -44,16 +41,12 @@ def check_supported(graph: Graph) -> None:
 
 def _has_way(node: Node) -> bool:
     assert node.op is not None
-    return node.op in rules() or is_free(node.op) or node.op is operator.getitem or isinstance(node.op, torch._ops.OpOverload)
-
-
-def constant_value(tensor: torch.Tensor) -> Value:
-    """Value of a known tensor; integers are carried, not measured."""
-    if tensor.is_floating_point():
-        return known(tensor)
-    dims = new_dims(tuple(tensor.shape))
-    table = np.zeros((2,) * sum(len(dim) for dim in dims))
-    return Value(dims=dims, mean=0.0, table=table, marginal=Marginal(object(), lambda: np.zeros(1025)), constant=tensor)
+    return (
+        rule_of(node.op) is not None
+        or is_free(node.op)
+        or node.op is operator.getitem
+        or isinstance(node.op, torch._ops.OpOverload)
+    )
 
 
 def evaluate(node: Node, values: Mapping[str, Result], parameter: ParameterValues, source: InputValues, graph: Graph) -> Result:
@@ -74,9 +67,12 @@ def evaluate(node: Node, values: Mapping[str, Result], parameter: ParameterValue
     args = [_resolve(argument, values) for argument in node.args]
     kwargs = {name: _resolve(argument, values) for name, argument in node.kwargs.items()}
     call = Call(node.op, _shapes(node))
-    found = rules().get(node.op)
+    found = rule_of(node.op)
     try:
-        result = sample_node(node, call, args, kwargs) if found is None else found(call, *args, **kwargs)
+        if is_known(node, args, kwargs):
+            result = run_known(node, args, kwargs)
+        else:
+            result = sample_node(node, call, args, kwargs) if found is None else found(call, *args, **kwargs)
     except GainstageError:
         raise
     except Exception as error:
@@ -89,7 +85,7 @@ def evaluate(node: Node, values: Mapping[str, Result], parameter: ParameterValue
 
 def is_sampled(node: Node) -> bool:
     """Tell whether a node's statistics come from sampling, for want of a rule."""
-    ruled = node.op in rules() or node.op is operator.getitem
+    ruled = rule_of(node.op) is not None or node.op is operator.getitem
     return node.kind is NodeKind.OP and not ruled and node.op is not None and not is_free(node.op)
 
 

@@ -1,4 +1,8 @@
-"""The universal rule: run an op for real on operands drawn from their tables, and measure the table of its result."""
+"""The universal rule: run an op for real on operands drawn from their tables, and measure the table of its result.
+
+Integers that depend on data (which experts a token goes to, an order, a count) are one realisation of themselves: the first
+draw. What is computed from realisations and constants alone is computed.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +16,7 @@ import torch
 from gainstage.errors import UnsupportedOpError
 from gainstage.graph import Node
 from gainstage.rules import Call
-from gainstage.signal import Value
+from gainstage.signal import Value, known
 from gainstage.signal.axes import axes_of, new_dims
 from gainstage.signal.quadrature import cumulative
 from gainstage.signal.sampling import draw, pooled
@@ -52,6 +56,33 @@ def sample_node(node: Node, call: Call, args: Sequence[Any], kwargs: Mapping[str
     return tuple(found) if isinstance(node.meta, tuple) else found[0]
 
 
+def constant_value(tensor: torch.Tensor) -> Value:
+    """Value of a known tensor; integers are carried, not measured."""
+    if tensor.is_floating_point():
+        return known(tensor)
+    dims = new_dims(tuple(tensor.shape))
+    table = np.zeros((2,) * sum(len(dim) for dim in dims))
+    return Value(dims=dims, mean=0.0, table=table, marginal=Marginal(object(), lambda: np.zeros(1025)), constant=tensor)
+
+
+def is_known(node: Node, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    """Tell whether an op sees constants and realisations only, and draws nothing itself."""
+    operands = _values([*args, *kwargs.values()])
+    random = isinstance(node.op, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in node.op.tags
+    return bool(operands) and not random and all(value.constant is not None for value in operands)
+
+
+def run_known(node: Node, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """Result of an op on constants."""
+    assert node.op is not None
+    drawn = iter([value.constant for value in _values([*args, *kwargs.values()])])
+    with torch.no_grad():
+        result = node.op(*(_fill(a, drawn) for a in args), **{name: _fill(a, drawn) for name, a in kwargs.items()})
+    if isinstance(result, torch.Tensor):
+        return constant_value(result)
+    return tuple(constant_value(part) for part in result)
+
+
 def _count(call: Call) -> int:
     entries = max((int(np.prod(shape)) for shape in call.shapes if shape is not None), default=1)
     return min(max(ENTRIES // max(entries, 1), FEWEST), MOST)
@@ -77,8 +108,10 @@ def _fill(argument: Any, drawn: Any) -> Any:
 
 
 def _pooled_value(draws: list[Any], lineage: int, stray: float) -> Value | None:
-    if not isinstance(draws[0], torch.Tensor) or not draws[0].is_floating_point():
+    if not isinstance(draws[0], torch.Tensor):
         return None
+    if not draws[0].is_floating_point():
+        return constant_value(draws[0])
     mean, table = pooled(draws)
     dims = new_dims(tuple(draws[0].shape))
     assert len(axes_of(dims)) == table.ndim

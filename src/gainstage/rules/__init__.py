@@ -3,14 +3,16 @@
 Importing this package registers the rules that come with Gainstage.
 """
 
-from gainstage.rules import attention, elementwise, indexing, linear, normalization, random, reduction, shapes
-from gainstage.rules.registry import Call, Rule, is_free, pointwise, rule, rules, statistics_free
+from gainstage.rules import attention, elementwise, experts, indexing, linear, normalization, random, reduction, shapes
+from gainstage.rules.registry import Call, Rule, foreign_rule, is_free, pointwise, rule, rule_of, rules, statistics_free
 
 __all__ = [
     "Call",
     "Rule",
     "attention",
     "elementwise",
+    "experts",
+    "foreign_rule",
     "indexing",
     "is_free",
     "linear",
@@ -19,6 +21,7 @@ __all__ = [
     "random",
     "reduction",
     "rule",
+    "rule_of",
     "rules",
     "shapes",
     "statistics_free",

@@ -37,6 +37,7 @@ class Call:
 
 
 _RULES: dict[Op, Rule] = {}
+_FOREIGN: dict[str, Rule] = {}
 _FREE: set[Op] = set()
 
 
@@ -73,10 +74,25 @@ def rule(*ops: Op) -> Callable[[Rule], Rule]:
     return register
 
 
+def foreign_rule(*names: str) -> Callable[[Rule], Rule]:
+    """Register a function as the rule of ops that exist only once the library that defines them is imported, by name."""
+
+    def register(function: Rule) -> Rule:
+        _FOREIGN.update(dict.fromkeys(names, function))
+        return function
+
+    return register
+
+
+def rule_of(op: Op | None) -> Rule | None:
+    """Rule of an op, or None."""
+    return None if op is None else _RULES.get(op) or _FOREIGN.get(str(op))
+
+
 def pointwise(*ops: Op) -> None:
     """Register ops that are a function of one tensor, entry by entry: evaluated as they are, on the latent's grid."""
 
-    def rule_of(op: Op) -> Rule:
+    def evaluation(op: Op) -> Rule:
         def evaluate(call: Call, x: Value, *args: Any, **kwargs: Any) -> Value:
             return apply(lambda t: op(t, *args, **kwargs), x)
 
@@ -84,7 +100,7 @@ def pointwise(*ops: Op) -> None:
         return evaluate
 
     for op in ops:
-        rule(op)(rule_of(op))
+        rule(op)(evaluation(op))
 
 
 def elementwise(function: Callable[..., torch.Tensor], *ops: Op) -> None:

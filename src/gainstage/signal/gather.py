@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
-from gainstage.signal.axes import Axis, axes_of, new_dims
-from gainstage.signal.movement import merge_dim
+from gainstage.signal.axes import Axis, Dim, axes_of, new_dims
+from gainstage.signal.movement import expand, map_tables, merge_dim, reshape
 from gainstage.signal.quadrature import Array
 from gainstage.signal.value import Marginal, Value, spread_pairs
 
@@ -30,8 +33,59 @@ def same_index_table(index: torch.Tensor) -> tuple[Array, tuple[tuple[Axis, ...]
     return spread_pairs(averaged, tuple(axis.size for axis in axes)), dims
 
 
+def arrangement(dim: Dim) -> NDArray[np.int64] | None:
+    """Order in which a dimension holds the coordinates of its axes, where it is not the natural one."""
+    for axis in dim:
+        for key, made in axis.parent.steps.items() if axis.parent else ():
+            if key[0] == "arranged" and made[0] is axis:
+                return np.frombuffer(key[1], dtype=np.int64)  # type: ignore[call-overload, no-any-return]
+    return None
+
+
+def arrange(x: Value, dim: int, order: NDArray[np.int64]) -> Value:
+    """``x[order]`` along a dimension for a permutation: the axes stay, in another order; the inverse brings them back.
+
+    Within the innermost axis (the experts of one token) the order does not matter.
+    """
+    before = arrangement(x.dims[dim])
+    axes = x.dims[dim]
+    if before is not None:
+        order = before[order]
+        axes = tuple(axis.parent for axis in axes if axis.parent is not None)
+    inner = axes[-1].size if len(axes) > 1 else 1
+    if not np.array_equal(order // inner, np.arange(len(order)) // inner):
+        key = ("arranged", np.ascontiguousarray(order, dtype=np.int64).tobytes())
+        axes = tuple(axis.steps.setdefault(key, (Axis(axis.size, parent=axis),))[0] for axis in axes)
+    dims = tuple(axes if d == dim else kept for d, kept in enumerate(x.dims))
+    moved = map_tables(x, dims, lambda table: table, None)
+    return replace(moved, source=object(), amplitude=None)
+
+
+def _copies(index: torch.Tensor, size: int) -> int:
+    """How often every row is picked, 0 if not all equally often."""
+    if index.dim() != 1 or index.numel() % size or index.numel() < 2:
+        return 0
+    counts = torch.bincount(index.reshape(-1).long(), minlength=size)
+    return int(counts[0]) if bool((counts == counts[0]).all()) else 0
+
+
 def lookup(weight: Value, dim: int, index: torch.Tensor) -> Value:
-    """``weight`` with one dimension replaced by those of ``index``: entries with the same index share the row."""
+    """``weight`` with one dimension replaced by those of ``index``: entries with the same index share the row.
+
+    Where every row is picked equally often the dimension keeps its axes, with one more for the copies of a row.
+    """
+    copies = _copies(index, weight.shape[dim])
+    if copies and weight.dims[dim]:
+        flat = index.long().numpy()
+        if copies > 1:
+            shape = weight.shape
+            wide = reshape(weight, (*shape[: dim + 1], 1, *shape[dim + 1 :]))
+            wide = expand(wide, (*shape[: dim + 1], copies, *shape[dim + 1 :]))
+            weight = reshape(wide, (*shape[:dim], shape[dim] * copies, *shape[dim + 1 :]))
+            turn = np.empty(len(flat), dtype=np.int64)
+            turn[np.argsort(flat, kind="stable")] = np.tile(np.arange(copies), shape[dim])
+            flat = flat * copies + turn
+        return arrange(weight, dim, flat)
     equal, index_dims = same_index_table(index)
     position = sum(len(d) for d in weight.dims[:dim])
     weight = merge_dim(weight, dim)
