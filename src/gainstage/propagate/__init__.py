@@ -2,7 +2,7 @@
 
 from gainstage.propagate.build import build_trace
 from gainstage.propagate.interpret import check_supported, evaluate, is_sampled, propagate
-from gainstage.propagate.statistics import input_value, parameter_moments, parameter_value
+from gainstage.propagate.statistics import input_value, level_profile, parameter_moments, parameter_value
 from gainstage.propagate.trace import CallSignals, ParameterStatistics, Signal, Trace
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "evaluate",
     "input_value",
     "is_sampled",
+    "level_profile",
     "parameter_moments",
     "parameter_value",
     "propagate",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -11,6 +12,9 @@ import torch
 from gainstage.errors import NonFiniteError
 from gainstage.graph import ParameterInfo
 from gainstage.signal import Value, independent, levels, measured
+from gainstage.signal.quadrature import Array
+
+Slice = tuple[int, int, int, float]  # dimension, start, stop, standard deviation
 
 
 def parameter_moments(parameters: Mapping[str, torch.Tensor]) -> dict[str, tuple[float, float]]:
@@ -39,9 +43,47 @@ def parameter_moments(parameters: Mapping[str, torch.Tensor]) -> dict[str, tuple
     return found
 
 
-def parameter_value(
-    info: ParameterInfo, index: int, mean: float, variance: float, profile: Sequence[tuple[int, int, int, float]] = ()
-) -> Value:
+def level_profile(tensor: torch.Tensor) -> tuple[Slice, ...]:
+    """Slices of a matrix that were drawn with different deviations, as those of a fused projection may be.
+
+    The mean squares of the rows (or columns) are split in two where the two parts differ most, and so on, as long as that
+    difference is more than seven standard errors: of a log mean square of n normal entries it is ``sqrt(2 / n)``.
+
+    Returns:
+        (dimension, start, stop, standard deviation) for each slice; nothing for a parameter that is of one piece.
+    """
+    if tensor.dim() < 2:
+        return ()
+    data = tensor.detach().to(torch.float32)
+    for dim in (0, 1):
+        others = [d for d in range(data.dim()) if d != dim]
+        squares = data.square().mean(dim=others).double().cpu().numpy()
+        cuts = _cuts(squares, data.numel() // data.shape[dim])
+        if cuts:
+            edges = [0, *cuts, len(squares)]
+            return tuple((dim, start, stop, float(squares[start:stop].mean()) ** 0.5) for start, stop in pairwise(edges))
+    return ()
+
+
+def _cuts(squares: Array, entries: int, offset: int = 0) -> list[int]:
+    """Places where the mean of the squares changes, each between two runs of at least four rows."""
+    count = len(squares)
+    if count < 8:
+        return []
+    first = np.arange(4, count - 3)
+    left = np.cumsum(squares)[first - 1] / first
+    right = (squares.sum() - np.cumsum(squares)[first - 1]) / (count - first)
+    floor = 1e-12 * float(squares.mean()) + 1e-300
+    error = np.sqrt(2.0 / entries * (1.0 / first + 1.0 / (count - first)))
+    difference = np.abs(np.log((left + floor) / (right + floor))) / error
+    best = int(np.argmax(difference))
+    if difference[best] < 7.0:
+        return []
+    cut = int(first[best])
+    return [*_cuts(squares[:cut], entries, offset), offset + cut, *_cuts(squares[cut:], entries, offset + cut)]
+
+
+def parameter_value(info: ParameterInfo, index: int, mean: float, variance: float, profile: Sequence[Slice] = ()) -> Value:
     """Independent entries with these moments, on average over the whole parameter.
 
     ``profile``: slices (dimension, start, stop, standard deviation) that differ, all along one dimension; entries outside of
