@@ -109,7 +109,7 @@ def _placeholders(lowered: Lowered, exported: Exported) -> dict[fx.Node, Any]:
             name=origin.name,
             kind=NodeKind.INPUT if is_input else NodeKind.CONSTANT,
             meta=meta_of(value),
-            value=None if is_input else value.detach(),
+            value=value.detach(),
             provenance=Provenance(target.rpartition(".")[0]),
         )
         values[origin] = lowered.add(node, origin)

@@ -58,7 +58,7 @@ class Node:
 
     ``args`` and ``kwargs`` of an op are those of its schema, with :class:`Ref` where a tensor of the graph is meant
     (also inside lists). ``meta`` is a tuple for an op with several outputs, which ``operator.getitem`` nodes pick from,
-    and None for an op that returns no tensor. ``value`` is set for constants only.
+    and None for an op that returns no tensor. ``value``: of a constant, and the example that was given for an input.
     """
 
     name: str
@@ -138,7 +138,7 @@ class Graph:
             for operand in node.operands():
                 assert operand in seen, f"node {node.name} reads {operand} before it exists"
             assert (node.kind is NodeKind.OP) == (node.op is not None), node.name
-            assert (node.kind is NodeKind.CONSTANT) == (node.value is not None), node.name
+            assert node.kind is NodeKind.INPUT or (node.kind is NodeKind.CONSTANT) == (node.value is not None), node.name
             seen[node.name] = node
         assert all(name in seen for name in self.outputs)
         object.__setattr__(self, "by_name", seen)
