@@ -1,0 +1,140 @@
+"""Run a model and leave it as it was."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+from collections import deque
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+
+@contextlib.contextmanager
+def untouched(model: nn.Module) -> Iterator[None]:
+    """Undo what a forward pass leaves behind: buffers, parameters written in place, attributes, generators, fast paths.
+
+    Buffers are copied beforehand; a parameter only when an operation is about to write to it, as that hardly ever happens and
+    a copy of all would double the model's memory.
+    """
+    guard = _WriteGuard([*model.parameters()])
+    buffers = [(buffer, buffer.data, buffer.detach().clone()) for buffer in model.buffers()]
+    parameters = [(parameter, parameter.data, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
+    with torch.no_grad(), _same_attributes(model), _same_randomness(model), _plain_attention():
+        try:
+            with guard:
+                yield
+        finally:
+            for parameter, data, requires_grad, grad in parameters:
+                if parameter.data_ptr() != data.data_ptr():
+                    parameter.data = data
+                parameter.requires_grad_(requires_grad)
+                parameter.grad = grad
+            guard.restore()
+            for buffer, data, values in buffers:
+                if buffer.data_ptr() != data.data_ptr():
+                    buffer.data = data
+                buffer.copy_(values)
+
+
+class _WriteGuard(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Saves a parameter before an operation writes to its memory."""
+
+    def __init__(self, parameters: list[nn.Parameter]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._parameters: dict[int, list[nn.Parameter]] = {}
+        for parameter in parameters:
+            self._parameters.setdefault(parameter.untyped_storage().data_ptr(), []).append(parameter)
+        self._saved: list[tuple[nn.Parameter, torch.Tensor]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        schema = func._schema
+        if schema.is_mutable:
+            named = kwargs or {}
+            for position, argument in enumerate(schema.arguments):
+                if argument.alias_info is not None and argument.alias_info.is_write:
+                    self._save(args[position] if position < len(args) else named.get(argument.name))
+        return func(*args, **(kwargs or {}))
+
+    def _save(self, target: Any) -> None:
+        for tensor in target if isinstance(target, (list, tuple)) else (target,):
+            if isinstance(tensor, torch.Tensor):
+                for parameter in self._parameters.pop(tensor.untyped_storage().data_ptr(), ()):
+                    self._saved.append((parameter, parameter.detach().clone()))
+
+    def restore(self) -> None:
+        for parameter, values in self._saved:
+            parameter.copy_(values)
+
+
+@contextlib.contextmanager
+def _same_attributes(model: nn.Module) -> Iterator[None]:
+    """Put back the attributes of every module, and the contents of its plain containers (a list that forward appends to)."""
+    before = [(module, dict(module.__dict__), _contents(module)) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, attributes, contents in before:
+            module.__dict__.clear()
+            module.__dict__.update(attributes)
+            for container, entries in contents:
+                _refill(container, entries)
+
+
+def _contents(module: nn.Module) -> list[tuple[Any, list[Any]]]:
+    return [(value, _entries(value)) for value in module.__dict__.values() if isinstance(value, (dict, list, set, deque))]
+
+
+def _entries(container: Any) -> list[Any]:
+    return list(container.items()) if isinstance(container, dict) else list(container)
+
+
+def _refill(container: Any, entries: list[Any]) -> None:
+    now = _entries(container)
+    if len(now) == len(entries) and all(_is_same(a, b) for a, b in zip(now, entries, strict=True)):
+        return
+    container.clear()
+    if isinstance(container, (dict, set)):
+        container.update(entries)
+    else:
+        container.extend(entries)
+
+
+def _is_same(a: Any, b: Any) -> bool:
+    return a is b or (isinstance(a, tuple) and isinstance(b, tuple) and len(a) == 2 == len(b) and a[0] is b[0] and a[1] is b[1])
+
+
+@contextlib.contextmanager
+def _same_randomness(model: nn.Module) -> Iterator[None]:
+    """Put back the state of torch's generators, NumPy's and Python's, and of generators that modules hold."""
+    own = [
+        (value, value.get_state())
+        for module in model.modules()
+        for value in module.__dict__.values()
+        if isinstance(value, torch.Generator)
+    ]
+    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002  (the state that models draw from, not ours)
+    devices = sorted({tensor.device.index or 0 for tensor in model.parameters() if tensor.is_cuda})
+    try:
+        with torch.random.fork_rng(devices=devices):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)  # noqa: NPY002
+        for generator, state in own:
+            generator.set_state(state)
+
+
+@contextlib.contextmanager
+def _plain_attention() -> Iterator[None]:
+    """Keep torch.nn's transformers from merging a layer into one inference operation, past the modules that it consists of."""
+    enabled = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(enabled)

@@ -1,0 +1,105 @@
+"""The whole verification: check the input, run the model, compare, and find what is wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from gainstage.errors import InputError, NonFiniteError, PlanMismatchError
+from gainstage.graph import Graph, fingerprint, tensor_leaves
+from gainstage.plan import Plan
+from gainstage.propagate import Trace
+from gainstage.verify import signals
+from gainstage.verify.compare import MODEL_ERROR, compare, predictions, z_bound
+from gainstage.verify.measure import run_forward
+from gainstage.verify.parameters import equal_values, lost_ties, not_as_planned
+from gainstage.verify.result import Check, Finding
+
+
+def check_values(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    """Refuse what has no values to measure, or values that are no numbers.
+
+    Raises:
+        InputError: parameters or inputs on the meta device.
+        NonFiniteError: NaN or infinity in a parameter or an input, NaN in a buffer (masks may hold infinity).
+    """
+    leaves = tensor_leaves((args, dict(kwargs)))
+    on_meta = [name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if tensor.is_meta]
+    if on_meta:
+        raise InputError(
+            f"{on_meta[0]} and {len(on_meta) - 1} more lie on the meta device: there are no values to verify. "
+            "Materialise the model (model.to_empty(device='cpu')) and gs.apply(model, plan) first, or use gs.inspect."
+        )
+    if any(leaf.is_meta for leaf in leaves):
+        raise InputError("An input lies on the meta device; a real pass needs real inputs.")
+    bad = [f"parameter {name}" for name, tensor in model.named_parameters() if not bool(tensor.isfinite().all())]
+    bad += [f"buffer {name}" for name, tensor in model.named_buffers() if bool(tensor.isnan().any())]
+    bad += [f"input {position}" for position, leaf in enumerate(leaves) if not _is_input(leaf)]
+    if bad:
+        raise NonFiniteError(
+            f"NaN or infinity in {', '.join(bad[:8])}{' and more' if len(bad) > 8 else ''}: initialise them before verifying."
+        )
+
+
+def _is_input(tensor: torch.Tensor) -> bool:
+    """Numbers, or minus infinity, which additive masks are made of."""
+    return not bool(tensor.isnan().any()) and not bool(tensor.isposinf().any() if tensor.is_floating_point() else False)
+
+
+def verify(graph: Graph, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], expected: Plan | Trace) -> Check:
+    """Measure a real forward pass and compare it with a plan, or with a trace at the present weights.
+
+    Args:
+        graph: of this model at these arguments.
+        model: with values; left exactly as it was.
+        args: positional arguments of forward.
+        kwargs: keyword arguments of forward.
+        expected: where the predictions come from.
+
+    Raises:
+        PlanMismatchError: the plan was made for another model, or another mode of it.
+        InputError: forward failed.
+    """
+    findings: list[Finding] = []
+    if isinstance(expected, Plan):
+        findings += _check_plan(expected, graph, model)
+    findings += [
+        finding for finding in equal_values(model, graph.parameters) if finding.where not in {known.where for known in findings}
+    ]
+    heads = signals.output_heads(graph)
+    found = run_forward(model, args, kwargs, look_at_output=lambda outputs: signals.first_losses(heads, outputs))
+    predicted = predictions(graph, expected)
+    rows = compare(predicted, found)
+    findings += signals.not_finite(graph, rows)
+    findings += signals.level_off(graph, rows, [finding.where for finding in findings])
+    symptoms = [
+        *signals.saturated(graph, found),
+        *signals.extreme_levels(graph, rows, _input_level(args, kwargs)),
+        *signals.loud_heads(heads, found),
+    ]
+    findings += [finding for finding in symptoms if not findings or finding.where not in {known.where for known in findings}]
+    findings += signals.unused(graph, found)
+    return Check(rows=tuple(row for row, _ in rows), findings=tuple(findings), bound=z_bound(len(rows)), model_error=MODEL_ERROR)
+
+
+def _check_plan(plan: Plan, graph: Graph, model: nn.Module) -> list[Finding]:
+    findings, facts = lost_ties(plan, graph.parameters)
+    plan.check_fits(facts)
+    if plan.training != graph.training:
+        made, now = ("train", "eval") if plan.training else ("eval", "train")
+        raise PlanMismatchError(
+            f"The plan was made for {made} mode, the model is in {now} mode, where other levels are to be expected. "
+            f"Call model.{'train' if plan.training else 'eval'}() first, or make a plan for this mode."
+        )
+    if not findings and plan.fingerprint and plan.fingerprint != fingerprint(graph):
+        raise PlanMismatchError("The model has the plan's parameters, but other operations read them. Make a plan of this model.")
+    return findings + not_as_planned(plan, model)
+
+
+def _input_level(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> float:
+    """Largest second moment among the floating-point inputs."""
+    levels = [float(leaf.float().square().mean()) for leaf in tensor_leaves((args, dict(kwargs))) if leaf.is_floating_point()]
+    return max((level for level in levels if level < float("inf")), default=1.0)
