@@ -3,7 +3,7 @@
 Importing this package registers the rules that come with Gainstage.
 """
 
-from gainstage.rules import attention, elementwise, experts, indexing, linear, normalization, random, reduction, shapes
+from gainstage.rules import attention, elementwise, experts, indexing, linear, normalization, random, recurrent, reduction, shapes
 from gainstage.rules.registry import Call, Rule, foreign_rule, is_free, pointwise, rule, rule_of, rules, statistics_free
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
     "normalization",
     "pointwise",
     "random",
+    "recurrent",
     "reduction",
     "rule",
     "rule_of",

@@ -182,7 +182,7 @@ def gaussian(dims: tuple[Dim, ...], mean: float, table: Array, profile: Array | 
     """Gaussian tensor with the given mean, table of raw second moments, and profile of levels."""
     variance = max(float(table[(1,) * table.ndim]) - mean**2, 0.0)
     rho = (table - mean**2) / variance if variance > 0.0 else np.zeros_like(table)
-    rho = np.clip(rho, -1.0, 1.0)
+    rho = np.array(np.clip(rho, -1.0, 1.0))
     rho[(1,) * rho.ndim] = 1.0
     marginal = gaussian_marginal(mean, variance**0.5, profile)
     return Value(dims=dims, mean=mean, table=table, marginal=marginal, rho=rho, source=object(), levels=profile, **extra)  # type: ignore[arg-type]
