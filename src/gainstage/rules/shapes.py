@@ -20,6 +20,7 @@ aten = torch.ops.aten
 @rule(
     aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.flatten.using_ints, aten.unsqueeze.default,
     aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims, aten.unflatten.int,
+    aten.view_as.default, aten.reshape_as.default,
 )  # fmt: skip
 def view(call: Call, x: Value, *args: Any, **kwargs: Any) -> Value:
     """Same entries, another shape."""
