@@ -102,3 +102,42 @@ def test_a_norm_over_channels_levels_the_border():
     assert quiet.levels is not None
     assert level.levels is None
     assert level.second_moment == pytest.approx(1.0)
+
+
+POOLS = {
+    "average of averages": lambda: Stack(nn.AvgPool2d(3, 1, 1), nn.AvgPool2d(2), nn.AvgPool2d(3, 1)),
+    "averages, relu, averages": lambda: Stack(nn.AvgPool2d(4, 1), nn.ReLU(), nn.AvgPool2d(3, 1), nn.AdaptiveAvgPool2d(1)),
+    "maxima of maxima": lambda: Stack(nn.MaxPool2d(3, 2, 1), nn.MaxPool2d(3, 2, 1), nn.AvgPool2d(2, 1)),
+    "a pyramid of maxima": lambda: Stack(nn.MaxPool2d(5, 1, 2), nn.MaxPool2d(5, 1, 2), nn.MaxPool2d(5, 1, 2)),
+    "average of maxima": lambda: Stack(nn.MaxPool2d(3, 1, 1), nn.AvgPool2d(3, 1, count_include_pad=False)),
+    "maxima of averages": lambda: Stack(nn.AvgPool2d(3, 1), nn.MaxPool2d(2), nn.AvgPool2d(2)),
+    "maxima through a convolution": lambda: Stack(
+        nn.MaxPool2d(3, 1), nn.Conv2d(16, 64, 3, bias=False), nn.BatchNorm2d(64), nn.ReLU(), nn.MaxPool2d(2), nn.AvgPool2d(2)
+    ),
+    "nearest, then pooled": lambda: Stack(nn.Upsample(scale_factor=2), nn.AvgPool2d(3, 1), nn.ReLU(), nn.AvgPool2d(2)),
+    "bilinear, then pooled": lambda: Stack(nn.Upsample(scale_factor=2, mode="bilinear"), nn.ReLU(), nn.AvgPool2d(2, 1)),
+    "strided": lambda: Stack(
+        nn.AvgPool2d(5, 1), nn.Conv2d(16, 64, 1, 2, bias=False), nn.AvgPool2d(2), nn.Dropout(0.3), nn.AvgPool2d(2)
+    ),
+    "one axis": lambda: Stack(nn.AvgPool2d((3, 1), 1), nn.MaxPool2d((2, 1)), nn.AvgPool2d((1, 2)), nn.AvgPool2d((3, 1), 1)),
+}
+
+
+@pytest.mark.parametrize("name", POOLS)
+def test_neighbours_share_more(name):
+    """Second moments behind pools of pools, on maps of 20 x 20, against 60 draws; means as well."""
+    torch.manual_seed(0)
+    model, found = POOLS[name]().train(), []
+    trace = gs.inspect(model, (torch.randn(2, 16, 20, 20),)).modules
+    predicted = [trace[f"layers.{i}"][0] for i in range(len(model.layers))]
+    for draw in range(60):
+        torch.manual_seed(draw + 1)
+        y, row = torch.randn(2, 16, 20, 20), []
+        for layer in POOLS[name]().train().layers:
+            y = layer(y).detach()
+            row.append((float(y.double().mean()), float(y.double().square().mean())))
+        found.append(row)
+    error = np.std(found, axis=0) / len(found) ** 0.5
+    want = np.array([(signal.mean, signal.second_moment) for signal in predicted])
+    scale = np.array([(signal.second_moment**0.5, signal.second_moment) for signal in predicted])
+    np.testing.assert_array_less(np.abs(np.mean(found, axis=0) - want), 4 * error + 0.02 * scale)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from gainstage.rules.linear import per_dim
+from gainstage.rules.linear import per_dim, windows
 from gainstage.rules.registry import Call, rule
 from gainstage.signal import Value, affine, apply, combine, filter_dim, max_over, mean_over, reshape, softmax
 
@@ -115,14 +115,12 @@ def max_pool(
     call: Call, x: Value, kernel: Any, stride: Any = (), padding: Any = 0, dilation: Any = 1, ceil_mode: bool = False
 ) -> Value:
     """Largest entry of each window."""
-    rank = len(call.shape) - (2 if len(call.shape) > len(list(kernel)) else 1)
-    kernels, strides, pads = per_dim(kernel, rank), per_dim(stride or kernel, rank), per_dim(padding, rank)
-    dims = [len(x.dims) - rank + i for i in range(rank)]
-    counts = []
-    for i, d in enumerate(dims):
-        place = strides[i] * np.arange(call.shape[d])[:, None] - pads[i] + np.arange(kernels[i])[None, :]
-        counts.append(((place >= 0) & (place < x.shape[d])).sum(1).astype(float))
-    return max_over(x, dims, counts)
+    rank = len(x.dims) - (2 if len(x.dims) > len(list(kernel)) + 1 else 1)
+    each = zip(
+        x.shape[-rank:], per_dim(kernel, rank), per_dim(stride or kernel, rank), per_dim(padding, rank), per_dim(dilation, rank),
+        call.shape[-rank:], strict=True,
+    )  # fmt: skip
+    return max_over(x, range(len(x.dims) - rank, len(x.dims)), [windows(*args) for args in each])
 
 
 @rule(aten.upsample_nearest1d.vec, aten.upsample_nearest2d.vec, aten.upsample_nearest3d.vec)

@@ -2,9 +2,10 @@
 
 from gainstage.signal.attention import participation, softmax
 from gainstage.signal.contraction import contract, convolve
-from gainstage.signal.filters import filter_dim, max_over, normalise
+from gainstage.signal.filters import filter_dim, normalise
 from gainstage.signal.gather import lookup
 from gainstage.signal.linear import affine, cross_table, dropout, mean_over
+from gainstage.signal.maxima import max_over
 from gainstage.signal.movement import expand, join, permute, reorder, reshape, select, take
 from gainstage.signal.pointwise import apply, combine
 from gainstage.signal.value import Value, gaussian, independent, known, measured

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from gainstage.signal import levels
 from gainstage.signal.axes import Axis, Dim, axes_of, distinct
 from gainstage.signal.movement import expand, merge_dim, refine, reshape
+from gainstage.signal.neighbours import Neighbours
 from gainstage.signal.quadrature import Array
 from gainstage.signal.value import Lean, Value, gaussian
 
@@ -142,15 +143,33 @@ def convolve(x: Value, weight: Value, places: Sequence[Places], groups: int, *, 
         out_space.append(out)
     table = np.einsum(*operands, out_index)  # type: ignore[call-overload]
     dims = (x.dims[0], weight.dims[0] + weight.dims[2 if transposed else 1], *out_space)
-    across = levels.outer([(window**2).sum(1) for window in windows], len(axes_of(dims)))
-    profile = levels.carried([(x.levels, index_x), (weight.levels, index_w)], out_index)
-    if across is not None:
-        profile = levels.product(profile, levels.normalised(np.sqrt(across)))
+    profile = levels.product(
+        levels.carried([(x.levels, index_x), (weight.levels, index_w)], out_index),
+        levels.normalised(levels.outer([np.sqrt((window**2).sum(1)) for window in windows], len(axes_of(dims)))),
+    )
     result = contracted(x, weight, dims, count * x.mean * weight.mean, np.asarray(table, dtype=np.float64), profile=profile)
-    if result.levels is None:
-        return result
-    lean = levels.outer([window @ window.mean(0) for window in windows], len(axes_of(dims)))
-    return replace(result, lean=Lean(result.levels, lean / lean.mean()))
+    near = None if transposed else _strided_neighbours(x, places, out_space)
+    return replace(result, near=near, lean=_border_lean(profile, windows))
+
+
+def _border_lean(profile: Array | None, windows: Sequence[Array]) -> Lean | None:
+    """What all positions have in common comes through the taps that a border position shares with the average one."""
+    if profile is None:
+        return None
+    lean = levels.outer([window @ window.mean(0) for window in windows], profile.ndim)
+    return Lean(profile, lean / lean.mean())
+
+
+def _strided_neighbours(x: Value, places: Sequence[Places], space: Sequence[Dim]) -> Neighbours | None:
+    """The same taps of two outputs read places that lie as many strides apart: what those share is passed on."""
+    near = x.neighbours()
+    for d, (place, out) in enumerate(zip(places, space, strict=True)):
+        if near is None:
+            return None
+        if x.dims[3 + d]:
+            axis = x.dims[3 + d][0]
+            near = near.strided(axis, max(int(place[1].max() - place[0].max()), 1) if len(place) > 1 else 1, out)
+    return near
 
 
 def _grouped(x: Value, weight: Value, groups: int, rank: int, *, transposed: bool) -> tuple[Value, Value]:

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import cache
-from typing import Any
 
 import numpy as np
-import torch
 
 from gainstage.signal import levels
 from gainstage.signal.axes import Axis
-from gainstage.signal.linear import amplitude_of, is_gaussian, standardised
-from gainstage.signal.movement import merge_dim
-from gainstage.signal.quadrature import Array, coarse, cumulative, evaluate_series, invert_series, nodes, quantiles
+from gainstage.signal.linear import amplitude_of, averaged, is_gaussian, standardised
+from gainstage.signal.movement import join, merge_dim
+from gainstage.signal.neighbours import Neighbours, far_of, filtered, made
+from gainstage.signal.quadrature import Array, nodes
 from gainstage.signal.value import Marginal, Value, gaussian
 
 
@@ -33,12 +31,17 @@ def filter_dim(x: Value, dim: int, matrix: Array) -> Value:
     table = np.moveaxis(np.tensordot(_mixing(weighted), np.moveaxis(even, position, 0), axes=1), 0, position)
     same_axes = outputs == inputs and inputs > 1
     out_axis = x.dims[dim] if same_axes else ((Axis(outputs),) if outputs > 1 else ())
+    near = None
+    if inputs > 1:
+        near, table = _filtered_neighbours(x, even, x.dims[dim][0], weighted, table)
+        near = None if near is None else near.strided(x.dims[dim][0], 1, out_axis)
     profile = _filtered_levels(x.levels, even, weighted, position)
     if outputs == 1:
         table = np.take(table, 1, axis=position)
     dims = tuple(out_axis if d == dim else axes for d, axes in enumerate(x.dims))
     mean = x.mean * float(weighted.sum(1).mean() / along.mean())
     result = gaussian(dims, mean, table, profile, lineage=x.lineage, log_variance=x.log_variance, is_weight=x.is_weight)
+    result = replace(result, near=near)
     if not is_gaussian(x):
         result = replace(result, marginal=_filtered_marginal(x, result, _terms(weighted)), rho=None)
     if same_axes:
@@ -63,6 +66,28 @@ def _mixing(matrix: Array) -> Array:
         mix[0, 1] = (float((columns**2).sum()) - squares) / pairs
         mix[0, 0] = (float(sums.sum()) ** 2 - float((sums**2).sum())) / pairs - mix[0, 1]
     return mix
+
+
+def _filtered_neighbours(x: Value, even: Array, axis: Axis, matrix: Array, table: Array) -> tuple[Neighbours | None, Array]:
+    """Lag by lag along one axis, and what places share on average, written into the table of the result."""
+    near = (x.neighbours() or Neighbours((axis,), np.ones(1))).with_axis(axis)
+    own, far = far_of(near, even, x.axes)
+    lags, pairs = filtered(near, axis, matrix)
+    sums = matrix.sum(1)
+    square = float((sums**2).mean())
+    across = (float(sums.sum()) ** 2 - float((sums**2).sum())) / max(sums.size * (sums.size - 1.0), 1.0)
+    rest = tuple(a for a in near.axes if a is not axis)
+    result = table.copy()
+    for same in np.ndindex(*(2,) * len(near.axes)):
+        here = same[near.axes.index(axis)]
+        others = [bool(s) for s, a in zip(same, near.axes, strict=True) if a is not axis]
+        shared = Neighbours(rest, pairs[here].reshape([near.lags(a) for a in rest])).average(others)
+        index = [1] * len(x.axes)
+        for s, a in zip(same, near.axes, strict=True):
+            index[x.axes.index(a)] = s
+        result[tuple(index)] = far * (square if here else across) + (own - far) * shared
+    top = float(lags[(0,) * lags.ndim])
+    return (made(near.axes, lags / top) if top > 0.0 else None), result
 
 
 def _filtered_levels(profile: Array | None, even: Array, matrix: Array, position: int) -> Array | None:
@@ -105,42 +130,31 @@ def normalise(x: Value, reduced: Sequence[Axis], eps: float, *, centre: bool = T
     """``(x - mean(x)) / sqrt(mean((x - mean(x))^2) + eps)`` over some axes; without ``centre`` the mean stays.
 
     Layer, instance, group and batch norm are this, over other axes. The mean square over the axes is read off the table.
+    Of a concatenation, each part by itself, unless the average runs over the parts.
     """
-    mixed = x.table
-    for axis in reduced:
-        position = x.axes.index(axis)
-        other, same = np.take(mixed, 0, axis=position), np.take(mixed, 1, axis=position)
-        mixed = np.expand_dims(other + (same - other) / axis.size, position)
-    centred = x.table - mixed if centre else x.table
-    full = (1,) * x.table.ndim
-    level = max(float(centred[full]), 0.0)
+    found = x.parts_along()
+    if found is not None and found[0] not in reduced:
+        dim = next(d for d, axes in enumerate(x.dims) if found[0] in axes)
+        return join([normalise(part, reduced, eps, centre=centre) for part in found[1]], dim)
+    positions = [x.axes.index(axis) for axis in reduced]
+    common = averaged(x.table, positions, reduced) if centre else np.zeros_like(x.table)
+    table = x.table - common
+    level = max(float(table[(1,) * table.ndim]), 0.0)
     if level <= 1e-13 * max(x.second_moment, 1e-300):
-        level = 0.0
-    scale = 1.0 / (level + eps) ** 0.5 if level + eps > 0.0 else 0.0
-    table = centred * scale**2 if level else np.zeros_like(centred)
+        level, table = 0.0, np.zeros_like(table)
+    scale = (level + eps) ** -0.5 if level + eps > 0.0 else 0.0
     mean = 0.0 if centre else x.mean * scale
     amplitude = amplitude_of(x) * scale
     if centre and reduced:
-        index = tuple(0 if axis in reduced else slice(None) for axis in x.axes)
-        amplitude[index] = 0.0
-    std = max(float(table[full]) - mean**2, 0.0) ** 0.5
-    removed = max(float(mixed.max()) - x.mean**2, 0.0) if centre else 0.0
-    keeps_latent = removed <= 1e-3 * max(level, 1e-300)
-    profile = _normalised_levels(x, [x.axes.index(axis) for axis in reduced], float(mixed[(-1,) * mixed.ndim]) if centre else 0.0)
+        amplitude[tuple(0 if axis in reduced else slice(None) for axis in x.axes)] = 0.0
+    std = max(level * scale**2 - mean**2, 0.0) ** 0.5
+    keeps_latent = not centre or float(common.max()) - x.mean**2 <= 1e-3 * max(level, 1e-300)
+    profile = _normalised_levels(x, positions, float(common[(-1,) * common.ndim]))
     marginal = _normalised_marginal(x, mean, std, profile, x.marginal.latent if keeps_latent else object())
     return replace(
-        x,
-        mean=mean,
-        table=table,
-        marginal=marginal,
-        rho=x.correlation() if keeps_latent else None,
-        amplitude=amplitude,
-        statistic=None,
-        log_variance=0.0,
-        constant=None,
-        mask=None,
-        levels=profile,
-    )
+        x, mean=mean, table=table * scale**2, marginal=marginal, rho=x.correlation() if keeps_latent else None,
+        amplitude=amplitude, statistic=None, log_variance=0.0, constant=None, mask=None, levels=profile,
+    )  # fmt: skip
 
 
 def _normalised_levels(x: Value, reduced: Sequence[int], removed: float) -> Array | None:
@@ -166,67 +180,3 @@ def _normalised_marginal(x: Value, mean: float, std: float, profile: Array | Non
     if profile is not None and is_gaussian(x):
         return Marginal(latent, lambda: standardised(levels.normal_mixture(profile), mean, std), even)
     return Marginal(latent, even if profile is None else lambda: standardised(x.marginal.values, mean, std), even)
-
-
-@cache
-def _largest(count: float) -> Array:
-    """Grid values of the largest of ``count`` independent standard normals, as a function of a standard normal."""
-    level = np.clip(cumulative(), 1e-300, 1 - 1e-16) ** (1.0 / count)
-    return np.asarray(torch.special.ndtri(torch.from_numpy(level)).numpy())
-
-
-def max_over(x: Value, dims: Sequence[int], counts: Sequence[Array]) -> Value:
-    """Maximum over windows along some dimensions. ``counts``: positions in each window, for each dimension.
-
-    Positions are equally correlated Gaussians behind x: ``z = sqrt(r) common + sqrt(1 - r) own``; the maximum of the own parts
-    has the distribution ``Phi(t)^k``.
-    """
-    for d in dims:
-        x = merge_dim(x, d)
-    rho = x.correlation()
-    position_of = {d: sum(len(dim) for dim in x.dims[:d]) for d in dims if x.dims[d]}
-    index = tuple(0 if p in position_of.values() else 1 for p in range(rho.ndim))
-    shared = float(np.clip(rho[index], 0.0, 1.0)) if position_of else 1.0
-    window = float(np.prod([float(np.mean(count)) for count in counts]))
-    points, mass = coarse()
-    top = np.interp(points, nodes(), _largest(window))
-    z = np.sqrt(shared) * points[:, None] + np.sqrt(1.0 - shared) * top[None, :]
-    ordered = np.maximum.accumulate(x.marginal.values)
-    surface = np.interp(z, nodes(), ordered if np.all(np.diff(x.marginal.values) >= 0) else np.sort(x.marginal.values))
-    weight = mass[:, None] * mass[None, :]
-    mean, second = float((surface * weight).sum()), float((surface**2 * weight).sum())
-    grid = quantiles(surface, weight)
-    std = max(second - mean**2, 0.0) ** 0.5
-    common = float(((surface @ mass) ** 2) @ mass)
-    new_dims = list(x.dims)
-    table_index: list[Any] = [slice(None)] * rho.ndim
-    for d, count in zip(dims, counts, strict=True):
-        outputs = len(count)
-        new_dims[d] = (Axis(outputs),) if outputs > 1 else ()
-        if d in position_of and outputs == 1:
-            table_index[position_of[d]] = 1
-    marginal = Marginal(object(), lambda: standardised(grid, mean, std))
-    new_rho = rho.copy()
-    if position_of:
-        target = float(invert_series(marginal.series, np.array([common - mean**2]))[0])
-        ratio = target / shared if shared > 0 else 1.0
-        for p in position_of.values():
-            np.moveaxis(new_rho, p, 0)[0] *= ratio if p == min(position_of.values()) else 1.0
-        both = list(position_of.values())
-        for subset in np.ndindex(*rho.shape):
-            if any(subset[p] == 0 for p in both):
-                new_rho[subset] = np.clip(rho[subset] * ratio, -1, 1)
-            else:
-                new_rho[subset] = rho[subset]
-    new_rho = np.asarray(new_rho[tuple(table_index)])
-    table = evaluate_series(marginal.series, new_rho)
-    return Value(
-        dims=tuple(new_dims),
-        mean=mean,
-        table=table,
-        marginal=marginal,
-        rho=new_rho,
-        source=object(),
-        lineage=x.lineage,
-        log_variance=x.log_variance,
-    )

@@ -13,6 +13,7 @@ import numpy as np
 
 from gainstage.signal import levels
 from gainstage.signal.axes import Axis
+from gainstage.signal.neighbours import Neighbours, far_of, made, mixed
 from gainstage.signal.quadrature import Array, coarse, expectation, nodes, quantiles, weights
 from gainstage.signal.value import Lean, Marginal, Statistic, Value, gaussian, gaussian_marginal
 
@@ -72,16 +73,20 @@ def affine(x: Value, scale: float, shift: float = 0.0) -> Value:
     )  # fmt: skip
 
 
+def averaged(table: Array, positions: Sequence[int], axes: Sequence[Axis]) -> Array:
+    """Table of the mean over some axes, which stay with one entry: ``K[0] + (K[1] - K[0]) / n`` along each."""
+    for position, axis in zip(positions, axes, strict=True):
+        other, same = np.take(table, 0, axis=position), np.take(table, 1, axis=position)
+        table = np.expand_dims(other + (same - other) / axis.size, position)
+    return table
+
+
 def mean_over(x: Value, axes: Sequence[Axis]) -> Value:
     """Average over some axes; they go from the dimensions (a dimension left without axes has size 1)."""
     gone = [axis for axis in x.axes if axis in axes]
     if not gone:
         return x
-    table = x.table
-    for axis in gone:
-        position = x.axes.index(axis)
-        other, same = np.take(table, 0, axis=position), np.take(table, 1, axis=position)
-        table = np.expand_dims(other + (same - other) / axis.size, position)
+    table = averaged(x.table, [x.axes.index(axis) for axis in gone], gone)
     index = tuple(0 if axis in gone else slice(None) for axis in x.axes)
     dims = tuple(tuple(axis for axis in dim if axis not in gone) for dim in x.dims)
     count = int(np.prod([axis.size for axis in gone]))
@@ -130,12 +135,19 @@ def add(x: Value, y: Value, sign: float = 1.0) -> Value:
         levels=profile,
         mask=y.mask if x.mask is None else x.mask if y.mask is None else x.mask & y.mask,
     )
+    if x.near is not None or y.near is not None:
+        result = replace(result, near=mixed([(x.neighbours(), x.variance), (_on_axes(y, x), y.variance)], x.axes))
     if profile is not None and not (x.lean is None and y.lean is None):
         result = replace(result, lean=_summed_lean(x, y, profile))
     same_axes = all(a is b for a, b in zip(x.axes, y.axes, strict=True))
     if x.source is not None and x.source is y.source and same_axes:
         result = replace(result, source=x.source, amplitude=amplitude_of(x) + sign * amplitude_of(y))
     return result
+
+
+def _on_axes(y: Value, x: Value) -> Neighbours | None:
+    near = y.neighbours()
+    return None if near is None else near.renamed(y.axes, x.axes)
 
 
 def _summed_lean(x: Value, y: Value, profile: Array) -> Lean:
@@ -220,7 +232,31 @@ def multiply(x: Value, y: Value) -> Value:
         is_weight=x.is_weight and y.is_weight,
         mask=x.mask,
         levels=levels.product(x.levels, y.levels),
+        near=_product_neighbours(x, y),
     )
+
+
+def _product_neighbours(x: Value, y: Value) -> Neighbours | None:
+    """Lag by lag the product of what the factors share: nothing is lost to a factor that is the same in all places."""
+    pair = (x.neighbours(), _on_axes(y, x))
+    present = [near for near in pair if near is not None]
+    if not present:
+        return None
+    axes = tuple(axis for axis in x.axes if any(axis in near.axes for near in present))
+    shape = tuple(max(near.lags(axis) for near in present) for axis in axes)
+    products, distant = np.ones(shape), 1.0
+    for value, near in zip((x, y), pair, strict=True):
+        table = value.table
+        if near is None:
+            same = [1 if axis not in axes else slice(None) for axis in x.axes]
+            moments = table[tuple(same)][np.ix_(*[np.r_[1, np.zeros(size - 1, int)] for size in shape])]
+            far = float(table[tuple(0 if axis in axes else 1 for axis in x.axes)])
+        else:
+            own, far = far_of(near, table, x.axes)
+            moments = far + (own - far) * near.over(axes, shape)
+        products, distant = products * moments, distant * far
+    own = float(products[(0,) * len(shape)])
+    return made(axes, (products - distant) / (own - distant)) if own > distant else None
 
 
 def dropout(x: Value, keep: float, shared: Sequence[int] = ()) -> Value:
@@ -243,5 +279,17 @@ def dropout(x: Value, keep: float, shared: Sequence[int] = ()) -> Value:
         return standardised(grid, x.mean, std)
 
     return replace(
-        x, table=table, marginal=Marginal(object(), values), rho=None, amplitude=amplitude_of(x), statistic=None, constant=None
-    )
+        x, table=table, marginal=Marginal(object(), values), rho=None, amplitude=amplitude_of(x), statistic=None, constant=None,
+        near=_dropped_neighbours(x, keep, [axis for d in shared for axis in x.dims[d]]),
+    )  # fmt: skip
+
+
+def _dropped_neighbours(x: Value, keep: float, shared: Sequence[Axis]) -> Neighbours | None:
+    """Each place on its own gains ``1/keep``; places that share a coin gain it together."""
+    near = x.neighbours()
+    if near is None or all(axis in shared for axis in near.axes):
+        return near
+    own, far = far_of(near, x.table, x.axes)
+    excess = near.excess * (own - far) / (own / keep - far)
+    excess[(0,) * excess.ndim] = 1.0
+    return made(near.axes, excess)

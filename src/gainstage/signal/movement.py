@@ -9,10 +9,10 @@ from math import prod
 import numpy as np
 import torch
 
-from gainstage.signal import levels
-from gainstage.signal.axes import Axis, Dim, shape_of
+from gainstage.signal import levels, neighbours
+from gainstage.signal.axes import Axis, Dim, axes_of, shape_of
 from gainstage.signal.quadrature import Array, quantiles, weights
-from gainstage.signal.value import Marginal, Value
+from gainstage.signal.value import Joined, Marginal, Value
 
 
 def map_tables(x: Value, dims: tuple[Dim, ...], change: Callable[[Array], Array], profile: Array | None) -> Value:
@@ -277,8 +277,9 @@ def join(values: Sequence[Value], dim: int) -> Value:
     dims = tuple((new_axis,) if d == dim else axes for d, axes in enumerate(shape))
 
     def mixture() -> Array:
-        values_ = np.concatenate([part.marginal.values for part in parts])
-        mass = np.concatenate([weights() * n for n in sizes])
+        sparse = 1 + len(parts) // 4  # of many parts a few points each
+        values_ = np.concatenate([part.marginal.values[::sparse] for part in parts])
+        mass = np.concatenate([weights()[::sparse] * n for n in sizes])
         return quantiles(values_, mass)
 
     mean = sum(n * m for n, m in zip(sizes, means, strict=True)) / total
@@ -294,6 +295,10 @@ def join(values: Sequence[Value], dim: int) -> Value:
         log_variance=max(part.log_variance for part in parts),
         is_weight=all(part.is_weight for part in parts),
         levels=levels.of_parts([(part.levels, part.second_moment) for part in ordered], sizes, position, table.ndim),
+        joined=Joined(table, new_axis, tuple(parts)),
+        near=neighbours.mixed(
+            [(part.neighbours(), n * part.variance) for part, n in zip(parts, sizes, strict=True)], axes_of(dims)
+        ),
     )
 
 
@@ -319,8 +324,13 @@ def align_other_dims(x: Value, like: Value, dim: int) -> Value:
     for d in range(len(x.dims)):
         if d != dim:
             x, like = refine(x, like, d, d)
-    dims = tuple(x.dims[d] if d == dim else like.dims[d] for d in range(len(x.dims)))
-    return replace(x, dims=dims)
+    return with_axes(x, tuple(x.dims[d] if d == dim else like.dims[d] for d in range(len(x.dims))))
+
+
+def with_axes(x: Value, dims: tuple[Dim, ...]) -> Value:
+    """The same tensor, its coordinates identified with those of another."""
+    near = x.neighbours()
+    return replace(x, dims=dims, near=None if near is None else near.renamed(x.axes, axes_of(dims)))
 
 
 def refine(x: Value, y: Value, dim_x: int, dim_y: int) -> tuple[Value, Value]:

@@ -11,8 +11,18 @@ import torch
 from gainstage.signal import levels
 from gainstage.signal.axes import Dim
 from gainstage.signal.linear import add, affine, amplitude_of, multiply
-from gainstage.signal.movement import expand, refine
-from gainstage.signal.quadrature import Array, coarse, evaluate_series, expectation, nodes, power_series, quantiles
+from gainstage.signal.movement import expand, refine, with_axes
+from gainstage.signal.neighbours import far_of, through, write
+from gainstage.signal.quadrature import (
+    Array,
+    coarse,
+    evaluate_series,
+    expectation,
+    invert_series,
+    nodes,
+    power_series,
+    quantiles,
+)
 from gainstage.signal.value import Marginal, Statistic, Value
 
 Function = Callable[..., torch.Tensor]
@@ -52,7 +62,24 @@ def on_latent(x: Value, values: Array, **changes: object) -> Value:
         is_weight=x.is_weight,
         mask=x.mask,
     )
-    return replace(made, **changes) if changes else made  # type: ignore[arg-type]
+    return _with_neighbours(x, replace(made, **changes) if changes else made)  # type: ignore[arg-type]
+
+
+def _with_neighbours(x: Value, made: Value) -> Value:
+    """Carry what near places share through a function of x, and what they have on average into the table."""
+    near = x.neighbours()
+    if near is None:
+        return made
+    own, far = far_of(near, x.table, x.axes)
+
+    def function(moments: Array) -> Array:
+        rho = invert_series(x.marginal.series, moments - x.mean**2)
+        return evaluate_series(made.marginal.series, np.where(moments >= own, 1.0, rho))
+
+    after, distant = through(near, own, far, function)
+    if after is None:
+        return made
+    return replace(made, near=after, table=write(after, made.table, made.axes, made.second_moment, distant))
 
 
 def apply(function: Function, x: Value) -> Value:
@@ -93,7 +120,7 @@ def align(x: Value, y: Value) -> tuple[Value, Value]:
         x, y = refine(x, y, d, d)
     dims_x = _adopt(x, y, broadcast_x)
     dims_y = _adopt(y, x, broadcast_y)
-    return replace(x, dims=dims_x), replace(y, dims=dims_y)
+    return with_axes(x, dims_x), with_axes(y, dims_y)
 
 
 def _adopt(x: Value, y: Value, broadcast: Sequence[bool]) -> tuple[Dim, ...]:

@@ -19,9 +19,11 @@ from functools import cached_property
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from gainstage.signal import levels
 from gainstage.signal.axes import Axis, Dim, axes_of, new_dims, shape_of
+from gainstage.signal.neighbours import Neighbours
 from gainstage.signal.quadrature import Array, cumulative, evaluate_series, expectation, invert_series, nodes, power_series
 
 
@@ -83,6 +85,24 @@ class Lean:
     profile: Array
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Joined:
+    """Parts of a concatenation along an axis; void for a tensor with another table: it was changed since."""
+
+    table: Array
+    axis: Axis
+    parts: tuple[Value, ...]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Largest:
+    """Maximum of a tensor over windows [outputs, taps] along some dimensions; void for a tensor with another table."""
+
+    table: Array
+    of: Value
+    windows: tuple[tuple[int, NDArray[np.int64]], ...]
+
+
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
 class Value:
     """What is known of one tensor. Immutable; made by the functions of this package only.
@@ -93,6 +113,8 @@ class Value:
     coordinates are louder than others by design (the query, key and value rows of one projection; the parts of a concatenation),
     the root mean square of each over that of the whole, with one dimension for each axis, of size 1 where it does not vary.
     ``lean``: how each of those coordinates leans on the average over all, where this is not in proportion to its level.
+    ``joined``: the tensors that were laid one after the other to make this one. ``near``: what places of a map that lie near
+    each other share beyond the table's average. ``largest``: what the tensor is the maximum of.
     """
 
     dims: tuple[Dim, ...]
@@ -110,6 +132,9 @@ class Value:
     is_weight: bool = False
     levels: Array | None = None
     lean: Lean | None = None
+    joined: Joined | None = None
+    near: Neighbours | None = None
+    largest: Largest | None = None
 
     def __post_init__(self) -> None:
         """Check that the table has one dimension for each axis."""
@@ -172,6 +197,17 @@ class Value:
         if self.lean is not None and self.lean.levels is self.levels:
             return self.lean.profile
         return np.asarray(self.levels / self.levels.mean())
+
+    def neighbours(self) -> Neighbours | None:
+        """What near places share, if the axes of the map are still there."""
+        axes = self.axes
+        return self.near if self.near is not None and all(axis in axes for axis in self.near.axes) else None
+
+    def parts_along(self) -> tuple[Axis, tuple[Value, ...]] | None:
+        """Axis of a concatenation and its parts, as long as nothing was done to them."""
+        if self.joined is None or self.joined.table is not self.table or self.joined.axis not in self.axes:
+            return None
+        return self.joined.axis, self.joined.parts
 
     def own_source(self) -> Value:
         """The same value as the origin of its own linear descendants."""

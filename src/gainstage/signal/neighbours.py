@@ -1,0 +1,179 @@
+"""Neighbours: along the axes of a map, entries near each other share more than those far apart.
+
+For two entries of a tensor that differ in their place on the map only, at the distance d (a lag along each axis of the map),
+
+    E[x_p x_{p+d}] = far + (own - far) e(d),   e(0) = 1,   e(d) = 0 beyond the array,
+
+with ``own = E[x^2]``. White noise has e = 0 but at 0; pools, interpolation and strides make and move it; activations act on it
+lag by lag; a sum over channels and taps with fresh weights leaves it as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gainstage.signal.axes import Axis
+from gainstage.signal.quadrature import Array
+
+REACH = 12  # lags kept
+SMALL = 2e-3  # of the variance: what is below is as good as far
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Neighbours:
+    """``excess``: e(d), one dimension for each of the axes; void for a tensor that lacks one of them."""
+
+    axes: tuple[Axis, ...]
+    excess: Array
+
+    def with_axis(self, axis: Axis) -> Neighbours:
+        """Also along an axis in which neighbours share no more than others."""
+        return self if axis in self.axes else Neighbours((*self.axes, axis), self.excess[..., None])
+
+    def without(self, axis: Axis) -> Neighbours | None:
+        """At one coordinate of an axis."""
+        if axis not in self.axes:
+            return self
+        rest = tuple(a for a in self.axes if a is not axis)
+        return made(rest, np.take(self.excess, 0, axis=self.axes.index(axis)))
+
+    def renamed(self, old: Sequence[Axis], new: Sequence[Axis]) -> Neighbours:
+        """The same with axes under other identities."""
+        names = dict(zip(map(id, old), new, strict=True))
+        return Neighbours(tuple(names.get(id(axis), axis) for axis in self.axes), self.excess)
+
+    def lags(self, axis: Axis) -> int:
+        """How many lags are kept along an axis."""
+        return self.excess.shape[self.axes.index(axis)] if axis in self.axes else 1
+
+    def over(self, axes: tuple[Axis, ...], shape: Sequence[int]) -> Array:
+        """``e(d)`` along more axes and further lags."""
+        wide = self
+        for axis in axes:
+            wide = wide.with_axis(axis)
+        excess = np.transpose(wide.excess, [wide.axes.index(axis) for axis in axes])
+        return np.pad(excess, [(0, n - m) for n, m in zip(shape, excess.shape, strict=True)])
+
+    def average(self, same: Sequence[bool]) -> float:
+        """Average of e over pairs of places that are equal along some of the axes and differ along the others."""
+        part = self.excess
+        for axis, equal in zip(reversed(self.axes), reversed(list(same)), strict=True):
+            lags = np.arange(part.shape[-1])
+            if equal:
+                part = part[..., 0]
+            else:
+                share = 2.0 * np.maximum(axis.size - lags, 0) / (axis.size * max(axis.size - 1.0, 1.0))
+                part = part @ np.where(lags > 0, share, 0.0)
+        return float(part)
+
+    def strided(self, axis: Axis, stride: int, out: tuple[Axis, ...]) -> Neighbours | None:
+        """Every so many places along an axis; without it where one place is left."""
+        if axis not in self.axes:
+            return self
+        if not out:
+            return self.without(axis)
+        position = self.axes.index(axis)
+        axes = tuple(out[0] if a is axis else a for a in self.axes)
+        return made(axes, self.excess[(slice(None),) * position + (slice(None, None, stride),)])
+
+
+def made(axes: tuple[Axis, ...], excess: Array) -> Neighbours | None:
+    """Neighbours from e(d), cut where nothing is left; None where there is nothing at all."""
+    keep = []
+    for position in range(excess.ndim):
+        others = tuple(p for p in range(excess.ndim) if p != position)
+        strong = np.nonzero(np.abs(excess).max(axis=others) > SMALL)[0]
+        keep.append(slice(0, min(int(strong[-1]) + 1, REACH) if strong.size else 1))
+    excess = excess[tuple(keep)]
+    if not axes or excess.size == 1:
+        return None
+    return Neighbours(axes, np.clip(excess, -1.0, 1.0))
+
+
+def far_of(near: Neighbours, table: Array, axes: Sequence[Axis]) -> tuple[float, float]:
+    """``own`` and ``far`` of a tensor from its table."""
+    own = float(table[(1,) * table.ndim])
+    average = near.average([False] * len(near.axes))
+    apart = float(table[tuple(0 if axis in near.axes else 1 for axis in axes)])
+    return own, (apart - own * average) / (1.0 - average)
+
+
+def write(near: Neighbours, table: Array, axes: Sequence[Axis], own: float, far: float) -> Array:
+    """Table whose averages over places are those of ``far + (own - far) e``."""
+    result = table.copy()
+    for same in np.ndindex(*(2,) * len(near.axes)):
+        if not all(same):
+            index = [1] * len(axes)
+            for axis, equal in zip(near.axes, same, strict=True):
+                index[list(axes).index(axis)] = equal
+            result[tuple(index)] = far + (own - far) * near.average([bool(equal) for equal in same])
+    return result
+
+
+def through(near: Neighbours, own: float, far: float, function: Callable[[Array], Array]) -> tuple[Neighbours | None, float]:
+    """Lag by lag through a map of second moments; returns ``far`` after it as well."""
+    after = function(far + (own - far) * near.excess)
+    distant = float(function(np.array([far]))[0])
+    top = float(after[(0,) * after.ndim]) - distant
+    if top <= 0.0:
+        return None, distant
+    return made(near.axes, (after - distant) / top), distant
+
+
+def mixed(terms: Sequence[tuple[Neighbours | None, float]], axes: Sequence[Axis]) -> Neighbours | None:
+    """e(d) of a sum or a concatenation: the average of the terms' by what each has of ``own - far``."""
+    present = [near for near, _ in terms if near is not None]
+    total = sum(weight for _, weight in terms)
+    if not present or total <= 0.0:
+        return None
+    over = tuple(axis for axis in axes if any(axis in near.axes for near in present))
+    shape = [max(near.lags(axis) for near in present) for axis in over]
+    white = np.zeros(shape)
+    white[(0,) * len(over)] = 1.0
+    return made(over, np.asarray(sum(w / total * (white if near is None else near.over(over, shape)) for near, w in terms)))
+
+
+def by_lag(matrix: Array) -> Array:
+    """Averages along the diagonals of a symmetric matrix, by their distance from the main one."""
+    size = min(matrix.shape[0], REACH)
+    return np.array([float(np.mean(np.diagonal(matrix, lag))) for lag in range(size)])
+
+
+def filtered(near: Neighbours, axis: Axis, matrix: Array) -> tuple[Array, Array]:
+    """``M E M'`` for a linear map M along one axis: e(d) before it is scaled to 1, and its average over pairs of outputs.
+
+    Returns the lags [along the axis, all other lags] and pairs [another or the same output, all other lags].
+    """
+    position = near.axes.index(axis)
+    excess = np.moveaxis(near.excess, position, 0)
+    columns = excess.reshape(excess.shape[0], -1)
+    size, outputs = matrix.shape[1], matrix.shape[0]
+    distance = np.abs(np.subtract.outer(np.arange(size), np.arange(size)))
+    inside = distance < columns.shape[0]
+    lags, pairs = [], []
+    for column in columns.T:
+        pad = np.where(inside, column[np.minimum(distance, columns.shape[0] - 1)], 0.0)
+        product = matrix @ pad @ matrix.T
+        trace = float(np.trace(product))
+        lags.append(by_lag(product))
+        pairs.append([(float(product.sum()) - trace) / max(outputs * (outputs - 1.0), 1.0), trace / outputs])
+    shape = (-1, *excess.shape[1:])
+    return np.moveaxis(np.array(lags).T.reshape(shape), 0, position), np.array(pairs).T
+
+
+def lag_counts(places: NDArray[np.int64], lags: int) -> Array:
+    """``N[D, d]``: pairs of places at distance d that two windows at distance D hold, on average over the windows.
+
+    ``places`` [outputs, taps], -1 for none.
+    """
+    outputs = places.shape[0]
+    found = []
+    for shift in range(min(outputs, REACH)):
+        first, second = places[: outputs - shift, :, None], places[shift:, None, :]
+        distance = np.where((first >= 0) & (second >= 0), np.abs(first - second), lags)
+        found.append(np.bincount(np.minimum(distance, lags).ravel(), minlength=lags + 1)[:lags] / (outputs - shift))
+    return np.array(found, dtype=np.float64)
