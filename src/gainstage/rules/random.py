@@ -46,9 +46,3 @@ def uniform(call: Call, *args: Any, **kwargs: Any) -> Value:
 def normal(call: Call, *args: Any, **kwargs: Any) -> Value:
     """Standard normal."""
     return independent(call.shape, 0.0, 1.0)
-
-
-@rule(aten.empty.memory_format, aten.empty_like.default)
-def uninitialised(call: Call, *args: Any, **kwargs: Any) -> Value:
-    """Nothing yet: what is written into it (a coin, a draw) has a rule of its own."""
-    return independent(call.shape, 0.0, 0.0)
