@@ -1,0 +1,42 @@
+"""Policies: named sets of targets, one for each role."""
+
+from gainstage.policies.model import (
+    EqualContribution,
+    Fan,
+    FanScaled,
+    FixedStd,
+    Identity,
+    Keep,
+    KeyVariance,
+    Level,
+    ModuleDefault,
+    NearChance,
+    Policy,
+    StreamShare,
+    Target,
+    UnitGates,
+    Zero,
+)
+from gainstage.policies.modules import module_default
+from gainstage.policies.registry import POLICIES, find_policy
+
+__all__ = [
+    "POLICIES",
+    "EqualContribution",
+    "Fan",
+    "FanScaled",
+    "FixedStd",
+    "Identity",
+    "Keep",
+    "KeyVariance",
+    "Level",
+    "ModuleDefault",
+    "NearChance",
+    "Policy",
+    "StreamShare",
+    "Target",
+    "UnitGates",
+    "Zero",
+    "find_policy",
+    "module_default",
+]
