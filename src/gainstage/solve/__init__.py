@@ -1,0 +1,7 @@
+"""From targets to distributions: the forward interpreter, with the parameters decided on the way."""
+
+from gainstage.solve.distributions import find_family
+from gainstage.solve.initial import Present
+from gainstage.solve.solve import solve
+
+__all__ = ["Present", "find_family", "solve"]

@@ -1,0 +1,164 @@
+"""What a policy demands, as data: a quantity at a node, its goal, and the parts of parameters that are scaled to meet it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+import numpy as np
+import torch
+
+from gainstage.graph import Graph, Node, Ref
+from gainstage.policies import FanScaled, Level
+from gainstage.roles import Use
+from gainstage.rules.attention import attention_logits
+from gainstage.signal import Value
+from gainstage.signal.movement import merge_dim
+from gainstage.solve.setting import Part
+
+aten = torch.ops.aten
+
+
+class Quantity(Enum):
+    """What is measured at a node."""
+
+    SECOND_MOMENT = "second moment"
+    KEY_VARIANCE = "variance of the logits over the keys"
+
+
+class Kind(Enum):
+    """Why a level is demanded: which text explains it."""
+
+    STREAM = "stream"
+    MERGE = "merge"
+    LOGITS = "logits"
+    HEAD = "head"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Goal:
+    """``constant + sum of coefficient times the second moment of a node``."""
+
+    constant: float = 0.0
+    terms: tuple[tuple[str, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Lever:
+    """A part to be scaled: the quantity goes with its variance to this power."""
+
+    part: Part
+    use: Use
+    power: float = 1.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Demand:
+    """A quantity at a node meets a goal, by scaling groups of parts.
+
+    The parts of one group act in parallel (terms of a sum) and take the same factor; the groups act one on the product of the
+    others (queries and keys), so that each takes a root of it.
+    """
+
+    kind: Kind
+    node: str
+    quantity: Quantity
+    goal: Goal
+    groups: tuple[tuple[Lever, ...], ...]
+    count: int = 1  # of the branches that share
+    width: int = 0  # of a head, or of a concatenated branch
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Own:
+    """The variance of a contracted parameter from its own contraction: by its output's level, or by its fans.
+
+    ``parts``: those decided here for good; the others start from the same rule and are scaled later, unless ``starts`` is False.
+    """
+
+    use: Use
+    target: Level | FanScaled
+    parts: frozenset[Part]
+    starts: bool = True
+
+
+CONTRACTIONS = frozenset(
+    {
+        aten.linear.default, aten.addmm.default, aten.mm.default, aten.bmm.default, aten.matmul.default, aten.baddbmm.default,
+        aten.mv.default, aten.einsum.default, aten.bilinear.default, aten._trilinear.default,
+        aten.conv1d.default, aten.conv2d.default, aten.conv3d.default,
+        aten.conv1d.padding, aten.conv2d.padding, aten.conv3d.padding,
+        aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input, aten.convolution.default,
+    }
+)  # fmt: skip
+LOOKUPS = frozenset({aten.embedding.default, aten.index.Tensor, aten.index_select.default})
+
+
+def is_contraction(node: Node) -> bool:
+    """Whether a node sums products of its operands, or picks rows of one."""
+    return node.op in CONTRACTIONS or node.op in LOOKUPS
+
+
+def is_lookup(node: Node) -> bool:
+    """Whether a node picks rows of a table: a contraction with fan-in 1."""
+    return node.op in LOOKUPS
+
+
+def data_operand(node: Node, values: Mapping[str, Any]) -> tuple[str, Value] | None:
+    """Name and value of what the weight is contracted with."""
+    for name in node.operands():
+        value = values[name]
+        if isinstance(value, Value) and not value.is_weight and value.constant is None:
+            return name, value
+    return None
+
+
+def measure(quantity: Quantity, graph: Graph, node: str, values: Mapping[str, Any]) -> float:
+    """The quantity at a node; 0 where the node has no statistics."""
+    value = values[node]
+    if quantity is Quantity.KEY_VARIANCE:
+        logits = _logits(graph.by_name[node], values) if graph.by_name[node].op in _ATTENTIONS else value
+        return key_variance(logits) if isinstance(logits, Value) else 0.0
+    return value.second_moment if isinstance(value, Value) else 0.0
+
+
+_ATTENTIONS = frozenset({aten.scaled_dot_product_attention.default})
+
+
+def _logits(node: Node, values: Mapping[str, Any]) -> Value:
+    query, key = (values[argument.name] for argument in node.args[:2] if isinstance(argument, Ref))
+    return attention_logits(
+        query, key, None, scale=node.kwargs.get("scale"), enable_gqa=bool(node.kwargs.get("enable_gqa", False))
+    )
+
+
+def key_variance(logits: Value) -> float:
+    """``K[same] - K[another key]``: what a softmax over the last dimension sees."""
+    logits = merge_dim(logits, -1 % len(logits.dims))
+    if not logits.dims[-1]:
+        return 0.0
+    other = np.take(logits.table, 0, axis=logits.table.ndim - 1)
+    return max(logits.second_moment - float(other[(1,) * other.ndim]), 0.0)
+
+
+def chance_level(width: int, excess: float) -> float:
+    """``s^2 = 2 excess log C / (1 - 1/C)`` for C classes, ``8 excess log 2`` for one logit.
+
+    Independent logits of variance s^2 cost ``log C + s^2 (1 - 1/C) / 2`` on average (to second order in s), and one logit
+    under a sigmoid ``log 2 + s^2 / 8``. Expectations over weights, inputs and labels.
+    """
+    if width <= 1:
+        return 8.0 * excess * math.log(2.0)
+    return 2.0 * excess * math.log(width) / (1.0 - 1.0 / width)
+
+
+def goal_value(goal: Goal, values: Mapping[str, Any]) -> float:
+    """The number that a goal asks for at present."""
+    total = goal.constant
+    for node, coefficient in goal.terms:
+        value = values[node]
+        total += coefficient * (value.second_moment if isinstance(value, Value) else 0.0)
+    return total

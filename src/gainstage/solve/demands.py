@@ -1,0 +1,209 @@
+"""From roles and a policy to demands: which parts of which parameters are scaled for what. Each part answers to one demand."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+from gainstage.graph import Graph, NodeKind, TensorMeta
+from gainstage.policies import EqualContribution, FanScaled, KeyVariance, Level, NearChance, Policy, StreamShare
+from gainstage.roles import Branch, Head, Logits, Merge, Role, Roles, Setter, Stream
+from gainstage.solve.constraint import Demand, Goal, Kind, Lever, Own, Quantity, chance_level, is_contraction
+from gainstage.solve.setting import Part, Setting, covers, parts_of
+
+
+@dataclass(frozen=True, slots=True)
+class Demands:
+    """All demands on one model, and what answers to each."""
+
+    levels: tuple[Demand, ...]
+    own: tuple[Own, ...]
+
+
+def collect_demands(graph: Graph, roles: Roles, policy: Policy, settings: Mapping[str, Setting]) -> Demands:
+    """What the policy demands of this model, in the order in which parts are claimed.
+
+    A tied head goes first; then attention logits, residual streams, merges (an outer one before those inside of it) and the
+    other heads; what is left answers to its own contraction.
+    """
+    claims = _Claims(graph, roles, policy, settings)
+    tied = [head for head in roles.heads if _is_tied(head, roles)]
+    for head in tied:
+        claims.head(head, Role.TIED_HEAD)
+    for logits in roles.logits:
+        claims.logits(logits)
+    for stream in roles.streams:
+        claims.stream(stream)
+    for merge in sorted(roles.merges, key=lambda merge: -len(claims.parts_of_merge(merge))):
+        claims.merge(merge)
+    for head in roles.heads:
+        if head not in tied:
+            claims.head(head, Role.OUTPUT_HEAD)
+    return Demands(tuple(claims.levels), tuple(claims.own()))
+
+
+def _is_tied(head: Head, roles: Roles) -> bool:
+    return any(roles.of(setter.use.parameter) is Role.TIED_HEAD for setter in head.setters)
+
+
+@dataclass(slots=True)
+class _Claims:
+    graph: Graph
+    roles: Roles
+    policy: Policy
+    settings: Mapping[str, Setting]
+    levels: list[Demand] = field(default_factory=list)
+    taken: set[Part] = field(default_factory=set)
+    carriers: set[str] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.carriers = _carriers(self.graph)
+
+    def levers(self, setters: Iterable[Setter]) -> tuple[Lever, ...]:
+        """Parts of these setters that may be scaled, free or taken."""
+        found: dict[Part, Lever] = {}
+        for setter in setters:
+            setting = self.settings[setter.use.parameter]
+            if setting.is_fixed or setter.power == 0.0:
+                continue
+            for part in parts_of(setter.use, setting.cuts):
+                found.setdefault(part, Lever(part, setter.use, setter.power))
+        return tuple(found.values())
+
+    def free(self, levers: Iterable[Lever]) -> tuple[Lever, ...]:
+        """Those that answer to no demand yet."""
+        return tuple(lever for lever in levers if lever.part not in self.taken)
+
+    def claim(self, demand: Demand) -> None:
+        """Add a demand; its parts answer to it alone."""
+        self.levels.append(demand)
+        self.taken.update(lever.part for group in demand.groups for lever in group)
+
+    def target(self, role: Role) -> object:
+        return self.policy.targets[role]
+
+    def head(self, head: Head, role: Role) -> None:
+        target = self.target(role)
+        levers = self.free(self.levers(head.setters))
+        if isinstance(target, NearChance) and levers:
+            goal = Goal(constant=chance_level(head.width, target.excess))
+            self.claim(
+                Demand(
+                    kind=Kind.HEAD,
+                    node=head.output,
+                    quantity=Quantity.SECOND_MOMENT,
+                    goal=goal,
+                    groups=(levers,),
+                    width=head.width,
+                )
+            )
+
+    def logits(self, logits: Logits) -> None:
+        target = self.target(Role.QUERY)
+        groups = tuple(group for side in (logits.queries, logits.keys) if (group := self.free(self.levers(side))))
+        if isinstance(target, KeyVariance) and groups and not logits.is_normalised:
+            goal = Goal(constant=target.variance)
+            self.claim(Demand(kind=Kind.LOGITS, node=logits.node, quantity=Quantity.KEY_VARIANCE, goal=goal, groups=groups))
+
+    def stream(self, stream: Stream) -> None:
+        target = self.target(Role.RESIDUAL_END)
+        if not isinstance(target, StreamShare):
+            return
+        count = len(stream.branches)
+        for branch in stream.branches:
+            levers = self.free(self.leading(branch))
+            if levers:
+                goal = Goal(terms=((stream.first, target.total / count),))
+                self.claim(
+                    Demand(
+                        kind=Kind.STREAM,
+                        node=branch.operand,
+                        quantity=Quantity.SECOND_MOMENT,
+                        goal=goal,
+                        groups=(levers,),
+                        count=count,
+                    )
+                )
+
+    def leading(self, branch: Branch) -> tuple[Lever, ...]:
+        """What sets a branch's level; of siblings that merge inside of it the first only, which the others follow."""
+        levers = self.levers(branch.setters)
+        parts = {lever.part for lever in levers}
+        followers: set[Part] = set()
+        for merge in self.roles.merges:
+            inside = self.parts_of_merge(merge)
+            if inside and covers(parts, inside) and not any(b.operand == branch.operand for b in merge.branches):
+                siblings = [own for b in merge.branches if (own := {lever.part for lever in self.levers(b.setters)})]
+                followers |= set().union(*siblings[1:]) - siblings[0]
+        return tuple(lever for lever in levers if lever.part not in followers)
+
+    def parts_of_merge(self, merge: Merge) -> set[Part]:
+        return {lever.part for branch in merge.branches for lever in self.levers(branch.setters)}
+
+    def merge(self, merge: Merge) -> None:
+        target = self.target(Role.MERGE_END)
+        if not isinstance(target, EqualContribution) or any(merge.node in stream.adds for stream in self.roles.streams):
+            return
+        open_branches = [(branch, levers) for branch in merge.branches if (levers := self.free(self.leading(branch)))]
+        free = {branch.operand for branch, _ in open_branches}
+        anchors = [branch for branch in merge.branches if branch.operand not in free and branch.operand in self.carriers]
+        if not open_branches or len(open_branches) + len(anchors) < 2:
+            return
+        widths = {branch.operand: 1 if merge.is_sum else self._width(merge, branch) for branch in merge.branches}
+        for branch, levers in open_branches:
+            width = widths[branch.operand]
+            if anchors:
+                terms = tuple((other.operand, widths[other.operand] / width / len(anchors)) for other in anchors)
+                goal = Goal(terms=terms)
+            else:
+                whole = 1.0 if merge.is_sum else sum(widths.values())
+                goal = Goal(constant=target.second_moment * whole / (len(open_branches) * width))
+            self.claim(
+                Demand(
+                    kind=Kind.MERGE,
+                    node=branch.operand,
+                    quantity=Quantity.SECOND_MOMENT,
+                    goal=goal,
+                    groups=(levers,),
+                    count=len(open_branches) + len(anchors),
+                    width=0 if merge.is_sum else width,
+                )
+            )
+
+    def _width(self, merge: Merge, branch: Branch) -> int:
+        """Channels of a concatenated branch; 1 where the concatenation is along another dimension (tokens, positions)."""
+        node = self.graph.by_name[merge.node]
+        meta = self.graph.by_name[branch.operand].meta
+        assert isinstance(meta, TensorMeta)
+        rank = len(meta.shape)
+        dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
+        dim = int(dim) % rank
+        is_channel = dim == 1 if rank >= 4 else dim == rank - 1
+        return meta.shape[dim] if is_channel else 1
+
+    def own(self) -> list[Own]:
+        """For each contracted parameter the rule of its first contraction."""
+        found = []
+        for name, uses in self.roles.uses.items():
+            setting = self.settings[name]
+            role = self.roles.of(name)
+            contracted = [use for use in uses if is_contraction(self.graph.by_name[use.node])]
+            own = [use for use in contracted if use.role is role] if role is Role.TIED_HEAD else []
+            use = next(iter(own or contracted), None)
+            if setting.is_fixed or use is None:
+                continue
+            target = self.target(role)
+            rule = target if isinstance(target, Level | FanScaled) else Level()
+            parts = {(name, part) for part in range(len(setting.variances))} - self.taken
+            starts = bool(parts) or role is not Role.TIED_HEAD  # which would go back to the embedding once more
+            found.append(Own(use=use, target=rule, parts=frozenset(parts), starts=starts))
+        return found
+
+
+def _carriers(graph: Graph) -> set[str]:
+    """Nodes with a signal from an input or a contraction; a table that is added as it is, is none."""
+    found: set[str] = set()
+    for node in graph.nodes:
+        if node.kind is NodeKind.INPUT or is_contraction(node) or any(name in found for name in node.operands()):
+            found.add(node.name)
+    return found

@@ -1,0 +1,207 @@
+"""How each number came about, as a textbook would write it: the formula, then the numbers filled in, then why."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+from gainstage.graph import Graph
+from gainstage.policies import Fan, FanScaled
+from gainstage.roles import Role, Roles
+from gainstage.signal import Value
+from gainstage.solve.constraint import Demand, Kind, Own, data_operand, goal_value, is_lookup, measure
+from gainstage.solve.demands import Demands
+from gainstage.solve.initial import nominal_fan_of
+from gainstage.solve.setting import Part, Setting
+from gainstage.solve.walk import Progress, Solution, fans, output_gain
+
+
+@dataclass(frozen=True, slots=True)
+class Explainer:
+    """Writes the lines of every parameter from a finished walk."""
+
+    graph: Graph
+    roles: Roles
+    demands: Demands
+    solution: Solution
+
+    def lines(self, name: str) -> tuple[str, ...]:
+        """Lines for one parameter."""
+        setting = self.solution.settings[name]
+        found = [*self._reasons(name), *setting.lines]
+        answering = self._answering(name)
+        own = next((own for own in self.demands.own if own.use.parameter == name), None)
+        if own is not None and (own.parts or not answering):
+            found += self._own(own, setting)
+        for demand, parts in answering:
+            found += self._demand(demand, own, setting, parts)
+        return tuple(found)
+
+    def centred(self, setting: Setting) -> Setting:
+        """A kernel with its centre tap only, which never falls into the padding: as loud as the one with independent taps."""
+        own = next((own for own in self.demands.own if own.use.parameter == setting.info.name), None)
+        if own is None:
+            return setting
+        ratio = fans(own, self.graph, self.solution.values, setting)[0] / nominal_fan_of(own.use, setting.info, self.graph)
+        return replace(setting, variances=tuple(variance * ratio for variance in setting.variances))
+
+    def _reasons(self, name: str) -> list[str]:
+        uses = self.roles.uses.get(name, ())
+        reasons = list(dict.fromkeys(use.reason for use in uses if use.reason))
+        calls = {use.node for use in uses}
+        if len(calls) > 1 and len(reasons) > 4:
+            reasons = [*reasons[:3], f"and {len(reasons) - 3} more uses like these; the first in execution order decides"]
+        elif len(calls) > 1 and not any(use.rows for use in uses):
+            reasons.append(f"it is used {len(calls)} times; the first use decides, unless a demand below names another")
+        return reasons
+
+    def _answering(self, name: str) -> list[tuple[Demand, list[Part]]]:
+        found = []
+        for demand in self.demands.levels:
+            parts = [lever.part for group in demand.groups for lever in group if lever.part[0] == name]
+            if parts:
+                found.append((demand, parts))
+        return found
+
+    def _own(self, own: Own, setting: Setting) -> list[str]:
+        values = self.solution.values
+        part = min(own.parts)[1] if own.parts else 0
+        variance = setting.variances[part]
+        progress = self.solution.own[own.use.parameter]
+        rows = f"rows {_rows(setting, own.parts)}: " if len(own.parts) < len(setting.variances) else ""
+        if not isinstance(values.get(own.use.node), Value) or progress.has_no_effect:
+            fan = nominal_fan_of(own.use, setting.info, self.graph)
+            return [f"{rows}its scale cancels further down (the weight is normalised), so any will do: Var(w) = 1 / {fan:g}"]
+        fan_in, fan_out = fans(own, self.graph, values, setting)
+        nominal = nominal_fan_of(own.use, setting.info, self.graph)
+        padded = f" ({nominal:g} in the weight; the rest falls into the padding)" if fan_in < 0.999 * nominal else ""
+        if isinstance(own.target, FanScaled):
+            if own.target.fan is Fan.IN:
+                return [f"{rows}Var(w) = {own.target.gain:g} / n = {own.target.gain:g} / {fan_in:.6g} = {variance:.4g}{padded}"]
+            text = f"{rows}Var(w) = {own.target.gain:g} / ((n_in + n_out) / 2) = "
+            return [f"{text}{2 * own.target.gain:g} / ({fan_in:.6g} + {fan_out:.6g}) = {variance:.4g}{padded}"]
+        level = own.target.second_moment
+        node = self.graph.by_name[own.use.node]
+        if is_lookup(node):
+            return [f"{rows}Var(w) = E[y^2] = {variance:.4g}: a look-up has fan-in 1"]
+        operand = data_operand(node, values)
+        if operand is None:
+            gain = output_gain(own, values, setting)
+            return [f"{rows}Var(w) = {level:g} / {gain:.4g} = {variance:.4g}, so that the output starts with E[y^2] = {level:g}"]
+        x = operand[1].second_moment
+        return [
+            f"{rows}Var(w) = E[y^2] / (n E[x^2]), so that the output starts with E[y^2] = {level:g}",
+            f"n = {fan_in:.6g}{padded}; E[x^2] = {x:.4g} predicted at {self._place(operand[0])}",
+            f"Var(w) = {level:g} / ({fan_in:.6g} x {x:.4g}) = {variance:.4g}, std {math.sqrt(variance):.4g}",
+        ]
+
+    def _demand(self, demand: Demand, own: Own | None, setting: Setting, parts: Iterable[Part]) -> list[str]:
+        progress = self.solution.demands[demand]
+        rows = f"rows {_rows(setting, parts)}: " if len(set(parts)) < len(setting.variances) else ""
+        lines = {
+            Kind.STREAM: self._stream, Kind.MERGE: self._merge, Kind.LOGITS: self._logits, Kind.HEAD: self._head,
+        }[demand.kind](demand)  # fmt: skip
+        lines[0] = rows + lines[0]
+        part = min(parts)[1]
+        lines += self._filled_in(demand, own, setting.variances[part]) if own is not None else []
+        lines.append(self._result(demand, setting, part, progress))
+        return lines
+
+    def _filled_in(self, demand: Demand, own: Own, variance: float) -> list[str]:
+        """The demand's formula in terms of the weight's own contraction, with its numbers."""
+        values = self.solution.values
+        setting = self.solution.settings[own.use.parameter]
+        operand = data_operand(self.graph.by_name[own.use.node], values)
+        if operand is None or is_lookup(self.graph.by_name[own.use.node]) or operand[1].second_moment <= 0.0:
+            return []
+        fan_in, _ = fans(own, self.graph, values, setting)
+        level = operand[1].second_moment
+        given = f"n = {fan_in:.6g}; E[x^2] = {level:.4g} predicted at {self._place(operand[0])}"
+        goal = goal_value(demand.goal, values)
+        if demand.kind is Kind.LOGITS:
+            rest = math.sqrt(goal) / (fan_in * level * variance)
+            return [
+                given,
+                f"Var(w) = {math.sqrt(goal):.4g} / (n E[x^2] c) = {variance:.4g} with c = scale sqrt(d_h (1 - r)) = {rest:.4g}",
+            ]
+        rest = goal / (fan_in * level * variance)
+        further = f" x {rest:.4g}" if abs(rest - 1.0) > 1e-3 else ""
+        why = f"; {rest:.4g} is the gain from there to the place of the demand" if further else ""
+        return [given, f"Var(w) = {goal:.4g} / ({fan_in:.6g} x {level:.4g}{further}) = {variance:.4g}{why}"]
+
+    def _result(self, demand: Demand, setting: Setting, part: int, progress: Progress) -> str:
+        found = measure(demand.quantity, self.graph, demand.node, self.solution.values)
+        goal = goal_value(demand.goal, self.solution.values)
+        variance, mean = setting.variances[part], setting.means[part]
+        chosen = f"w = {mean:.4g}" if variance == 0.0 else f"Var(w) = {variance:.4g}, std {math.sqrt(variance):.4g}"
+        if progress.is_met:
+            return f"{chosen} gives {found:.4g}"
+        if progress.has_no_effect:
+            return f"{chosen}: its scale cancels on the way, {demand.quantity.value} is {found:.4g} whatever it is"
+        return f"{chosen} gives {found:.4g} where {goal:.4g} is asked for: out of reach"
+
+    def _stream(self, demand: Demand) -> list[str]:
+        first, _ = demand.goal.terms[0]
+        level = self._level(first)
+        goal = goal_value(demand.goal, self.solution.values)
+        return [
+            f"E[branch^2] = E[stream^2] / N: each of the N = {demand.count} branches adds an equal share; the stream stays O(1)",
+            f"E[stream^2] = {level:.4g} at {self._place(first)}: each share is {level:.4g} / {demand.count} = {goal:.4g}",
+        ]
+
+    def _merge(self, demand: Demand) -> list[str]:
+        goal = goal_value(demand.goal, self.solution.values)
+        if demand.goal.terms:
+            others = ", ".join(self._place(name) for name, _ in demand.goal.terms)
+            return [f"E[branch^2] = {goal:.4g}: as much as its sibling at {others} contributes"]
+        if demand.width:
+            return [
+                f"n_b E[branch^2] is the same for all {demand.count} branches, and 1 on average over the channels",
+                f"n_b = {demand.width} of the concatenated channels: E[branch^2] = {goal:.4g}",
+            ]
+        return [f"E[branch^2] = 1 / {demand.count} = {goal:.4g}: {demand.count} siblings are added, to a second moment of 1"]
+
+    def _logits(self, demand: Demand) -> list[str]:
+        goal = demand.goal.constant
+        return [
+            f"logits at {self._place(demand.node)} with variance {goal:g} over the keys, where r is their correlation:",
+            f"scale^2 d_h (n v E[x^2])^2 (1 - r) = {goal:g} with v_q = v_k = v",
+        ]
+
+    def _head(self, demand: Demand) -> list[str]:
+        goal = demand.goal.constant
+        if demand.width <= 1:
+            text = f"E[loss] = log 2 + s^2/8 for one logit under a sigmoid: s^2 = {goal:.4g} is 1 % above chance"
+        else:
+            text = (
+                f"E[loss] = log C + s^2 (1 - 1/C)/2 for C = {demand.width} logits of variance s^2: "
+                f"s^2 = {goal:.4g} is 1 % above chance"
+            )
+        lines = [text]
+        names = {lever.part[0] for group in demand.groups for lever in group}
+        if any(self.roles.of(name) is Role.TIED_HEAD for name in names):
+            lines.append(
+                "it is also the embedding: the head's demand wins, and the stream starts at the level that this gives it"
+            )
+        return lines
+
+    def _level(self, node: str) -> float:
+        value = self.solution.values[node]
+        return value.second_moment if isinstance(value, Value) else 0.0
+
+    def _place(self, name: str) -> str:
+        node = self.graph.by_name[name]
+        path = node.provenance.module_path
+        return f"{path} ({name})" if path else name
+
+
+def _rows(setting: Setting, parts: Iterable[Part]) -> str:
+    spans: list[list[int]] = []
+    for _, part in sorted(parts):
+        start, stop = setting.cuts[part], setting.cuts[part + 1]
+        if spans and spans[-1][1] == start:
+            spans[-1][1] = stop
+        else:
+            spans.append([start, stop])
+    return ", ".join(f"{start}:{stop}" for start, stop in spans)

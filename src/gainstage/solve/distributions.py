@@ -1,0 +1,72 @@
+"""From a decided mean and variance to what can be drawn: the family that was asked for, where the shape allows it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+from gainstage.errors import UnknownNameError, nearest
+from gainstage.graph import Graph
+from gainstage.plan import Block, Distribution, Family
+from gainstage.roles import Use
+from gainstage.solve.constraint import is_contraction, is_lookup
+from gainstage.solve.setting import Setting
+
+_DRAWN = (Family.NORMAL, Family.TRUNCATED_NORMAL, Family.UNIFORM, Family.ORTHOGONAL, Family.DELTA_ORTHOGONAL)
+
+
+def find_family(name: str) -> Family:
+    """The family of that name, among those that weights can be drawn from.
+
+    Raises:
+        UnknownNameError: there is none.
+    """
+    names = {family.value: family for family in _DRAWN}
+    if name not in names:
+        raise UnknownNameError(f"there is no distribution {name!r}{nearest(name, names)}; known are {', '.join(names)}")
+    return names[name]
+
+
+def fitting_family(wanted: Family, setting: Setting, use: Use | None, graph: Graph) -> tuple[Family, str]:
+    """The family, or the nearest that this parameter allows, with a line that says why."""
+    if not wanted.is_matrix:
+        return wanted, ""
+    shape = setting.info.shape
+    node = None if use is None else graph.by_name[use.node]
+    if (
+        use is None
+        or node is None
+        or not is_contraction(node)
+        or is_lookup(node)
+        or len(shape) < 2
+        or len(use.output_dims) == len(shape)
+    ):
+        return Family.NORMAL, f"normal, not {wanted.value}: its entries form no matrix that a signal is multiplied with"
+    if wanted is Family.ORTHOGONAL:
+        return wanted, ""
+    is_kernel = node.op_name.startswith("aten.conv") and len(shape) > 2
+    if not is_kernel:
+        return Family.ORTHOGONAL, "orthogonal, not delta-orthogonal: there are no taps"
+    groups = node.args[6] if len(node.args) > 6 and not node.op_name.startswith("aten.conv_transpose") else 1
+    if groups != 1 or any(size % 2 == 0 for size in shape[2:]):
+        return Family.ORTHOGONAL, "orthogonal, not delta-orthogonal: that needs one group and a centre tap"
+    return wanted, ""
+
+
+def distribution_of(setting: Setting, part: int, family: Family) -> Distribution:
+    """One part's distribution: a constant where nothing varies."""
+    mean, variance = setting.means[part], setting.variances[part]
+    if variance <= 0.0:
+        return Distribution(family=Family.CONSTANT, mean=mean)
+    return Distribution(family=family, mean=0.0 if family.is_matrix else mean, std=variance**0.5)
+
+
+def blocks_of(setting: Setting, parts: Sequence[Distribution]) -> tuple[Distribution, tuple[Block, ...]]:
+    """The distribution of the whole, and blocks where parts differ; neighbours that are alike become one."""
+    blocks: list[Block] = []
+    for (start, stop), distribution in zip(pairwise(setting.cuts), parts, strict=True):
+        if blocks and blocks[-1].distribution == distribution:
+            blocks[-1] = Block(setting.dim, blocks[-1].start, stop, distribution)
+        else:
+            blocks.append(Block(setting.dim, start, stop, distribution))
+    return (blocks[0].distribution, ()) if len(blocks) == 1 else (blocks[0].distribution, tuple(blocks))

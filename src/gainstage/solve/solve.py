@@ -1,0 +1,132 @@
+"""The stage itself: a graph, the roles of its parameters and a policy in, a plan out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+from gainstage.graph import Graph, Node, fingerprint
+from gainstage.plan import Block, Distribution, Family, ParameterPlan, Plan
+from gainstage.policies import Policy, UnitGates
+from gainstage.propagate import Signal, check_supported
+from gainstage.roles import Role, Roles, Use
+from gainstage.signal import Value
+from gainstage.solve.constraint import is_contraction
+from gainstage.solve.demands import collect_demands
+from gainstage.solve.derivation import Explainer
+from gainstage.solve.distributions import blocks_of, distribution_of, fitting_family
+from gainstage.solve.initial import Present, initial_settings
+from gainstage.solve.recurrent import is_recurrent, unit_gates
+from gainstage.solve.setting import Setting
+from gainstage.solve.walk import Prepare, Walk
+
+_NAMED = 8  # parameters that a note names
+
+
+def solve(
+    graph: Graph, roles: Roles, policy: Policy, *, present: Present, source: Callable[[Node], Value], family: Family
+) -> Plan:
+    """Find a distribution for every parameter, so that the policy's targets hold in the predicted signals.
+
+    Args:
+        graph: the captured model.
+        roles: what its parameters are for.
+        policy: targets by role.
+        present: statistics of the parameters as they are, and which are kept.
+        source: statistics of the inputs.
+        family: what weights are drawn from.
+
+    Raises:
+        UnsupportedOpError: operations that cannot be predicted.
+    """
+    check_supported(graph)
+    settings = initial_settings(graph, roles, policy, present)
+    demands = collect_demands(graph, roles, policy, settings)
+    solution = Walk(graph, settings, demands, source, _preparations(graph, policy)).run()
+    explainer = Explainer(graph, roles, demands, solution)
+    parameters = {name: _parameter_plan(setting, explainer, family) for name, setting in solution.settings.items()}
+    predictions, spreads = _predictions(graph, solution.values)
+    return Plan(
+        policy=policy.name,
+        parameters=parameters,
+        fingerprint=fingerprint(graph),
+        training=graph.training,
+        predictions=predictions,
+        spreads=spreads,
+        notes=_notes(explainer),
+    )
+
+
+def _preparations(graph: Graph, policy: Policy) -> dict[str, Prepare]:
+    """What is decided before a node is evaluated: the weights of recurrent modules."""
+    if not isinstance(policy.targets[Role.RECURRENT], UnitGates):
+        return {}
+    parameter_of = {node.name: node.parameter for node in graph.nodes if node.parameter is not None}
+    return {node.name: partial(unit_gates, node, parameter_of) for node in graph.nodes if is_recurrent(node)}
+
+
+def _parameter_plan(setting: Setting, explainer: Explainer, family: Family) -> ParameterPlan:
+    graph, roles, info = explainer.graph, explainer.roles, setting.info
+    use = next(iter(roles.uses.get(info.name, ())), None)
+    contraction = next((u for u in roles.uses.get(info.name, ()) if is_contraction(graph.by_name[u.node])), use)
+    lines = explainer.lines(info.name)
+    if setting.given is not None:
+        distribution: Distribution = setting.given
+        blocks: tuple[Block, ...] = ()
+    else:
+        drawn, why = fitting_family(family, setting, contraction, graph)
+        if drawn is Family.DELTA_ORTHOGONAL:
+            setting = explainer.centred(setting)
+        parts = [distribution_of(setting, part, drawn) for part in range(len(setting.variances))]
+        distribution, blocks = blocks_of(setting, parts)
+        if why and setting.variance > 0.0:
+            lines = (*lines, why)
+    return ParameterPlan(
+        name=info.name,
+        aliases=info.aliases,
+        shape=info.shape,
+        dtype=str(info.dtype).removeprefix("torch."),
+        role=roles.of(info.name).value if info.name in roles.uses else Role.UNUSED.value,
+        distribution=distribution,
+        blocks=blocks,
+        output_dims=_output_dims(contraction, setting),
+        derivation=lines,
+    )
+
+
+def _output_dims(use: Use | None, setting: Setting) -> tuple[int, ...]:
+    rank = len(setting.info.shape)
+    dims = (0,) if use is None else use.output_dims
+    return tuple(dim for dim in dims if dim < rank)
+
+
+def _predictions(graph: Graph, values: Mapping[str, Any]) -> tuple[dict[str, tuple[float, ...]], dict[str, tuple[float, ...]]]:
+    predictions: dict[str, tuple[float, ...]] = {}
+    spreads: dict[str, tuple[float, ...]] = {}
+    for call in graph.calls:
+        signals = [Signal(value) for name in call.outputs if isinstance(value := values.get(name), Value)]
+        if len(signals) == len(call.outputs) and signals:
+            key = f"{call.path}@{call.call}"
+            predictions[key] = tuple(max(signal.second_moment, 0.0) for signal in signals)
+            spreads[key] = tuple(signal.spread for signal in signals)
+    return predictions, spreads
+
+
+def _notes(explainer: Explainer) -> tuple[str, ...]:
+    solution = explainer.solution
+    kept = [
+        name for name, setting in solution.settings.items() if setting.given is not None and setting.given.family is Family.KEEP
+    ]
+    notes = [*explainer.graph.assumptions, *explainer.roles.notes]
+    if kept:
+        more = f" and {len(kept) - _NAMED} more" if len(kept) > _NAMED else ""
+        notes.append(f"kept as they are: {', '.join(kept[:_NAMED])}{more}")
+    for demand in explainer.demands.levels:
+        progress = solution.demands[demand]
+        if not progress.is_met:
+            names = dict.fromkeys(lever.part[0] for group in demand.groups for lever in group)
+            notes.append(
+                f"{demand.quantity.value} at {demand.node} does not follow {', '.join(names)}: see the explanation of these"
+            )
+    return tuple(notes)

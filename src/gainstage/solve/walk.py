@@ -1,0 +1,234 @@
+"""The walk: the graph is evaluated in order, and a demand that is not met rescales its parts and goes back to their first use.
+
+Nodes that do not depend on what was rescaled keep their values (each node knows when it was last evaluated): a correction
+costs the nodes between a parameter's use and the place of the demand. Demands inside of that stretch are checked again.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, final
+
+from gainstage.graph import Graph, Node, NodeKind
+from gainstage.policies import Fan, FanScaled
+from gainstage.propagate import evaluate, parameter_value
+from gainstage.signal import Value
+from gainstage.solve.constraint import Demand, Own, data_operand, goal_value, is_lookup, measure
+from gainstage.solve.demands import Demands
+from gainstage.solve.initial import no_value, nominal_fan_of
+from gainstage.solve.setting import Setting
+
+TOLERANCE = 1e-3  # relative, on second moments
+_MOST_STEPS = 16
+_LARGEST_STEP = math.log(1e8)
+_NO_EFFECT = 0.02  # d log level / d log variance below which a parameter's scale is said to cancel
+
+Prepare = Callable[[Mapping[str, Any], Mapping[str, Setting]], Mapping[str, Setting]]
+
+
+@dataclass(slots=True)
+class Progress:
+    """What was tried for one demand: log factors of the variance, and how far the level was off (log)."""
+
+    scale: float = 0.0
+    tried: list[tuple[float, float]] = field(default_factory=list)
+    is_met: bool = False
+    has_no_effect: bool = False
+    seen: int = -1
+
+
+@dataclass(frozen=True, slots=True)
+class Solution:
+    """Values of all nodes and settings of all parameters, and how each demand fared."""
+
+    values: Mapping[str, Any]
+    settings: Mapping[str, Setting]
+    demands: Mapping[Demand, Progress]
+    own: Mapping[str, Progress]
+
+
+@final
+class Walk:
+    """One solve: state that changes until every demand is met or given up."""
+
+    def __init__(
+        self, graph: Graph, settings: Mapping[str, Setting], demands: Demands, source: Callable[[Node], Value],
+        prepare: Mapping[str, Prepare],
+    ) -> None:  # fmt: skip
+        self._graph = graph
+        self._settings = dict(settings)
+        self._source = source
+        self._prepare = dict(prepare)
+        self._position = {node.name: i for i, node in enumerate(graph.nodes)}
+        self._node_of = {node.parameter: node.name for node in graph.nodes if node.kind is NodeKind.PARAMETER}
+        self._first_reader: dict[str, int] = {}
+        for i, node in enumerate(graph.nodes):
+            for name in node.operands():
+                self._first_reader.setdefault(name, i)
+        self._values: dict[str, Any] = {}
+        self._stamps: dict[str, int] = {}
+        self._clock = 0
+        self._demands = {demand: Progress() for demand in demands.levels}
+        self._own = {own.use.parameter: Progress() for own in demands.own}
+        self._levels_at: dict[int, list[Demand]] = {}
+        for demand in demands.levels:
+            place = max(self._position[name] for name in (demand.node, *(name for name, _ in demand.goal.terms)))
+            self._levels_at.setdefault(place, []).append(demand)
+        self._own_at: dict[int, list[Own]] = {}
+        for own in (own for own in demands.own if own.starts):
+            self._own_at.setdefault(self._position[own.use.node], []).append(own)
+
+    def run(self) -> Solution:
+        """Evaluate every node, with all demands met as far as they can be."""
+        position = 0
+        while position < len(self._graph.nodes):
+            position = self._step(position)
+        return Solution(self._values, self._settings, self._demands, self._own)
+
+    def _step(self, position: int) -> int:
+        """Evaluate one node if anything that it reads is newer, check what is demanded there; returns where to go on."""
+        node = self._graph.nodes[position]
+        if node.name in self._prepare:
+            for name, setting in self._prepare.pop(node.name)(self._values, self._settings).items():
+                self._change(name, setting)
+        if self._is_stale(node):
+            self._evaluate(node)
+        for own in self._own_at.get(position, ()):
+            if (back := self._decide(own)) is not None:
+                return back
+        for demand in self._levels_at.get(position, ()):
+            if (back := self._meet(demand)) is not None:
+                return back
+        return position + 1
+
+    def _is_stale(self, node: Node) -> bool:
+        stamp = self._stamps.get(node.name)
+        return stamp is None or any(self._stamps[name] > stamp for name in node.operands())
+
+    def _evaluate(self, node: Node) -> None:
+        if node.kind is NodeKind.PARAMETER:
+            assert node.parameter is not None
+            value: Any = value_of(self._settings[node.parameter])
+        else:
+            value = evaluate(node, self._values, no_value, self._source, self._graph)
+        self._values[node.name] = value
+        self._clock += 1
+        self._stamps[node.name] = self._clock
+
+    def _change(self, name: str, setting: Setting) -> int | None:
+        """Give a parameter a new distribution; returns where its first use stands."""
+        self._settings[name] = setting
+        node = self._node_of.get(name)
+        if node is None:
+            return None
+        self._evaluate(self._graph.by_name[node])
+        return self._first_reader.get(node)
+
+    def _decide(self, own: Own) -> int | None:
+        """``v = level / G`` or ``gain E[x^2] / G``, where G is the output's second moment for each unit of variance."""
+        progress = self._own[own.use.parameter]
+        stamp = self._stamps[own.use.node]
+        if progress.seen == stamp or progress.has_no_effect or len(progress.tried) > _MOST_STEPS:
+            return None
+        progress.seen = stamp
+        setting = self._settings[own.use.parameter]
+        output = self._values[own.use.node]
+        if not isinstance(output, Value) or setting.variance <= 0.0 or output.second_moment <= 0.0:
+            return None
+        wanted = wanted_variance(own, self._graph, self._values, setting)
+        first = not progress.is_met and not progress.tried
+        decided = range(len(setting.variances)) if first else sorted(part for _, part in own.parts)
+        present = setting.variances[decided[0]] if decided else wanted
+        progress.tried.append((math.log(present), math.log(present / wanted)))
+        if abs(math.log(wanted / present)) < TOLERANCE and len({setting.variances[part] for part in decided}) <= 1:
+            progress.is_met = True
+            progress.tried.clear()
+            return None
+        if len(progress.tried) > 1 and _elasticity(progress.tried) < _NO_EFFECT:
+            progress.has_no_effect = True
+            wanted = 1.0 / nominal_fan_of(own.use, setting.info, self._graph)
+        for part in decided:
+            setting = setting.with_part(part, variance=wanted)
+        return self._change(own.use.parameter, setting)
+
+    def _meet(self, demand: Demand) -> int | None:
+        """One correction towards the goal, or None where it is met or out of reach."""
+        progress = self._demands[demand]
+        names = (demand.node, *(name for name, _ in demand.goal.terms))
+        stamp = max(self._stamps[name] for name in names)
+        if progress.seen == stamp or progress.has_no_effect or len(progress.tried) > _MOST_STEPS:
+            return None
+        progress.seen = stamp
+        found = measure(demand.quantity, self._graph, demand.node, self._values)
+        goal = goal_value(demand.goal, self._values)
+        if found <= 0.0 or goal <= 0.0:
+            progress.has_no_effect = True
+            return None
+        progress.tried.append((progress.scale, math.log(found / goal)))
+        progress.is_met = abs(progress.tried[-1][1]) < TOLERANCE
+        if progress.is_met:
+            del progress.tried[:-1]
+            return None
+        elasticity = _elasticity(progress.tried)
+        if elasticity < _NO_EFFECT:
+            progress.has_no_effect = True
+            return self._scale(demand, -progress.scale)
+        step = -progress.tried[-1][1] / elasticity
+        return self._scale(demand, max(-_LARGEST_STEP, min(_LARGEST_STEP, step)))
+
+    def _scale(self, demand: Demand, step: float) -> int | None:
+        """Multiply the quantity by ``e^step``, as far as it is homogeneous in the parts."""
+        self._demands[demand].scale += step
+        places = []
+        for group in demand.groups:
+            for lever in group:
+                name, part = lever.part
+                factor = math.exp(step / len(demand.groups) / lever.power)
+                place = self._change(name, self._settings[name].scaled(part, factor))
+                places += [] if place is None else [place]
+        return min(places, default=None)
+
+
+def _elasticity(tried: Sequence[tuple[float, float]]) -> float:
+    """Slope of the log level between the last two tries; 1 where there is one try only."""
+    if len(tried) < 2:
+        return 1.0
+    (before, was), (now, found) = tried[-2:]
+    return 1.0 if abs(now - before) < 1e-9 else (found - was) / (now - before)
+
+
+def value_of(setting: Setting) -> Value:
+    """Abstract value of a parameter as it is set at present."""
+    return parameter_value(setting.info, setting.index, setting.mean, setting.variance, setting.profile)
+
+
+def output_gain(own: Own, values: Mapping[str, Any], setting: Setting) -> float:
+    """Second moment of the contraction's output for each unit of the parameter's variance."""
+    return float(values[own.use.node].second_moment) / setting.variance
+
+
+def wanted_variance(own: Own, graph: Graph, values: Mapping[str, Any], setting: Setting) -> float:
+    """The variance that the parameter's own contraction asks for."""
+    gain = output_gain(own, values, setting)
+    if not isinstance(own.target, FanScaled):
+        return own.target.second_moment / gain
+    fan_in, fan_out = fans(own, graph, values, setting)
+    return own.target.gain / (fan_in if own.target.fan is Fan.IN else (fan_in + fan_out) / 2.0)
+
+
+def fans(own: Own, graph: Graph, values: Mapping[str, Any], setting: Setting) -> tuple[float, float]:
+    """Products summed for one output, and outputs that one input adds to; taps in the padding do not count.
+
+    ``fan-in = E[y^2] / (Var(w) E[x^2])``; each product is one input's and one output's, so that
+    ``outputs times fan-in = inputs times fan-out``.
+    """
+    node = graph.by_name[own.use.node]
+    operand = data_operand(node, values)
+    if is_lookup(node) or operand is None or operand[1].second_moment <= 0.0:
+        fan = nominal_fan_of(own.use, setting.info, graph)
+        return fan, fan
+    fan_in = output_gain(own, values, setting) / operand[1].second_moment
+    outputs, inputs = math.prod(values[own.use.node].shape), math.prod(operand[1].shape)
+    return fan_in, fan_in * outputs / inputs
