@@ -16,6 +16,7 @@ from functools import lru_cache
 import numpy as np
 import torch
 
+from gainstage.signal import levels
 from gainstage.signal.linear import standardised
 from gainstage.signal.movement import expand, merge_dim, refine
 from gainstage.signal.quadrature import Array, nodes, weights
@@ -59,6 +60,7 @@ def softmax(x: Value, dim: int) -> Value:
     variance = max(float(within[full]), 0.0)
     rho = np.clip(within / variance, -1.0, 1.0) if variance > 0.0 else np.zeros_like(within)
     uniform, gain, x = _uniform(x, dim, variance)
+    profile = _pattern(x, dim)
     position = sum(len(d) for d in x.dims[:dim])
     if uniform is None:
         overlap = np.full_like(within, 1.0 / size**2)
@@ -74,8 +76,9 @@ def softmax(x: Value, dim: int) -> Value:
         return standardised(np.exp(np.clip(variance**0.5, 0, 6) * nodes()), 1.0 / size, std)
 
     return Value(
-        dims=x.dims, mean=1.0 / size, table=table, marginal=Marginal(object(), values), source=object(), lineage=x.lineage
-    )
+        dims=x.dims, mean=1.0 / size, table=table, marginal=Marginal(object(), values), source=object(), lineage=x.lineage,
+        levels=profile,
+    )  # fmt: skip
 
 
 def _fit(x: Value, position: int, variance: float) -> Array:
@@ -83,15 +86,34 @@ def _fit(x: Value, position: int, variance: float) -> Array:
     return np.clip(within / variance, -1.0, 1.0) if variance > 0.0 else np.zeros_like(within)
 
 
+def _pattern(x: Value, dim: int) -> Array | None:
+    """Levels of the probabilities, by query and key, as the mask makes them."""
+    if x.mask is None or dim == 0 or not x.dims[dim - 1]:
+        return None
+    share = _shares(x, dim)[0]
+    others = tuple(d for d in range(share.dim()) if d not in (dim - 1, dim))
+    square = share.square().mean(dim=others) if others else share.square()
+    if square.shape[0] == 1:
+        return None
+    shape = [n for d, axes in enumerate(x.dims) for n in ([a.size for a in axes] if d in (dim - 1, dim) else [1] * len(axes))]
+    return levels.normalised(square.sqrt().numpy().reshape(shape))
+
+
+def _shares(x: Value, dim: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Uniform distribution over what the mask leaves in each row, and how many entries that is."""
+    assert x.mask is not None
+    mask = x.mask.reshape((1,) * (len(x.dims) - x.mask.dim()) + tuple(x.mask.shape))
+    mask = torch.broadcast_to(mask, [n if d == dim else m for d, (m, n) in enumerate(zip(mask.shape, x.shape, strict=True))])
+    counts = mask.sum(dim, keepdim=True)
+    return mask.to(torch.float64) / counts.clamp(min=1), counts
+
+
 def _uniform(x: Value, dim: int, variance: float) -> tuple[Array | None, float, Value]:
     """Table of the uniform distribution over what the mask leaves, and how much louder the softmax is than it."""
     size = x.shape[dim]
     if x.mask is None:
         return None, participation(round(variance, 9), size) * size, x
-    mask = x.mask.reshape((1,) * (len(x.dims) - x.mask.dim()) + tuple(x.mask.shape))
-    mask = torch.broadcast_to(mask, [n if d == dim else m for d, (m, n) in enumerate(zip(mask.shape, x.shape, strict=True))])
-    counts = mask.sum(dim, keepdim=True)
-    share = mask.to(torch.float64) / counts.clamp(min=1)
+    share, counts = _shares(x, dim)
     flat = expand(measured(share), x.shape)
     for d in range(len(x.dims)):
         x, flat = refine(x, flat, d, d)

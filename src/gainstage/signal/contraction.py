@@ -21,6 +21,7 @@ from gainstage.signal.axes import Axis, Dim, axes_of, distinct
 from gainstage.signal.movement import expand, merge_dim, refine, reshape
 from gainstage.signal.neighbours import Neighbours
 from gainstage.signal.quadrature import Array
+from gainstage.signal.rows import kept, pattern_of
 from gainstage.signal.value import Lean, Value, gaussian
 
 Places = NDArray[np.int64]
@@ -33,7 +34,9 @@ def contract(a: Value, b: Value, labels_a: str, labels_b: str, labels_out: str) 
     index_a = [n for label, dim in zip(labels_a, a.dims, strict=True) for n in numbers.of(label, dim)]
     index_b = [n for label, dim in zip(labels_b, b.dims, strict=True) for n in numbers.of(label, dim)]
     dims_of = dict(zip(labels_b, b.dims, strict=True)) | dict(zip(labels_a, a.dims, strict=True))
-    operands: list[object] = [a.table, index_a, b.table, index_b]
+    pattern = pattern_of(a, b, index_a, index_b)
+    table_a = a.table if pattern is None else pattern.weighted(a.table)
+    operands: list[object] = [table_a, index_a, b.table, index_b]
     count = 1.0
     for label, dim in dims_of.items():
         if label not in labels_out:
@@ -42,9 +45,14 @@ def contract(a: Value, b: Value, labels_a: str, labels_b: str, labels_out: str) 
                 count *= axis.size
     out_dims = distinct(tuple(dims_of[label] for label in labels_out))
     out_index = [n for label in labels_out for n in numbers.of(label, dims_of[label])]
-    table = np.einsum(*operands, out_index)  # type: ignore[call-overload]
-    profile = levels.carried([(a.levels, index_a), (b.levels, index_b)], out_index)
-    return contracted(a, b, out_dims, count * a.mean * b.mean, np.asarray(table, dtype=np.float64), profile=profile)
+    table = np.asarray(np.einsum(*operands, out_index), dtype=np.float64)  # type: ignore[call-overload]
+    if pattern is None:
+        profile = levels.carried([(a.levels, index_a), (b.levels, index_b)], out_index)
+        result = contracted(a, b, out_dims, count * a.mean * b.mean, table, profile=profile)
+        return replace(result, gram=kept(a, b, out_dims) or kept(b, a, out_dims))
+    apart = np.asarray(np.einsum(pattern.between_keys(table_a), *operands[1:], out_index))  # type: ignore[call-overload]
+    profile, gram = pattern.rows(table, apart, out_dims, out_index.index(index_a[pattern.query]))
+    return replace(contracted(a, b, out_dims, count * a.mean * b.mean, table, profile=profile), gram=gram)
 
 
 class _Numbers:

@@ -9,6 +9,7 @@ import numpy as np
 
 from gainstage.signal import levels
 from gainstage.signal.axes import Axis
+from gainstage.signal.gram import Gram, modulated
 from gainstage.signal.linear import amplitude_of, averaged, is_gaussian, standardised
 from gainstage.signal.movement import join, merge_dim
 from gainstage.signal.neighbours import Neighbours, far_of, filtered, made
@@ -151,10 +152,23 @@ def normalise(x: Value, reduced: Sequence[Axis], eps: float, *, centre: bool = T
     keeps_latent = not centre or float(common.max()) - x.mean**2 <= 1e-3 * max(level, 1e-300)
     profile = _normalised_levels(x, positions, float(common[(-1,) * common.ndim]))
     marginal = _normalised_marginal(x, mean, std, profile, x.marginal.latent if keeps_latent else object())
+    table, gram = _evened_pairs(x, profile, table * scale**2)
     return replace(
-        x, mean=mean, table=table * scale**2, marginal=marginal, rho=x.correlation() if keeps_latent else None,
-        amplitude=amplitude, statistic=None, log_variance=0.0, constant=None, mask=None, levels=profile,
+        x, mean=mean, table=table, marginal=marginal, rho=x.correlation() if keeps_latent else None,
+        amplitude=amplitude, statistic=None, log_variance=0.0, constant=None, mask=None, levels=profile, gram=gram,
     )  # fmt: skip
+
+
+def _evened_pairs(x: Value, profile: Array | None, table: Array) -> tuple[Array, Gram | None]:
+    """Table and Gram matrix after each position along one axis was divided by its own level, not by the average of all."""
+    ratio = np.asarray((1.0 if profile is None else profile) / (1.0 if x.levels is None else np.maximum(x.levels, 1e-150)))
+    varying = [position for position, size in enumerate(ratio.shape) if size > 1]
+    if x.gram is None or len(varying) != 1 or x.axes[varying[0]] is not x.gram.axis:
+        return table, x.gram
+    gram, apart = modulated(x.gram.factors, ratio.ravel(), x.gram.axis)
+    table = table.copy()
+    np.moveaxis(table, varying[0], 0)[0] *= apart
+    return table, gram
 
 
 def _normalised_levels(x: Value, reduced: Sequence[int], removed: float) -> Array | None:

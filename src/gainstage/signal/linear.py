@@ -13,9 +13,11 @@ import numpy as np
 
 from gainstage.signal import levels
 from gainstage.signal.axes import Axis
+from gainstage.signal.gram import Gram, factors_of, modulated
+from gainstage.signal.gram import of_sum as gram_of_sum
 from gainstage.signal.neighbours import Neighbours, far_of, made, mixed
 from gainstage.signal.quadrature import Array, coarse, expectation, nodes, quantiles, weights
-from gainstage.signal.value import Lean, Marginal, Statistic, Value, gaussian, gaussian_marginal
+from gainstage.signal.value import Lean, Marginal, Statistic, Value, gaussian, gaussian_marginal, statistic_at
 
 
 def spectrum(table: Array, sizes: Sequence[int]) -> Array:
@@ -63,13 +65,15 @@ def affine(x: Value, scale: float, shift: float = 0.0) -> Value:
     mean = scale * x.mean + shift
     table = scale**2 * x.covariance + mean**2
     marginal = Marginal(x.marginal.latent, lambda: scale * x.marginal.values + shift, lambda: scale * x.marginal.even + shift)
-    statistic = None if x.statistic is None else Statistic(x.statistic.of, scale * x.statistic.centre + shift)
+    statistic, profile = None, None if shift else x.levels
+    if x.statistic is not None:
+        statistic, profile = statistic_at(x.statistic.of, scale * x.centres() + shift, profile)
     constant = None if x.constant is None else x.constant * scale + shift
     amplitude = scale * amplitude_of(x)
     rho = x.correlation()
     return replace(
         x, mean=mean, table=table, marginal=marginal, rho=rho, statistic=statistic, constant=constant, amplitude=amplitude,
-        levels=None if shift else x.levels,
+        levels=profile,
     )  # fmt: skip
 
 
@@ -91,8 +95,12 @@ def mean_over(x: Value, axes: Sequence[Axis]) -> Value:
     dims = tuple(tuple(axis for axis in dim if axis not in gone) for dim in x.dims)
     count = int(np.prod([axis.size for axis in gone]))
     latents = frozenset([x.marginal.latent]) | (x.statistic.of if x.statistic else frozenset())
-    centre = x.statistic.centre if x.statistic else x.mean
-    profile = levels.averaged(x.levels, [x.axes.index(axis) for axis in gone])
+    positions = [x.axes.index(axis) for axis in gone]
+    profile = levels.averaged(x.levels, positions)
+    centre = x.mean / (1.0 if profile is None else float(profile.mean()))
+    if x.statistic is not None:
+        statistic, profile = statistic_at(latents, x.centres().mean(axis=tuple(positions)), profile)
+        centre = statistic.centre
     result = gaussian(dims, x.mean, table[index], profile, lineage=x.lineage, log_variance=x.log_variance, is_weight=x.is_weight)
     if count < 8:
         result = replace(result, marginal=_average_marginal(x, result, count), rho=None)
@@ -137,6 +145,8 @@ def add(x: Value, y: Value, sign: float = 1.0) -> Value:
     )
     if x.near is not None or y.near is not None:
         result = replace(result, near=mixed([(x.neighbours(), x.variance), (_on_axes(y, x), y.variance)], x.axes))
+    if x.gram is not None or y.gram is not None:
+        result = replace(result, gram=_summed_gram(x, y))
     if profile is not None and not (x.lean is None and y.lean is None):
         result = replace(result, lean=_summed_lean(x, y, profile))
     same_axes = all(a is b for a, b in zip(x.axes, y.axes, strict=True))
@@ -148,6 +158,18 @@ def add(x: Value, y: Value, sign: float = 1.0) -> Value:
 def _on_axes(y: Value, x: Value) -> Neighbours | None:
     near = y.neighbours()
     return None if near is None else near.renamed(y.axes, x.axes)
+
+
+def _summed_gram(x: Value, y: Value) -> Gram | None:
+    for position, (axis, other) in enumerate(zip(x.axes, y.axes, strict=True)):
+        if (x.gram is not None and x.gram.axis is axis) or (y.gram is not None and y.gram.axis is other):
+            index = tuple(0 if p == position else 1 for p in range(x.table.ndim))
+            terms = [
+                (factors_of(v.gram, own, v.levels, position), max(float(v.table[index]), 0.0))
+                for v, own in ((x, axis), (y, other))
+            ]
+            return gram_of_sum(terms, axis)
+    return None
 
 
 def _summed_lean(x: Value, y: Value, profile: Array) -> Lean:
@@ -195,6 +217,8 @@ def is_gaussian(x: Value) -> bool:
 
 def multiply(x: Value, y: Value) -> Value:
     """``x y`` of aligned values on different latents, jointly Gaussian where they share a source (Isserlis)."""
+    if x.variance <= 1e-14 * x.second_moment and y.variance > 1e-14 * y.second_moment:
+        return multiply(y, x)
     cross = cross_table(x, y)
     shared = cross - x.mean * y.mean
     full = (1,) * shared.ndim
@@ -257,6 +281,34 @@ def _product_neighbours(x: Value, y: Value) -> Neighbours | None:
         products, distant = products * moments, distant * far
     own = float(products[(0,) * len(shape)])
     return made(axes, (products - distant) / (own - distant)) if own > distant else None
+
+
+def modulate(x: Value, profile: Array | None, scale: float) -> Value:
+    """``scale profile_t x_t``: a tensor times known numbers along one axis (a norm's, row by row).
+
+    Along more axes than one what two entries share is taken to be scaled alike.
+    """
+    scaled = affine(x, scale)
+    if profile is None:
+        return scaled
+    after = levels.product(x.levels, profile)
+    own = float(np.mean(np.square((1.0 if x.levels is None else x.levels) * profile)))
+    table, gram = scaled.table * own, x.gram
+    varying = [position for position, size in enumerate(profile.shape) if size > 1]
+    if len(varying) == 1:
+        position, axis = varying[0], x.axes[varying[0]]
+        factors = factors_of(x.gram, axis, x.levels, position)
+        gram, apart = modulated(factors, levels.over(profile, position, axis.size), axis)
+        np.moveaxis(table, position, 0)[0] *= apart / own
+    mean = scaled.mean * float(profile.mean())
+    std = max(float(table[(1,) * table.ndim]) - mean**2, 0.0) ** 0.5
+    latent, even = x.marginal.latent, lambda: standardised(scaled.marginal.even, mean, std)
+    marginal = Marginal(latent, even, even)
+    if after is not None:
+        marginal = Marginal(latent, lambda: standardised(scaled.marginal.values, mean, std), even)
+        if is_gaussian(x):
+            marginal = Marginal(latent, lambda: mean + std * levels.normal_mixture(after), even)
+    return replace(scaled, mean=mean, table=table, marginal=marginal, rho=None, levels=after, gram=gram)
 
 
 def dropout(x: Value, keep: float, shared: Sequence[int] = ()) -> Value:

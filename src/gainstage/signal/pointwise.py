@@ -10,7 +10,7 @@ import torch
 
 from gainstage.signal import levels
 from gainstage.signal.axes import Dim
-from gainstage.signal.linear import add, affine, amplitude_of, multiply
+from gainstage.signal.linear import add, affine, amplitude_of, modulate, multiply
 from gainstage.signal.movement import expand, refine, with_axes
 from gainstage.signal.neighbours import far_of, through, write
 from gainstage.signal.quadrature import (
@@ -23,7 +23,7 @@ from gainstage.signal.quadrature import (
     power_series,
     quantiles,
 )
-from gainstage.signal.value import Marginal, Statistic, Value
+from gainstage.signal.value import Marginal, Value, statistic_at
 
 Function = Callable[..., torch.Tensor]
 
@@ -61,6 +61,7 @@ def on_latent(x: Value, values: Array, **changes: object) -> Value:
         log_variance=x.log_variance,
         is_weight=x.is_weight,
         mask=x.mask,
+        gram=x.gram,
     )
     return _with_neighbours(x, replace(made, **changes) if changes else made)  # type: ignore[arg-type]
 
@@ -87,12 +88,11 @@ def apply(function: Function, x: Value) -> Value:
     values = _within_domain(call_on(function, x.marginal.values))
     result = on_latent(x, values)
     slope = _log_slope(x, values, function)
+    profile = levels.mapped(x.levels, x.marginal.even, lambda grid: call_on(function, grid))
     statistic = None
     if x.statistic is not None:
-        centre = float(call_on(function, np.array([x.statistic.centre]))[0])
-        statistic = Statistic(x.statistic.of, centre)
+        statistic, profile = statistic_at(x.statistic.of, call_on(function, x.centres()), profile)
     constant = None if x.constant is None else function(x.constant.to(torch.float64))
-    profile = levels.mapped(x.levels, x.marginal.even, lambda grid: call_on(function, grid))
     return replace(result, statistic=statistic, constant=constant, log_variance=slope**2 * x.log_variance, levels=profile)
 
 
@@ -149,16 +149,14 @@ def combine(function: Function, x: Value, y: Value) -> Value:
             sign = 1.0 if function is torch.add else -1.0
             result = replace(result, source=x.source, amplitude=amplitude_of(x) + sign * amplitude_of(y))
         profile = levels.product(x.levels, y.levels) if function is torch.mul else x.levels
-        return replace(result, lineage=x.lineage | y.lineage, statistic=_joint_statistic(function, x, y), levels=profile)
+        return _as_statistic(function, x, y, replace(result, lineage=x.lineage | y.lineage, levels=profile))
     if function in (torch.mul, torch.div) and _is_statistic_of(y, x):
         assert y.statistic is not None
-        centre = y.statistic.centre
-        factor = centre if function is torch.mul else 1.0 / centre
-        scaled = replace(affine(x, factor), lineage=x.lineage | y.lineage)
-        return replace(scaled, log_variance=0.0)
+        centres = y.centres() if function is torch.mul else 1.0 / y.centres()
+        number, profile = statistic_at(y.statistic.of, centres, None)
+        return replace(modulate(x, profile, number.centre), lineage=x.lineage | y.lineage, log_variance=0.0)
     if function is torch.mul and _is_statistic_of(x, y):
         return combine(function, y, x)
-    statistic = _joint_statistic(function, x, y)
     if function is torch.add or function is torch.sub:
         result = add(x, y, 1.0 if function is torch.add else -1.0)
     elif function is torch.mul:
@@ -167,7 +165,7 @@ def combine(function: Function, x: Value, y: Value) -> Value:
         result = multiply(x, _reciprocal(y))
     else:
         result = _two_latents(function, x, y)
-    return replace(result, statistic=statistic)
+    return _as_statistic(function, x, y, result)
 
 
 def _reciprocal(y: Value) -> Value:
@@ -177,17 +175,21 @@ def _reciprocal(y: Value) -> Value:
     return apply(torch.reciprocal, y)
 
 
-def _joint_statistic(function: Function, x: Value, y: Value) -> Statistic | None:
-    def centre(v: Value) -> float | None:
-        return v.statistic.centre if v.statistic is not None else v.mean if v.variance <= 1e-12 * v.second_moment else None
+def _as_statistic(function: Function, x: Value, y: Value, result: Value) -> Value:
+    """Mark a function of statistics and numbers as a statistic."""
 
-    a, b = centre(x), centre(y)
+    def centres(v: Value) -> Array | None:
+        if v.statistic is not None:
+            return v.centres()
+        return np.full((1,) * v.table.ndim, v.mean) if v.variance <= 1e-12 * v.second_moment else None
+
+    a, b = centres(x), centres(y)
     if a is None or b is None or (x.statistic is None and y.statistic is None):
-        return None
+        return replace(result, statistic=None)
     of = (x.statistic.of if x.statistic else frozenset()) | (y.statistic.of if y.statistic else frozenset())
-    with torch.no_grad():
-        both = function(torch.tensor(a, dtype=torch.float64), torch.tensor(b, dtype=torch.float64))
-    return Statistic(of, float(both))
+    a, b = np.broadcast_arrays(a, b)
+    statistic, profile = statistic_at(of, call_on(function, a, b), result.levels)
+    return replace(result, statistic=statistic, levels=profile)
 
 
 def _two_latents(function: Function, x: Value, y: Value) -> Value:

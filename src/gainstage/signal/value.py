@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from gainstage.signal import levels
 from gainstage.signal.axes import Axis, Dim, axes_of, new_dims, shape_of
+from gainstage.signal.gram import Gram
 from gainstage.signal.neighbours import Neighbours
 from gainstage.signal.quadrature import Array, cumulative, evaluate_series, expectation, invert_series, nodes, power_series
 
@@ -66,12 +67,20 @@ def gaussian_marginal(mean: float, std: float, profile: Array | None = None) -> 
 class Statistic:
     """Marks a value that averages functions of other values over many entries, so that it hardly fluctuates.
 
-    ``of``: the latents averaged over. ``centre``: the value without its fluctuation. Dividing a tensor by its own
-    root mean square is exact this way: numerator and denominator are not independent.
+    ``of``: the latents averaged over. ``centre``: the value without its fluctuation, its root mean square where levels differ.
+    Dividing a tensor by its own root mean square is exact this way: numerator and denominator are not independent.
     """
 
     of: frozenset[object]
     centre: float
+
+
+def statistic_at(of: frozenset[object], values: Array, profile: Array | None) -> tuple[Statistic, Array | None]:
+    """Statistic with these values along the axes on which they differ, and its levels: ``profile`` where it has no centre."""
+    root = float(np.mean(values**2)) ** 0.5
+    if root <= 0.0:
+        return Statistic(of, 0.0), profile
+    return Statistic(of, root if float(np.mean(values)) >= 0.0 else -root), levels.normalised(np.abs(values))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -114,7 +123,8 @@ class Value:
     the root mean square of each over that of the whole, with one dimension for each axis, of size 1 where it does not vary.
     ``lean``: how each of those coordinates leans on the average over all, where this is not in proportion to its level.
     ``joined``: the tensors that were laid one after the other to make this one. ``near``: what places of a map that lie near
-    each other share beyond the table's average. ``largest``: what the tensor is the maximum of.
+    each other share beyond the table's average. ``gram``: how the table's average over two positions of a sequence is spread
+    over pairs of them. ``largest``: what the tensor is the maximum of.
     """
 
     dims: tuple[Dim, ...]
@@ -134,6 +144,7 @@ class Value:
     lean: Lean | None = None
     joined: Joined | None = None
     near: Neighbours | None = None
+    gram: Gram | None = None
     largest: Largest | None = None
 
     def __post_init__(self) -> None:
@@ -208,6 +219,11 @@ class Value:
         if self.joined is None or self.joined.table is not self.table or self.joined.axis not in self.axes:
             return None
         return self.joined.axis, self.joined.parts
+
+    def centres(self) -> Array:
+        """Values of a statistic without its fluctuation, one for each coordinate along which they differ."""
+        assert self.statistic is not None
+        return self.statistic.centre * (np.ones((1,) * self.table.ndim) if self.levels is None else self.levels)
 
     def own_source(self) -> Value:
         """The same value as the origin of its own linear descendants."""

@@ -1,0 +1,115 @@
+"""Rows of attention: weighted sums over keys with a pattern of weights that differs from query to query.
+
+A mask gives the weights p a pattern A [query, key] (their levels). What the exchangeable formula takes as averages over all keys
+is here summed as it stands, by query and by pair of queries: ``sum_s A_ts A_us K_v[s, s]`` for the same key, and
+``sum_{s != s'} A_ts A_us' K_v[s, s']`` for two keys.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from gainstage.signal import levels as profiles
+from gainstage.signal.axes import Dim, axes_of
+from gainstage.signal.gram import Gram, along, factors_of, grouped, of_sum, pairs, starts, ungrouped, widths
+from gainstage.signal.quadrature import Array
+from gainstage.signal.value import Value
+
+
+def kept(x: Value, other: Value, dims: Sequence[Dim]) -> Gram | None:
+    """Gram matrix of x where a contraction leaves its positions alone."""
+    if x.gram is None or x.gram.axis not in x.axes or x.gram.axis in other.axes:
+        return None
+    return x.gram if x.gram.axis in axes_of(tuple(dims)) else None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pattern:
+    """How a weighted sum over keys with a pattern of weights differs from one over exchangeable keys.
+
+    ``query``, ``key``: axes of the weights. ``ratios[same query, same key]``: of the sums of what the keys share. ``own``,
+    ``common``: each query's (each pair of queries') part of the sum, for two keys and for the same key, over its mean.
+    """
+
+    query: int
+    key: int
+    size: int
+    ratios: Array
+    own: tuple[Array, Array]
+    common: tuple[Array, Array]
+
+    def weighted(self, table: Array) -> Array:
+        """Table of the weights, so that the exchangeable formula gives the sums as they are."""
+        shape = [2 if p in (self.query, self.key) else 1 for p in range(table.ndim)]
+        ratios = self.ratios if self.query < self.key else self.ratios.T
+        return np.asarray(table * ratios.reshape(shape))
+
+    def between_keys(self, table: Array) -> Array:
+        """The part of a table that is about two different keys."""
+        part = table.copy()
+        np.moveaxis(part, self.key, 0)[1] = 0.0
+        return part
+
+    def rows(self, table: Array, between: Array, dims: Sequence[Dim], position: int) -> tuple[Array | None, Gram | None]:
+        """Levels and Gram matrix of the result along its axis of queries."""
+        axis = axes_of(tuple(dims))[position]
+        full = (1,) * table.ndim
+        apart = tuple(0 if p == position else 1 for p in range(table.ndim))
+        square = between[full] * self.own[0] + (table[full] - between[full]) * self.own[1]
+        shape = [self.size if p == position else 1 for p in range(table.ndim)]
+        profile = profiles.normalised(np.sqrt(np.maximum(ungrouped(square, self.size), 0.0)).reshape(shape))
+        weights = (max(float(between[apart]), 0.0), max(float(table[apart] - between[apart]), 0.0))
+        return profile, of_sum([(self.common[0], weights[0]), (self.common[1], weights[1])], axis)
+
+
+def pattern_of(a: Value, b: Value, index_a: Sequence[int], index_b: Sequence[int]) -> Pattern | None:
+    """Pattern of the weights a of a sum over keys of b, where a has one."""
+    if a.levels is None:
+        return None
+    varying = [position for position, size in enumerate(a.levels.shape) if size > 1]
+    keys = [position for position in varying if index_a[position] in index_b]
+    queries = [position for position in varying if index_a[position] not in index_b]
+    if len(keys) != 1 or len(queries) != 1:
+        return None
+    (key,), (query,) = keys, queries
+    matrix = a.levels.reshape(a.levels.shape[min(key, query)], -1)
+    position = index_b.index(index_a[key])
+    axis = b.axes[position]
+    squares, factors = along(b.levels, position, axis.size), factors_of(b.gram, axis, b.levels, position)
+    return attend(matrix if query < key else matrix.T, squares, factors, (query, key))
+
+
+def attend(pattern: Array, squares: Array, factors: Array | None, axes: tuple[int, int]) -> Pattern:
+    """Sums over keys of a pattern A: ``sum_s A_ts A_us q_s`` and ``sum_{s != s'} A_ts A_us' G_ss'``, with and without q and G."""
+    queries, keys = pattern.shape
+    width = widths(keys)
+    mass = grouped(np.add.reduceat(pattern, np.array(starts(keys)), axis=1))
+    square = grouped(np.add.reduceat(pattern**2, np.array(starts(keys)), axis=1))
+    gram = np.ones((len(width), len(width))) if factors is None else factors
+    same, same_weighted = _over_keys(mass, square, width, np.ones_like(width)), _over_keys(mass, square, width, squares)
+    inner = mass / width  # of one key
+    alike = np.diag(gram) * width
+    every = np.outer(mass.sum(1), mass.sum(1))
+    other = (every - same[0], every.diagonal() - same[1])
+    weighted = mass @ gram @ mass.T - (inner * alike) @ inner.T
+    corrected = np.diag(mass @ gram @ mass.T) - square @ np.diag(gram)
+    other_weighted = (weighted, corrected)
+    ratios = np.ones((2, 2))
+    own: list[Array] = []
+    common: list[Array] = []
+    count, rows = pairs(queries), widths(queries)
+    for key, (plain, found) in enumerate(((other, other_weighted), (same, same_weighted))):
+        for query, number, weight in ((0, 0, count), (1, 1, rows)):
+            base, mean = float((plain[number] * weight).sum()), float((found[number] * weight).sum())
+            ratios[query, key] = mean / base if base > 0.0 else 1.0
+            share = found[number] * weight.sum() / mean if mean > 0.0 else np.ones_like(found[number])
+            (common if query == 0 else own).append(share)
+    return Pattern(query=axes[0], key=axes[1], size=queries, ratios=ratios, own=(own[0], own[1]), common=(common[0], common[1]))
+
+
+def _over_keys(mass: Array, square: Array, width: Array, squares: Array) -> tuple[Array, Array]:
+    """The same key for two queries, and for one query twice."""
+    return (mass * (squares / width)) @ mass.T, square @ squares
