@@ -33,9 +33,10 @@ def participation(variance: float, count: int) -> float:
     logits = np.sqrt(variance) * z
     top = np.sqrt(2.0 * variance * np.log(count)) + 4.0 * np.sqrt(variance) + np.log(count)
     tau = np.linspace(-top - 8.0, 4.0 * np.sqrt(variance) + 4.0, 600)
-    decay = np.exp(-np.exp(np.clip(tau[:, None] + logits[None, :], -700.0, 700.0)))
-    single = decay @ weight
-    squared = (decay * np.exp(2.0 * (tau[:, None] + logits[None, :]))) @ weight
+    exponent = tau[:, None] + logits[None, :]
+    grown = np.exp(np.minimum(exponent, 700.0))
+    single = np.exp(-grown) @ weight
+    squared = np.exp(2.0 * exponent - grown) @ weight  # one exponential: the factors alone overflow at large variances
     integrand = squared * np.exp((count - 1) * np.log(np.maximum(single, 1e-300)))
     total = float(np.trapezoid(integrand, tau)) * count
     return min(max(total, 1.0 / count), 1.0)

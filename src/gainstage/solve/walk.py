@@ -163,7 +163,7 @@ class Walk:
         progress.seen = stamp
         found = measure(demand.quantity, self._graph, demand.node, self._values)
         goal = goal_value(demand.goal, self._values)
-        if found <= 0.0 or goal <= 0.0:
+        if not (0.0 < found < math.inf and 0.0 < goal < math.inf):
             progress.has_no_effect = True
             return None
         progress.tried.append((progress.scale, math.log(found / goal)))
