@@ -1,5 +1,6 @@
 """What every parameter is for, read off the graph: never off its name."""
 
+from gainstage.roles.infer import infer_roles
 from gainstage.roles.model import Branch, Head, Logits, Merge, Role, Roles, Setter, Stream, Use
 
-__all__ = ["Branch", "Head", "Logits", "Merge", "Role", "Roles", "Setter", "Stream", "Use"]
+__all__ = ["Branch", "Head", "Logits", "Merge", "Role", "Roles", "Setter", "Stream", "Use", "infer_roles"]

@@ -1,0 +1,97 @@
+"""Residual streams: additions of which one operand is computed from the other."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from gainstage.roles.families import MOVEMENT, NOISE, POOLING
+from gainstage.roles.sites import Site
+from gainstage.roles.walk import walk_back
+from gainstage.roles.wiring import Wiring
+
+_SUMS = frozenset({"add", "sub"})
+_KEEPING = MOVEMENT | NOISE | POOLING | {"mul", "div", "add"}
+
+
+@dataclass(frozen=True, slots=True)
+class Residual:
+    """One addition to a stream: skip plus branch."""
+
+    add: int
+    skip: int
+    branch: int
+
+
+def find_residuals(wiring: Wiring, sites: Mapping[int, tuple[Site, ...]]) -> Mapping[int, Residual]:
+    """All residual additions, by the number of the addition."""
+    found: dict[int, Residual] = {}
+    for i, name in enumerate(wiring.names):
+        if name not in _SUMS or len(wiring.signals[i]) != 2:
+            continue
+        first, second = wiring.signals[i]
+        chains = {first: list(skip_chain(wiring, first, found)), second: list(skip_chain(wiring, second, found))}
+        options = [
+            (distance, skip, branch)
+            for skip, branch in ((first, second), (second, first))[: 1 if name == "sub" else 2]
+            if (distance := _meeting(wiring, chains[skip], branch)) >= 0
+        ]
+        for distance, skip, branch in sorted(options):
+            barrier = frozenset(chains[skip][: distance + 1])
+            if walk_back(wiring, sites, branch, barrier=barrier | {chains[skip][distance]}).is_own:
+                found[i] = Residual(i, skip, branch)
+                break
+    return found
+
+
+def _meeting(wiring: Wiring, chain: list[int], branch: int) -> int:
+    """How far along a skip's chain the first node stands that the branch is computed from; -1: nowhere."""
+    return next((k for k, node in enumerate(chain) if wiring.is_computed_from(branch, node)), -1)
+
+
+def skip_chain(wiring: Wiring, start: int, residuals: Mapping[int, Residual]) -> list[int]:
+    """A tensor and what it is a copy of: through movement, noise, pooling, constant scalings, and back along its stream."""
+    chain, i = [start], start
+    while True:
+        if i in residuals:
+            i = residuals[i].skip
+        elif wiring.main[i] >= 0 and wiring.names[i] in _KEEPING and not wiring.is_norm_by_hand(i):
+            i = wiring.main[i]
+        else:
+            return chain
+        chain.append(i)
+
+
+@dataclass(frozen=True, slots=True)
+class Chain:
+    """Residual additions one after the other."""
+
+    first: int
+    steps: tuple[Residual, ...]
+
+
+def link(wiring: Wiring, residuals: Mapping[int, Residual]) -> tuple[Chain, ...]:
+    """Join residual additions into streams: the skip of one comes from another through norms, activations and movement."""
+    continued: dict[int, int] = {}  # addition -> the one that goes on from it
+    starts: list[int] = []
+    for i in sorted(residuals):
+        before = _previous(wiring, residuals[i].skip, residuals)
+        if before >= 0 and before not in continued:
+            continued[before] = i
+        else:
+            starts.append(i)
+    chains = []
+    for start in starts:
+        steps, i = [residuals[start]], start
+        while i in continued:
+            i = continued[i]
+            steps.append(residuals[i])
+        chains.append(Chain(residuals[start].skip, tuple(steps)))
+    return tuple(chains)
+
+
+def _previous(wiring: Wiring, i: int, residuals: Mapping[int, Residual]) -> int:
+    """The residual addition that a skip comes from; -1: none."""
+    while i >= 0 and i not in residuals:
+        i = wiring.main[i]
+    return i
