@@ -17,7 +17,8 @@ _EASY = MOVEMENT | NOISE | {"add", "sub", "mul", "div", "where", "masked_fill", 
 class Attention:
     """One product of queries and keys on its way to a softmax.
 
-    ``node``: its last scaling, or the fused operation; ``value``: None where the softmax averages nothing.
+    ``node``: its last scaling, or the fused operation; ``value``: None where the softmax averages nothing. ``path``: nodes
+    between the product and the softmax.
     """
 
     node: int
@@ -25,6 +26,7 @@ class Attention:
     query: Walked
     key: Walked
     value: Walked | None
+    path: frozenset[int] = frozenset()
 
 
 def find_attentions(wiring: Wiring, sites: Mapping[int, tuple[Site, ...]]) -> tuple[Attention, ...]:
@@ -38,23 +40,23 @@ def find_attentions(wiring: Wiring, sites: Mapping[int, tuple[Site, ...]]) -> tu
         elif name in SOFTMAX and wiring.signals[i]:
             averaged = _averaged(wiring, i)
             value_walk = walk_back(wiring, sites, averaged) if averaged >= 0 else None
-            for product in products_above(wiring, wiring.signals[i][0]):
+            products, path = products_above(wiring, wiring.signals[i][0])
+            for product in products:
                 walks = [walk_back(wiring, sites, j, through_norms=True) for j in wiring.factors(product)[:2]]
-                found.append(Attention(_last_scaling(wiring, product), i, walks[0], walks[1], value_walk))
+                found.append(Attention(_last_scaling(wiring, product), i, walks[0], walks[1], value_walk, path))
     return tuple(found)
 
 
-def products_above(wiring: Wiring, start: int) -> tuple[int, ...]:
-    """Products of two signals that reach a node by masks, scalings, movement, and mixing of heads alone."""
+def products_above(wiring: Wiring, start: int) -> tuple[tuple[int, ...], frozenset[int]]:
+    """Products of two signals that reach a node by masks, scalings, movement, and mixing of heads alone; what lies between."""
     found, seen, stack = [], {start}, [start]
-    mixed: set[int] = set()
     while stack:
         i = stack.pop()
         name = wiring.names[i]
         if name in CONTRACTIONS and wiring.is_product_of_signals(i):
             found.append(i)
             continue
-        if name in CONTRACTIONS and i not in mixed and _mixes_heads(wiring, i):
+        if name in CONTRACTIONS and _mixes_heads(wiring, i):
             nexts: tuple[int, ...] = (wiring.factors(i)[0],)
         elif name in _EASY and name not in NORMS:
             nexts = wiring.signals[i]
@@ -64,7 +66,7 @@ def products_above(wiring: Wiring, start: int) -> tuple[int, ...]:
             if j not in seen:
                 seen.add(j)
                 stack.append(j)
-    return tuple(sorted(found))
+    return tuple(sorted(found)), frozenset(seen)
 
 
 def _mixes_heads(wiring: Wiring, i: int) -> bool:

@@ -62,7 +62,7 @@ class _Inference:
         attentions = find_attentions(wiring, sites)
         residuals = find_residuals(wiring, sites)
         branches = {i: self.branches(residual, residuals) for i, residual in residuals.items()}
-        inside = {node for a in attentions for walked in (a.query, a.key) for node in walked.nodes}
+        inside = {node for a in attentions for nodes in (a.query.nodes, a.key.nodes, a.path) for node in nodes}
         sums = {i for residual in residuals.values() for i in self.inner_sums(residual, residuals)}
         siblings = find_siblings(wiring, residuals, inside | sums)
         merges = tuple((merge, walks) for merge in siblings if (walks := self.sibling_walks(merge)))

@@ -212,11 +212,24 @@ def _sweep(
             gain[i] = SATURATING
         elif name == "div" and len(read) == 2:
             gain[i] = gain[read[0]]
+        elif name == "mul" and len(read) == 2:
+            gain[i] = NONLINEAR if _gates_itself(read, main) else min(gain[j] for j in read)
         elif name in _LINEAR:
             gain[i] = below
         else:
             gain[i] = max(NONLINEAR, below)
     return tuple(main), tuple(gain), tuple(normalised)
+
+
+def _gates_itself(read: tuple[int, ...], main: list[int]) -> bool:
+    """Tell whether one factor of a product is a function of the other alone: ``x sigmoid(x)``."""
+    for whole, factor in (read, read[::-1]):
+        i = factor
+        while i > whole:
+            i = main[i]
+        if i == whole:
+            return True
+    return False
 
 
 _LINEAR = MOVEMENT | NOISE | POOLING | JOINING | {"add", "sub", "rsub", "mul", "div", "neg"}
