@@ -124,6 +124,8 @@ def _average_marginal(x: Value, result: Value, count: int) -> Marginal:
 
 def add(x: Value, y: Value, sign: float = 1.0) -> Value:
     """``x + sign y`` of aligned values on different latents."""
+    if y.variance <= 0.0 and y.mask is None and y.constant is None and not x.is_weight:
+        return replace(affine(x, 1.0, sign * y.mean) if y.mean else x, lineage=x.lineage | y.lineage, constant=None)
     cross = cross_table(x, y)
     table = x.table + y.table + 2.0 * sign * cross
     mean = x.mean + sign * y.mean

@@ -172,7 +172,8 @@ def expand(x: Value, shape: Sequence[int]) -> Value:
 def select(x: Value, dim: int, index: int) -> Value:
     """One index along a dimension: the dimension goes, entries share it."""
     dim %= len(x.dims)
-    moved = _fix(x, dim, index)
+    index %= max(x.shape[dim], 1)
+    moved = _of_part(x, dim, index, index + 1) or _fix(x, dim, index)
     return replace(moved, dims=moved.dims[:dim] + moved.dims[dim + 1 :])
 
 
@@ -201,6 +202,20 @@ def scaled(x: Value, ratio: float) -> Value:
     return replace(x, mean=x.mean * ratio, table=x.table * ratio**2, marginal=marginal, amplitude=amplitude)
 
 
+def _of_part(x: Value, dim: int, start: int, stop: int) -> Value | None:
+    """Range of a concatenation that lies in one of its parts."""
+    found = x.parts_along()
+    if found is None or found[0] not in x.dims[dim] or stop <= start:
+        return None
+    before = 0
+    for part in found[1]:
+        if before <= start and stop <= before + part.shape[dim]:
+            dims = tuple(part.dims[d] if d == dim else axes for d, axes in enumerate(x.dims))
+            return take(with_axes(part, dims), dim, start - before, stop - before)
+        before += part.shape[dim]
+    return None
+
+
 def take(x: Value, dim: int, start: int, stop: int, step: int = 1) -> Value:
     """Slice along a dimension: fewer coordinates, the same table."""
     dim %= len(x.dims)
@@ -209,6 +224,9 @@ def take(x: Value, dim: int, start: int, stop: int, step: int = 1) -> Value:
     count = len(range(start, stop, step))
     if count == size:
         return x
+    part_of_one = _of_part(x, dim, start, stop) if step == 1 else None
+    if part_of_one is not None:
+        return part_of_one
     if count == 1:
         return _fix(x, dim, start)
     whole = x.dims[dim]

@@ -11,7 +11,7 @@ import torch
 from gainstage.signal import levels
 from gainstage.signal.axes import Dim
 from gainstage.signal.linear import add, affine, amplitude_of, modulate, multiply
-from gainstage.signal.movement import expand, refine, with_axes
+from gainstage.signal.movement import expand, join, refine, with_axes
 from gainstage.signal.neighbours import far_of, through, write
 from gainstage.signal.quadrature import (
     Array,
@@ -136,12 +136,38 @@ def _shares_latent(x: Value, y: Value) -> bool:
     return x.marginal.latent == y.marginal.latent and all(a is b for a, b in zip(x.axes, y.axes, strict=True))
 
 
+def _part_by_part(x: Value, y: Value) -> tuple[int, list[tuple[Value, Value]]] | None:
+    """Dimension (from the end) and pairs of parts of two equal concatenations, or of one and what is the same for all parts."""
+    for first, second in ((x, y), (y, x)):
+        found = first.parts_along()
+        if found is None:
+            continue
+        dim = next(d for d, axes in enumerate(first.dims) if found[0] in axes) - len(first.dims)
+        others = _parts_like(second, dim, [part.shape[dim] for part in found[1]])
+        if others is not None:
+            pairs = zip(found[1], others, strict=True)
+            return dim, [(a, b) if first is x else (b, a) for a, b in pairs]
+    return None
+
+
+def _parts_like(y: Value, dim: int, sizes: Sequence[int]) -> Sequence[Value] | None:
+    if len(y.dims) < -dim or y.shape[dim] == 1:
+        return [y] * len(sizes)
+    found = y.parts_along()
+    if found is None or found[0] not in y.dims[dim] or [part.shape[dim] for part in found[1]] != list(sizes):
+        return None
+    return found[1]
+
+
 def combine(function: Function, x: Value, y: Value) -> Value:
     """``f(x, y)`` entry by entry, for addition, subtraction, multiplication, division and the rest.
 
     Two functions of the same latent are one function of it. A tensor met by a statistic of itself (its mean square, its
     maximum) meets a number. What else is not independent shares a source, see :func:`cross_table`.
     """
+    parts = _part_by_part(x, y)
+    if parts is not None:
+        return join([combine(function, a, b) for a, b in parts[1]], parts[0])
     x, y = align(x, y)
     if _shares_latent(x, y):
         result = on_latent(x, call_on(function, x.marginal.values, y.marginal.values))
