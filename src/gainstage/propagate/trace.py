@@ -48,7 +48,7 @@ class Signal:
     @property
     def spread(self) -> float:
         """Predicted deviation of the log second moment from one draw of the weights to another."""
-        return float(np.sqrt(self.value.log_variance + self.value.fluctuation()))
+        return float(np.sqrt(max(self.value.log_variance + self.value.fluctuation(), 0.0)))
 
     def cosine(self, axis: int) -> float:
         """``E[x_i x_j] / E[x^2]`` for entries that differ in one dimension only.

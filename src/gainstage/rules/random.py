@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from gainstage.rules.registry import Call, rule
-from gainstage.signal import Value, dropout, independent
+from gainstage.signal import Value, coins, dropout, independent
 
 aten = torch.ops.aten
 
@@ -27,7 +27,7 @@ def channel_dropout(call: Call, x: Value, p: float, train: bool) -> Value:
 @rule(aten.bernoulli.p, aten.bernoulli.default)
 def bernoulli(call: Call, x: Value, p: float = 0.5, **kwargs: Any) -> Value:
     """Independent coins: mean p, second moment p."""
-    return independent(call.shape, p, (p * (1.0 - p)) ** 0.5)
+    return coins(call.shape, p)
 
 
 @rule(aten.empty.memory_format, aten.empty_like.default, aten.new_empty.default)

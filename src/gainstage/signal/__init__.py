@@ -8,12 +8,13 @@ from gainstage.signal.linear import affine, cross_table, dropout, mean_over
 from gainstage.signal.maxima import max_over
 from gainstage.signal.movement import expand, join, permute, reorder, reshape, select, take
 from gainstage.signal.pointwise import apply, combine
-from gainstage.signal.value import Value, gaussian, independent, known, measured
+from gainstage.signal.value import Value, coins, gaussian, independent, known, measured
 
 __all__ = [
     "Value",
     "affine",
     "apply",
+    "coins",
     "combine",
     "contract",
     "convolve",

@@ -10,6 +10,7 @@ attention-logit rule, embeddings, experts and low-rank factors are special cases
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -22,6 +23,7 @@ from gainstage.signal.movement import expand, merge_dim, refine, reshape
 from gainstage.signal.neighbours import Neighbours
 from gainstage.signal.quadrature import Array
 from gainstage.signal.rows import kept, pattern_of
+from gainstage.signal.spread import overlap_variance, weighted
 from gainstage.signal.value import Lean, Value, gaussian
 
 Places = NDArray[np.int64]
@@ -49,10 +51,25 @@ def contract(a: Value, b: Value, labels_a: str, labels_b: str, labels_out: str) 
     if pattern is None:
         profile = levels.carried([(a.levels, index_a), (b.levels, index_b)], out_index)
         result = contracted(a, b, out_dims, count * a.mean * b.mean, table, profile=profile)
-        return replace(result, gram=kept(a, b, out_dims) or kept(b, a, out_dims))
+        result = replace(result, gram=kept(a, b, out_dims) or kept(b, a, out_dims))
+        return _strayed(result, a, b, (labels_a, labels_b, labels_out))
     apart = np.asarray(np.einsum(pattern.between_keys(table_a), *operands[1:], out_index))  # type: ignore[call-overload]
     profile, gram = pattern.rows(table, apart, out_dims, out_index.index(index_a[pattern.query]))
     return replace(contracted(a, b, out_dims, count * a.mean * b.mean, table, profile=profile), gram=gram)
+
+
+def _strayed(y: Value, x: Value, weight: Value, labels: tuple[str, str, str]) -> Value:
+    """A product y, with what its entries stray by for sharing weights, if one of the operands is weights."""
+    read, own, out = labels
+    if x.is_weight is weight.is_weight:
+        return y
+    if x.is_weight:
+        return _strayed(y, weight, x, (own, read, out))
+    starts = [int(start) for start in np.cumsum([0, *(len(dim) for dim in x.dims)])]
+    along = {label: range(starts[d], starts[d + 1]) for d, label in enumerate(read)}
+    terms = {p: float(x.axes[p].size) for label in read if label not in out for p in along[label]}
+    alone = [p for label in read if label in out and label in own for p in along[label]]
+    return weighted(y, overlap_variance(x, terms, alone, ()), weight, math.prod(terms.values()))
 
 
 class _Numbers:
@@ -157,6 +174,11 @@ def convolve(x: Value, weight: Value, places: Sequence[Places], groups: int, *, 
     )
     result = contracted(x, weight, dims, count * x.mean * weight.mean, np.asarray(table, dtype=np.float64), profile=profile)
     near = None if transposed else _strided_neighbours(x, places, out_space)
+    if weight.is_weight:
+        channels = {int(starts[2]) + p: float(axis.size) for p, axis in enumerate(x.dims[2])}
+        taps = {int(starts[3 + d]): float((window > 0.0).sum(1).mean()) for d, window in enumerate(windows) if x.dims[3 + d]}
+        overlap = overlap_variance(x, channels | taps, range(int(starts[1]), int(starts[2])), list(taps))
+        result = weighted(result, overlap, weight, math.prod([*channels.values(), *taps.values()]))
     return replace(result, near=near, lean=_border_lean(profile, windows))
 
 

@@ -14,6 +14,7 @@ from gainstage.signal.linear import amplitude_of, averaged, is_gaussian, standar
 from gainstage.signal.movement import join, merge_dim
 from gainstage.signal.neighbours import Neighbours, far_of, filtered, made
 from gainstage.signal.quadrature import Array, nodes
+from gainstage.signal.spread import held
 from gainstage.signal.value import Marginal, Value, gaussian
 
 
@@ -153,10 +154,11 @@ def normalise(x: Value, reduced: Sequence[Axis], eps: float, *, centre: bool = T
     profile = _normalised_levels(x, positions, float(common[(-1,) * common.ndim]))
     marginal = _normalised_marginal(x, mean, std, profile, x.marginal.latent if keeps_latent else object())
     table, gram = _evened_pairs(x, profile, table * scale**2)
-    return replace(
+    result = replace(
         x, mean=mean, table=table, marginal=marginal, rho=x.correlation() if keeps_latent else None,
-        amplitude=amplitude, statistic=None, log_variance=0.0, constant=None, mask=None, levels=profile, gram=gram,
+        amplitude=amplitude, statistic=None, constant=None, mask=None, levels=profile, gram=gram,
     )  # fmt: skip
+    return held(result, level * scale**2)
 
 
 def _evened_pairs(x: Value, profile: Array | None, table: Array) -> tuple[Array, Gram | None]:

@@ -89,23 +89,25 @@ def lookup(weight: Value, dim: int, index: torch.Tensor) -> Value:
     equal, index_dims = same_index_table(index)
     position = sum(len(d) for d in weight.dims[:dim])
     weight = merge_dim(weight, dim)
-    if weight.dims[dim]:
-        table = np.moveaxis(weight.table, position, 0)
-        other, same = table[0], table[1]
-    else:
-        other = same = weight.table
-    extra = equal.ndim
-    before = position
-    shaped = equal.reshape((1,) * before + equal.shape + (1,) * (same.ndim - before))
-    expand_at = tuple(range(before, before + extra))
-    mixed = shaped * np.expand_dims(same, expand_at) + (1.0 - shaped) * np.expand_dims(other, expand_at)
+    has_rows = bool(weight.dims[dim])
+
+    def picked(table: Array) -> Array:
+        """Average over pairs of look-ups: of one row, or of two."""
+        other, same = np.moveaxis(table, position, 0) if has_rows else (table, table)
+        shaped = equal.reshape((1,) * position + equal.shape + (1,) * (same.ndim - position))
+        at = tuple(range(position, position + equal.ndim))
+        return np.asarray(shaped * np.expand_dims(same, at) + (1.0 - shaped) * np.expand_dims(other, at))
+
     dims = (*weight.dims[:dim], *index_dims, *weight.dims[dim + 1 :])
-    return Value(
+    rows = Value(
         dims=dims,
         mean=weight.mean,
-        table=mixed,
+        table=picked(weight.table),
         marginal=Marginal(object(), lambda: weight.marginal.values),
         source=object(),
         lineage=weight.lineage,
         log_variance=weight.log_variance,
     )
+    # Two look-ups of one row are equal, of two rows are not: on average over pairs that is more than a correlation shows.
+    stray = rows.average(picked(weight.square_covariance())) - rows.fluctuation()
+    return replace(rows, log_variance=rows.log_variance + max(stray, 0.0))

@@ -6,6 +6,7 @@ common eigenspaces along an axis are "the mean over it" (index 0 of a *spectrum*
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -17,6 +18,7 @@ from gainstage.signal.gram import Gram, factors_of, modulated
 from gainstage.signal.gram import of_sum as gram_of_sum
 from gainstage.signal.neighbours import Neighbours, far_of, made, mixed
 from gainstage.signal.quadrature import Array, coarse, expectation, nodes, quantiles, weights
+from gainstage.signal.spread import product_stray
 from gainstage.signal.value import Lean, Marginal, Statistic, Value, gaussian, gaussian_marginal, statistic_at
 
 
@@ -141,6 +143,7 @@ def add(x: Value, y: Value, sign: float = 1.0) -> Value:
         source=object(),
         lineage=x.lineage | y.lineage,
         log_variance=share**2 * x.log_variance + (1.0 - share) ** 2 * y.log_variance,
+        overlap=share**2 * x.overlap + (1.0 - share) ** 2 * y.overlap,
         is_weight=x.is_weight and y.is_weight,
         levels=profile,
         mask=y.mask if x.mask is None else x.mask if y.mask is None else x.mask & y.mask,
@@ -247,7 +250,7 @@ def multiply(x: Value, y: Value) -> Value:
             is_weight=x.is_weight and y.is_weight, log_variance=x.log_variance + y.log_variance,
             levels=levels.product(x.levels, y.levels),
         )  # fmt: skip
-    return Value(
+    product = Value(
         dims=x.dims,
         mean=mean,
         table=table,
@@ -260,6 +263,9 @@ def multiply(x: Value, y: Value) -> Value:
         levels=levels.product(x.levels, y.levels),
         near=_product_neighbours(x, y),
     )
+    if product.is_weight or float(shared[full]) != 0.0:
+        return product
+    return replace(product, log_variance=product.log_variance + product_stray(x, y, product))
 
 
 def _product_neighbours(x: Value, y: Value) -> Neighbours | None:
@@ -332,9 +338,11 @@ def dropout(x: Value, keep: float, shared: Sequence[int] = ()) -> Value:
         grid = quantiles(np.append(kept, 0.0), np.append(weights() * keep, 1.0 - keep))
         return standardised(grid, x.mean, std)
 
+    coins = math.prod(n for d, n in enumerate(x.shape) if d not in shared)
+    thrown = (1.0 / keep - 1.0) / coins if shared else 0.0  # where entries have a coin each, the marginal says it
     return replace(
         x, table=table, marginal=Marginal(object(), values), rho=None, amplitude=amplitude_of(x), statistic=None, constant=None,
-        near=_dropped_neighbours(x, keep, [axis for d in shared for axis in x.dims[d]]),
+        log_variance=x.log_variance + thrown, near=_dropped_neighbours(x, keep, [axis for d in shared for axis in x.dims[d]]),
     )  # fmt: skip
 
 

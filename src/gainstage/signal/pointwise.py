@@ -23,6 +23,7 @@ from gainstage.signal.quadrature import (
     power_series,
     quantiles,
 )
+from gainstage.signal.spread import held
 from gainstage.signal.value import Marginal, Value, statistic_at
 
 Function = Callable[..., torch.Tensor]
@@ -59,11 +60,25 @@ def on_latent(x: Value, values: Array, **changes: object) -> Value:
         source=object(),
         lineage=x.lineage,
         log_variance=x.log_variance,
+        overlap=_overlap_after(x, series, rho),
         is_weight=x.is_weight,
         mask=x.mask,
         gram=x.gram,
     )
     return _with_neighbours(x, replace(made, **changes) if changes else made)  # type: ignore[arg-type]
+
+
+def _overlap_after(x: Value, series: Array, rho: Array) -> float:
+    """A cosine that strays is passed on by the slope of the map of cosines, at the largest there is between two places."""
+    apart = rho.ravel()[:-1]
+    if x.overlap == 0.0 or not apart.size:
+        return x.overlap
+    at = float(np.clip(apart.max(), 0.0, 1.0))
+    before, after = (
+        float(np.polynomial.polynomial.polyval(at, s[1:] * np.arange(1, len(s)))) / float(s.sum())
+        for s in (x.marginal.series, series)
+    )
+    return x.overlap * (after / before) ** 2 if before > 0.0 else 0.0
 
 
 def _with_neighbours(x: Value, made: Value) -> Value:
@@ -180,7 +195,9 @@ def combine(function: Function, x: Value, y: Value) -> Value:
         assert y.statistic is not None
         centres = y.centres() if function is torch.mul else 1.0 / y.centres()
         number, profile = statistic_at(y.statistic.of, centres, None)
-        return replace(modulate(x, profile, number.centre), lineage=x.lineage | y.lineage, log_variance=0.0)
+        scaled = replace(modulate(x, profile, number.centre), lineage=x.lineage | y.lineage)
+        is_norm = abs(scaled.second_moment - 1.0) < 0.05
+        return held(scaled) if is_norm else replace(scaled, log_variance=0.0)
     if function is torch.mul and _is_statistic_of(x, y):
         return combine(function, y, x)
     if function is torch.add or function is torch.sub:

@@ -118,7 +118,8 @@ class Value:
 
     ``source`` and ``amplitude``: the tensor's linear part in an earlier tensor (often itself): its component in each
     subspace of the axes, see :func:`gainstage.signal.linear.cross_table`. ``log_variance``: variance over draws of the log of the
-    level that it inherits from upstream. ``lineage``: bit mask of the parameters it depends on. ``levels``: where some
+    level that it inherits from upstream. ``overlap``: variance over draws of the cosine between what two places hold, beyond that
+    of independent entries. ``lineage``: bit mask of the parameters it depends on. ``levels``: where some
     coordinates are louder than others by design (the query, key and value rows of one projection; the parts of a concatenation),
     the root mean square of each over that of the whole, with one dimension for each axis, of size 1 where it does not vary.
     ``lean``: how each of those coordinates leans on the average over all, where this is not in proportion to its level.
@@ -138,6 +139,7 @@ class Value:
     mask: torch.Tensor | None = None
     lineage: int = 0
     log_variance: float = 0.0
+    overlap: float = 0.0
     constant: torch.Tensor | None = None
     is_weight: bool = False
     levels: Array | None = None
@@ -185,21 +187,28 @@ class Value:
         rho[(1,) * rho.ndim] = 1.0
         return rho
 
+    def square_covariance(self) -> Array:
+        """``Cov(x_i^2, x_j^2) / E[x^2]^2``, by what two entries share."""
+        square = self.marginal.values**2
+        level = expectation(square)
+        if level <= 0.0:
+            return np.zeros_like(self.table)
+        series = power_series(square / level)
+        series[0] = 0.0
+        return evaluate_series(series, self.correlation())
+
+    def average(self, table: Array) -> float:
+        """Average over all pairs of entries of what is given by what they share."""
+        for axis in self.axes:
+            table = table[0] + (table[1] - table[0]) / axis.size
+        return float(table)
+
     def fluctuation(self) -> float:
         """Variance of the mean of x^2 over all entries, relative to its square: how far one draw's level strays.
 
         ``average over pairs (i, j) of Cov(x_i^2, x_j^2) / E[x^2]^2``; 2/n for n independent Gaussian entries, 5/n after ReLU.
         """
-        square = self.marginal.values**2
-        level = expectation(square)
-        if level <= 0.0:
-            return 0.0
-        series = power_series(square / level)
-        series[0] = 0.0
-        table = evaluate_series(series, self.correlation())
-        for axis in self.axes:
-            table = table[0] + (table[1] - table[0]) / axis.size
-        return max(float(table), 0.0)
+        return max(self.average(self.square_covariance()), 0.0)
 
     def leaning(self) -> Array:
         """``E[x_i mean(x)] / E[mean(x)^2]`` of each coordinate; its mean is 1."""
@@ -246,6 +255,12 @@ def independent(shape: tuple[int, ...], mean: float, std: float, **extra: object
     table = np.full((2,) * len(axes_of(dims)), mean**2)
     table[(1,) * table.ndim] += std**2
     return gaussian(dims, mean, table, None, **extra)
+
+
+def coins(shape: tuple[int, ...], p: float) -> Value:
+    """Tensor of independent entries that are 1 with probability p, else 0."""
+    x = independent(shape, p, (p * (1.0 - p)) ** 0.5)
+    return replace(x, marginal=Marginal(object(), lambda: np.asarray(cumulative() > 1.0 - p, dtype=np.float64)))
 
 
 def spread_pairs(averaged: Array, sizes: tuple[int, ...]) -> Array:

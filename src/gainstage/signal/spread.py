@@ -1,0 +1,87 @@
+"""Spread: how far the level of one draw strays from the average over draws, beyond what a table of second moments shows.
+
+The variance of the mean of y^2 over all entries is the average over pairs of ``Cov(y_i^2, y_j^2)``. A Gaussian tensor has
+``2 K_ij^2`` there, and :meth:`Value.fluctuation` averages it. What is added here is the covariance of squares that comes without
+a covariance of entries: of outputs that share weights, or a coin.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from gainstage.signal.value import Value
+
+
+def overlap_variance(x: Value, terms: Mapping[int, float], alone: Sequence[int], places: Sequence[int]) -> float:
+    """``Var(x_i . x_j) / E[x . x]^2`` for what two outputs of a layer read: how unequally alike it is from draw to draw.
+
+    For ``x = m + u``, summed over pairs of terms, with C the covariance of u within what one output reads and between two,
+
+        Var(x_i . x_j) = sum  2 m^2 (C_ii + C_ij) + C_ii^2 + C_ij^2
+
+    as if u were Gaussian: 1/n for n independent entries. What a product of earlier layers has made alike on top of that is
+    carried as ``x.overlap``: 1/n for each linear layer of n channels.
+
+    Args:
+        x: what the weights are multiplied with.
+        terms: position of an axis of x that is summed over -> number of terms along it (of a map: taps, fewer than places).
+        alone: positions of axes along which every coordinate has weights of its own (groups).
+        places: those axes among the summed along which another output reads other coordinates (a map).
+    """
+    free = [p for p in range(x.table.ndim) if p not in terms and p not in alone]
+    covariance = x.covariance[tuple(slice(1, 2) if p in alone else slice(None) for p in range(x.table.ndim))]
+    pairs = np.ones((1,) * x.table.ndim)
+    for position, number in terms.items():
+        shape = [2 if p == position else 1 for p in range(x.table.ndim)]
+        pairs = pairs * np.array([number * (number - 1.0), number]).reshape(shape)
+    within = covariance[tuple(slice(1, 2) if p in free else slice(None) for p in range(x.table.ndim))]
+    variance, apart = 0.0, 0.0
+    for shared in np.ndindex((2,) * len(free)):
+        if all(shared) and not places:
+            continue
+        sizes = [x.axes[p].size for p in free]
+        weight = math.prod(1.0 / size if same else 1.0 - 1.0 / size for same, size in zip(shared, sizes, strict=True))
+        picked = {p: slice(same, same + 1) for p, same in zip(free, shared, strict=True)} | {p: slice(0, 1) for p in places}
+        between = covariance[tuple(picked.get(p, slice(None)) for p in range(x.table.ndim))]
+        variance += weight * float((pairs * (2.0 * x.mean**2 * (within + between) + within**2 + between**2)).sum())
+        apart += weight
+    level = math.prod(terms.values()) * x.second_moment
+    return max(variance, 0.0) / level**2 + apart * x.overlap if level > 0.0 else 0.0
+
+
+def weighted(y: Value, overlap: float, weight: Value, terms: float) -> Value:
+    """Outputs of one channel share its weights, whatever they read: ``2 Var(x_i . x_j) / E[x . x]^2`` over their number.
+
+    Given the inputs, two outputs with the same Gaussian weights of variance v have ``Cov(y_i^2, y_j^2) = 2 v^2 (x_i . x_j)^2``.
+    Its part ``2 v^2 (E[x_i . x_j])^2`` is in the table of y. A layer of n inputs and N outputs strays by ``2 / (n N)``.
+
+    Args:
+        y: the outputs.
+        overlap: of what they read, see :func:`overlap_variance`.
+        weight: its entries are independent.
+        terms: how many of them meet in one output.
+    """
+    channels = math.prod(weight.shape) / terms
+    return replace(y, log_variance=y.log_variance + 2.0 * overlap / channels, overlap=overlap)
+
+
+def held(x: Value, share: float = 1.0) -> Value:
+    """A tensor whose level is fixed by normalization: what its entries stray by, the norm takes back.
+
+    ``log_variance = -share fluctuation``, so that the level strays by nothing, and that of a function of it by the angles alone:
+    3/n after ReLU, where free entries have 5/n. ``share``: of the square that the norm divides by, what is not its epsilon.
+    """
+    return replace(x, log_variance=-(share**2) * x.fluctuation())
+
+
+def product_stray(x: Value, y: Value, product: Value) -> float:
+    """Variance of the level of a product of independent tensors that its own table does not show.
+
+    ``average over pairs of (1 + A_x)(1 + A_y) - 1`` with A the covariances of squares: a coin thrown for a whole sample.
+    """
+    joint = (1.0 + x.square_covariance()) * (1.0 + y.square_covariance()) - 1.0
+    return max(product.average(joint) - product.fluctuation(), 0.0)

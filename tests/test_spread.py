@@ -1,0 +1,94 @@
+"""The predicted spread against the deviation over many real draws of weights and inputs."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import gainstage as gs
+
+DRAWS = 400
+
+
+def chain(width, depth, act):
+    return nn.Sequential(*[layer for _ in range(depth) for layer in (nn.Linear(width, width, bias=False), act())])
+
+
+class StochasticDepth(nn.Module):
+    def forward(self, x):
+        return x * torch.empty(x.shape[0], 1).bernoulli_(0.7) / 0.7
+
+
+class Look(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.rows = nn.Embedding(6, 16)
+        self.register_buffer("ids", torch.tensor([[0, 1, 2, 3, 4, 5, 0, 0], [1, 1, 2, 0, 4, 1, 0, 3]]))
+
+    def forward(self, x):
+        return self.rows(self.ids) + 0.0 * x[0, 0]
+
+
+class Gated(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.gate, self.up, self.down = (nn.Linear(32, 32, bias=False) for _ in range(3))
+
+    def forward(self, x):
+        return self.down(F.silu(self.gate(x)) * self.up(x))
+
+
+def rows(batch, width):
+    return lambda: (torch.randn(batch, width),)
+
+
+def maps(batch, channels, size):
+    return lambda: (torch.randn(batch, channels, size, size),)
+
+
+CASES = {
+    # name: (model, inputs, tolerance of the log of the deviation beyond the sampling error)
+    "linear chain": (lambda: chain(32, 8, nn.Identity), rows(64, 32), 0.1),
+    "relu chain": (lambda: chain(48, 6, nn.ReLU), rows(64, 48), 0.1),
+    "relu chain, one sample": (lambda: chain(48, 6, nn.ReLU), rows(1, 48), 0.1),
+    "tanh chain": (lambda: chain(32, 4, nn.Tanh), rows(32, 32), 0.1),
+    "one layer of many inputs": (lambda: nn.Linear(64, 4, bias=False), rows(512, 64), 0.1),
+    "convolution": (lambda: nn.Conv2d(4, 8, 3, bias=False), maps(8, 4, 16), 0.1),
+    "depthwise convolution": (lambda: nn.Conv2d(8, 8, 3, groups=8, bias=False), maps(8, 8, 16), 0.1),
+    "strided transposed convolution": (lambda: nn.ConvTranspose2d(4, 8, 4, stride=2, padding=1, bias=False), maps(8, 4, 8), 0.1),
+    "dropped channels": (lambda: nn.Dropout2d(0.3), maps(2, 8, 8), 0.1),
+    "dropped samples": (lambda: nn.Sequential(nn.Linear(32, 64, bias=False), StochasticDepth()), rows(16, 32), 0.1),
+    "embedding": (Look, rows(1, 16), 0.1),
+    "gate": (Gated, rows(32, 32), 0.1),
+}
+
+
+def redraw(model):
+    """Normal weights of He's deviation: what the predicted spread is about; uniform entries stray less."""
+    for parameter in model.parameters():
+        fan_in = 1 if isinstance(model, Look) else parameter[0].numel()
+        nn.init.normal_(parameter, std=math.sqrt(2.0 / fan_in))
+
+
+def strayed(model, inputs):
+    logs = []
+    with torch.no_grad():
+        for _ in range(DRAWS):
+            redraw(model)
+            logs.append(math.log(float(model(*inputs()).square().mean())))
+    return float(np.std(logs, ddof=1))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_spread_is_the_deviation_of_the_log_over_draws(name):
+    make, inputs, tolerance = CASES[name]
+    torch.manual_seed(0)
+    model = make()
+    redraw(model)
+    predicted = gs.inspect(model, inputs()).calls[-1].outputs[0].spread
+    found = strayed(model, inputs)
+    sampling = 4.0 / math.sqrt(2.0 * DRAWS)  # four standard errors of the log of a standard deviation
+    assert abs(math.log(predicted / found)) <= tolerance + sampling
