@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from gainstage.capture import capture
+from gainstage.errors import RoleConflictError, UnknownNameError
 from gainstage.roles import Branch, Roles, Setter, infer_roles
 
 W = 8  # width of the small models
@@ -523,3 +524,47 @@ def test_roles_of_small_modules(case):
     if case.heads is not None:
         assert [(named(head.setters), head.width) for head in roles.heads] == case.heads
     assert all(use.reason for found in roles.uses.values() for use in found)
+
+
+def overridden(build: Callable[[], nn.Module], overrides: dict[str, str]) -> Roles:
+    return infer_roles(capture(build(), sequence()), overrides)
+
+
+def test_an_override_changes_uses_and_structures():
+    roles = overridden(PreNorm, {"mlp.0.w*": "residual_end", "mlp.2.weight": "hidden", "attn.q.weight": "key"})
+    assert [levels(stream.branches) for stream in roles.streams] == [[{"attn.out.weight"}, {"mlp.0.weight"}]]
+    assert {roles.of(name).value for name in ("mlp.2.weight", "attn.k.weight")} == {"hidden", "key"}
+    assert [(named(logits.queries), named(logits.keys)) for logits in roles.logits] == [
+        (set(), {"attn.q.weight", "attn.k.weight"})
+    ]
+    branch = roles.streams[0].branches[1]
+    assert branch.setters[0].use in roles.uses["mlp.0.weight"]
+    assert "'mlp.0.w*'" in branch.setters[0].use.reason
+
+
+def test_a_kept_parameter_leaves_all_structures():
+    roles = overridden(PreNorm, {"attn.*.weight": "kept"})
+    assert [levels(stream.branches) for stream in roles.streams] == [[set(), {"mlp.2.weight"}]]
+    assert [(logits.queries, logits.keys) for logits in roles.logits] == [((), ())]
+
+
+def test_an_override_makes_a_head():
+    roles = overridden(lambda: nn.Sequential(nn.Linear(W, 5), nn.LayerNorm(5)), {"0.weight": "output_head"})
+    assert [(named(head.setters), head.width) for head in roles.heads] == [({"0.weight"}, 5)]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "error", "words"),
+    [
+        ({"mlp.7.weight": "hidden"}, UnknownNameError, ["'mlp.7.weight'", "Nearest: mlp."]),
+        ({"mlp.0.weight": "residual"}, UnknownNameError, ["'residual'", "Nearest: residual_end"]),
+        ({"attn.q.bias": "query"}, RoleConflictError, ["attn.q.bias cannot be query", "is added to the contraction"]),
+        ({"norms.0.weight": "embedding"}, RoleConflictError, ["cannot be embedding", "norm_scale"]),
+        ({"*.q.*t": "key", "attn.q.weight": "query"}, RoleConflictError, ["'*.q.*t'", "'attn.q.weight'", "key", "query"]),
+        ({"attn.q.weight": "merge_end"}, RoleConflictError, ["merge_end", "reaches no branch"]),
+    ],
+)
+def test_impossible_overrides_are_refused_with_both_reasons(overrides, error, words):
+    with pytest.raises(error) as caught:
+        overridden(PreNorm, overrides)
+    assert all(word in str(caught.value) for word in words), str(caught.value)

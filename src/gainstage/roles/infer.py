@@ -12,24 +12,30 @@ from gainstage.roles.gates import find_gates
 from gainstage.roles.heads import Output, find_outputs, find_routers
 from gainstage.roles.merges import Siblings, find_siblings, summands
 from gainstage.roles.model import Branch, Head, Logits, Merge, Role, Roles, Stream
+from gainstage.roles.override import apply_overrides
 from gainstage.roles.sites import Site, find_sites
 from gainstage.roles.streams import Chain, Residual, find_residuals, link
 from gainstage.roles.walk import Found, Walked, walk_back
 from gainstage.roles.wiring import Wiring, wire
 
 
-def infer_roles(graph: Graph) -> Roles:
+def infer_roles(graph: Graph, overrides: Mapping[str, str] | None = None) -> Roles:
     """What every parameter of a model is for.
 
     Args:
         graph: a captured model.
+        overrides: patterns of parameter names -> the name of a role; what each does is said at ``apply_overrides``.
 
     Returns:
         Uses of all parameters, and the structures that they are part of.
+
+    Raises:
+        UnknownNameError: a pattern that matches no parameter, or a role that does not exist.
+        RoleConflictError: a role that the graph makes impossible, or two patterns that contradict each other.
     """
     wiring = wire(graph)
-    sites = find_sites(wiring)
-    return _Inference(wiring, sites).roles()
+    roles = _Inference(wiring, find_sites(wiring)).roles()
+    return apply_overrides(roles, graph, overrides) if overrides else roles
 
 
 @dataclass(frozen=True, slots=True)
