@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from fnmatch import fnmatchcase
 from typing import Any
 
 from torch import nn
 
+from gainstage.apply import apply
 from gainstage.capture import capture
+from gainstage.errors import UnknownNameError, nearest
 from gainstage.graph import Graph, Node, ParameterInfo
 from gainstage.plan import Plan
+from gainstage.policies import Policy, find_policy
 from gainstage.propagate import (
     Trace,
     build_trace,
@@ -19,12 +23,14 @@ from gainstage.propagate import (
     parameter_value,
     propagate,
 )
+from gainstage.roles import infer_roles
 from gainstage.signal import Value
 from gainstage.signal.gain import gain
+from gainstage.solve import Present, find_family, solve
 from gainstage.verify import Check, check_values
 from gainstage.verify import verify as compare_with
 
-__all__ = ["gain", "inspect", "verify"]
+__all__ = ["apply", "gain", "initialize", "inspect", "plan", "verify"]
 
 
 def inspect(model: nn.Module, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None) -> Trace:
@@ -59,6 +65,69 @@ def present_trace(graph: Graph, model: nn.Module) -> Trace:
         return parameter_value(info, index[info.name], *moments[info.name], level_profile(tensors[info.name]))
 
     return build_trace(graph, propagate(graph, present, measured_input))
+
+
+def plan(
+    model: nn.Module, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None, *, policy: str | Policy = "unit",
+    roles: Mapping[str, str] | None = None, distribution: str = "normal", keep: Sequence[str] = (), include_frozen: bool = False,
+) -> Plan:  # fmt: skip
+    """Choose a distribution for every parameter; change nothing.
+
+    Args:
+        model: any module, also on the meta device, in the mode that it will be trained in.
+        args: positional example inputs; their statistics are measured, those on the meta device are taken as standard normal.
+        kwargs: keyword inputs.
+        policy: a named set of targets (unit, torch, he, glorot, lecun, gpt2), or one of your own.
+        roles: glob pattern of parameter names -> role, where the graph is not to decide.
+        distribution: what weights are drawn from: normal, truncated_normal, uniform, orthogonal or delta_orthogonal.
+        keep: glob patterns of parameters to leave as they are.
+        include_frozen: plan parameters that take no gradient, too.
+
+    Returns:
+        The plan: what :func:`apply` draws, what :func:`verify` checks, and ``plan.explain(name)``.
+
+    Raises:
+        UnknownNameError: a policy, role, distribution or parameter that does not exist.
+        NonFiniteError: NaN or infinity in an input or in a parameter that is kept.
+        GainstageError: the model cannot be captured or predicted.
+
+    Example::
+
+        plan = gs.plan(model, (x,))
+        print(plan.explain("layer3.0.conv2.weight"))
+    """
+    chosen, family = find_policy(policy), find_family(distribution)
+    graph = capture(model, args, kwargs)
+    kept = kept_parameters(graph, [keep] if isinstance(keep, str) else keep, include_frozen=include_frozen)
+    present = Present(moments=moments_of(model), kept=kept)
+    return solve(graph, infer_roles(graph, roles), chosen, present=present, source=measured_input, family=family)
+
+
+def initialize(
+    model: nn.Module, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None, *, seed: int = 0, **options: Any
+) -> Plan:
+    """Plan and apply.
+
+    Args:
+        model: any module with memory behind its parameters.
+        args: positional example inputs.
+        kwargs: keyword inputs.
+        seed: any integer; equal seeds give equal values.
+        options: as for :func:`plan`.
+
+    Returns:
+        The plan that was applied.
+
+    Raises:
+        GainstageError: as :func:`plan` and :func:`apply`; the model is then unchanged.
+
+    Example::
+
+        gs.initialize(model, (x,), seed=1)
+    """
+    made = plan(model, args, kwargs, **options)
+    apply(model, made, seed=seed)
+    return made
 
 
 def verify(
@@ -96,3 +165,33 @@ def measured_input(node: Node) -> Value:
     assert node.meta is not None
     assert not isinstance(node.meta, tuple)
     return input_value(node.name, node.value, node.meta.shape)
+
+
+def moments_of(model: nn.Module) -> Callable[[str], tuple[float, float] | None]:
+    """Mean and variance of a parameter's present values, measured when asked for; None on the meta device."""
+    tensors = dict(model.named_parameters())
+
+    def moments(name: str) -> tuple[float, float] | None:
+        return None if tensors[name].is_meta else parameter_moments({name: tensors[name]})[name]
+
+    return moments
+
+
+def kept_parameters(graph: Graph, patterns: Sequence[str], *, include_frozen: bool) -> dict[str, str]:
+    """Parameters that are not to be planned, with the reason.
+
+    Raises:
+        UnknownNameError: a pattern that no parameter matches.
+    """
+    kept: dict[str, str] = {}
+    for pattern in patterns:
+        matching = [
+            name for name, info in graph.parameters.items() if any(fnmatchcase(known, pattern) for known in (name, *info.aliases))
+        ]
+        if not matching:
+            raise UnknownNameError(f"keep={pattern!r} matches no parameter{nearest(pattern, graph.parameters)}")
+        kept |= dict.fromkeys(matching, f"kept on request ({pattern})")
+    if not include_frozen:
+        frozen = [name for name, info in graph.parameters.items() if not info.requires_grad]
+        kept = dict.fromkeys(frozen, "kept: frozen (it takes no gradient)") | kept
+    return kept

@@ -148,8 +148,11 @@ def _lower_block(lowered: Lowered, block: fx.GraphModule, values: dict[fx.Node, 
 
 
 def _is_mask(value: torch.Tensor) -> bool:
-    """Whether a floating-point input is an additive attention mask: entries near minus infinity have no other use."""
-    return not value.is_meta and bool((value <= torch.finfo(value.dtype).min / 2).any())
+    """Whether a floating-point input is an additive attention mask: no entry above zero, and some near minus infinity."""
+    if value.is_meta or value.numel() == 0:
+        return False
+    lowest, highest = value.aminmax()
+    return bool(lowest <= torch.finfo(value.dtype).min / 2) and bool(highest <= 0)
 
 
 def _attribute(lowered: Lowered, block: fx.GraphModule, origin: fx.Node, prefix: str) -> Any:

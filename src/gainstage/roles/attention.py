@@ -79,10 +79,10 @@ def _mixes_heads(wiring: Wiring, i: int) -> bool:
 
 
 def _last_scaling(wiring: Wiring, i: int) -> int:
-    """From a product down through constant scalings that alone read it."""
+    """From a product down through constant scalings, and a cap between them (Gemma's tanh), that alone read it."""
     while len(wiring.readers[i]) == 1:
         reader = wiring.readers[i][0]
-        is_scaling = wiring.names[reader] in ("mul", "div") and wiring.main[reader] == i
+        is_scaling = wiring.names[reader] in ("mul", "div", "tanh") and wiring.main[reader] == i
         if not is_scaling:
             break
         i = reader

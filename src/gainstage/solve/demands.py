@@ -190,7 +190,7 @@ class _Claims:
             contracted = [use for use in uses if is_contraction(self.graph.by_name[use.node])]
             own = [use for use in contracted if use.role is role] if role is Role.TIED_HEAD else []
             use = next(iter(own or contracted), None)
-            if setting.is_fixed or use is None:
+            if setting.is_fixed or setting.variance == 0.0 or use is None:
                 continue
             target = self.target(role)
             rule = target if isinstance(target, Level | FanScaled) else Level()

@@ -72,7 +72,7 @@ class _Start:
 
     def by_target(self, blank: Setting, role: Role, target: Target) -> Setting:
         if isinstance(target, Keep):
-            return self.kept(blank, "")
+            return self.kept(blank, "nothing is known of what it is for: it reaches no output" if role is Role.UNUSED else "")
         if isinstance(target, ModuleDefault):
             return self.by_module(blank)
         if role is Role.LAYER_SCALE and not self.is_setter(blank.info.name):

@@ -1,0 +1,178 @@
+"""``gs.plan``, ``gs.apply`` and ``gs.initialize`` as a user meets them: real models, bad input, a model left as it was."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import gainstage as gs
+from gainstage.plan import Family
+
+
+def network():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(16, 32), nn.LayerNorm(32), nn.GELU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 10))
+
+
+X = torch.randn(8, 16, generator=torch.Generator().manual_seed(1))
+
+
+def test_planning_changes_nothing():
+    model = network().train()
+    model[0].weight.grad = torch.ones(32, 16)
+    before, state = copy.deepcopy(model.state_dict()), torch.get_rng_state()
+    gs.plan(model, (X,))
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    assert torch.equal(state, torch.get_rng_state())
+    assert model.training
+    assert torch.equal(model[0].weight.grad, torch.ones(32, 16))
+
+
+def test_initialize_is_plan_and_apply():
+    model, other = network(), network()
+    plan = gs.initialize(model, (X,), seed=5)
+    gs.apply(other, gs.plan(other, (X,)), seed=5)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
+    assert plan == gs.plan(model, (X,))
+    assert gs.Plan.from_json(plan.to_json()) == plan
+    assert gs.verify(model, (X,), plan=plan).ok
+
+
+def test_keyword_inputs_and_options_pass_through():
+    plan = gs.initialize(network(), kwargs={"input": X}, policy="he", distribution="truncated_normal", keep=["3.*"])
+    assert plan.policy == "he"
+    assert plan.parameters["0.weight"].distribution.family is Family.TRUNCATED_NORMAL
+    assert plan.parameters["3.weight"].distribution.family is Family.KEEP
+
+
+def test_kept_and_frozen_parameters_keep_their_values_and_count_with_them():
+    model = network()
+    with torch.no_grad():
+        model[3].weight.mul_(3.0)
+    model[3].weight.requires_grad_(requires_grad=False)
+    before = model[3].weight.clone()
+    plan = gs.initialize(model, (X,), keep="5.bias")
+    assert torch.equal(model[3].weight, before)
+    assert "frozen" in plan.explain("3.weight")
+    assert "kept on request (5.bias)" in plan.explain("5.bias")
+    level = 32 * float(before.square().mean()) * plan.predictions["2@0"][0]
+    assert plan.predictions["3@0"][0] == pytest.approx(level, rel=1e-6)
+    assert gs.plan(model, (X,), include_frozen=True).parameters["3.weight"].distribution.family is Family.NORMAL
+
+
+def test_a_policy_of_ones_own():
+    from gainstage.policies import POLICIES, Level
+    from gainstage.roles import Role
+
+    unit = POLICIES["unit"]
+    louder = gs.Policy(name="louder", targets={**unit.targets, Role.HIDDEN: Level(4.0)}, source="this test")
+    plan = gs.plan(network(), (X,), policy=louder)
+    assert plan.policy == "louder"
+    assert plan.predictions["3@0"] == pytest.approx((4.0,), rel=1e-3)
+
+
+def test_a_model_on_meta_is_planned_like_a_real_one():
+    with torch.device("meta"):
+        model = network()
+    on_meta, real = gs.plan(model, (torch.empty(8, 16, device="meta"),)), gs.plan(network(), (torch.randn(8, 16),))
+    for name, planned in on_meta.parameters.items():
+        assert planned.distribution.std == pytest.approx(real.parameters[name].distribution.std, rel=0.1), name
+    assert on_meta.fingerprint == real.fingerprint
+
+
+class Partly(nn.Module):
+    """One module that is never called, one table that is added as it is."""
+
+    def __init__(self):
+        super().__init__()
+        self.used, self.spare = nn.Linear(16, 16), nn.Linear(16, 16)
+        self.table = nn.Parameter(0.02 * torch.randn(8, 16))
+
+    def forward(self, x):
+        return self.used(x) + self.table
+
+
+def test_what_is_never_called_and_what_nothing_contracts_is_kept_and_said():
+    model = Partly()
+    before = copy.deepcopy(model.state_dict())
+    plan = gs.initialize(model, (X,))
+    assert {plan.parameters[name].role for name in ("spare.weight", "spare.bias")} == {"unused"}
+    assert plan.parameters["table"].role == "kept"
+    for name in ("spare.weight", "spare.bias", "table"):
+        assert torch.equal(model.state_dict()[name], before[name])
+    assert "kept as they are: table, spare.weight, spare.bias" in plan.notes
+    assert "reaches no output" in plan.explain("spare.weight")
+
+
+class Integers(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(3))
+
+    def forward(self, index):
+        return index + 1
+
+
+BAD = {
+    "policy": (network, {"policy": "unti"}, gs.UnknownNameError, "nearest: unit"),
+    "distribution": (network, {"distribution": "gaussian"}, gs.UnknownNameError, "known are normal, truncated_normal"),
+    "kept name": (network, {"keep": ["0.wieght"]}, gs.UnknownNameError, "nearest: 0.weight"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_unknown_names_are_told_the_nearest(case):
+    make, options, error, words = BAD[case]
+    with pytest.raises(error, match=words):
+        gs.plan(make(), (X,), **options)
+
+
+def spoiled(value):
+    model = network()
+    with torch.no_grad():
+        model[0].weight[0, 0] = value
+    return model
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_values_that_are_not_finite(value):
+    with pytest.raises(gs.NonFiniteError, match=r"0\.weight"):
+        gs.plan(spoiled(value), (X,), keep=["0.weight"])
+    gs.initialize(model := spoiled(value), (X,))  # what is drawn anew may hold anything before
+    assert all(torch.isfinite(parameter).all() for parameter in model.parameters())
+    with pytest.raises(gs.NonFiniteError, match="input"):
+        gs.plan(network(), (X * value,))
+
+
+def test_nothing_to_follow():
+    with pytest.raises(gs.NoSignalError):
+        gs.plan(Integers(), (torch.arange(3),))
+
+
+@pytest.mark.parametrize(
+    ("parameter", "words"),
+    [
+        (torch.zeros(4, 16, dtype=torch.complex64), "complex"),
+        (torch.zeros(0, 16), "size zero"),
+        (torch.zeros(4, 16).to_sparse(), "not dense"),
+    ],
+)
+def test_parameters_without_a_level(parameter, words):
+    model = network()
+    model.register_parameter("extra", nn.Parameter(parameter))
+    with pytest.raises(gs.UnsupportedParameterError, match=words):
+        gs.plan(model, (X,))
+
+
+def test_lazy_modules_ask_for_a_forward_pass():
+    with pytest.raises(gs.UnsupportedParameterError, match="lazy"):
+        gs.plan(nn.Sequential(nn.LazyLinear(4)), (X,))
+
+
+def test_a_failing_apply_leaves_the_model_unchanged():
+    model, other = network(), nn.Linear(16, 4)
+    before = copy.deepcopy(other.state_dict())
+    with pytest.raises(gs.PlanMismatchError):
+        gs.apply(other, gs.plan(model, (X,)))
+    assert all(torch.equal(before[name], value) for name, value in other.state_dict().items())
