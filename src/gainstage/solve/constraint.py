@@ -36,6 +36,7 @@ class Kind(Enum):
     MERGE = "merge"
     LOGITS = "logits"
     HEAD = "head"
+    GAIN = "gain"  # of a weight that is normalised before it is contracted
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,7 +77,8 @@ class Demand:
 class Own:
     """The variance of a contracted parameter from its own contraction: by its output's level, or by its fans.
 
-    ``parts``: those decided here for good; the others start from the same rule and are scaled later, unless ``starts`` is False.
+    ``parts``: those decided here for good; the others start from the same rule and are scaled later. ``starts`` is False where
+    nothing is to be decided: for a tied head, whose demand comes later, and for a weight whose scale its own gain replaces.
     """
 
     use: Use

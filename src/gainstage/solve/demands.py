@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 
 from gainstage.graph import Graph, NodeKind, TensorMeta
 from gainstage.policies import EqualContribution, FanScaled, KeyVariance, Level, NearChance, Policy, StreamShare
-from gainstage.roles import Branch, Head, Logits, Merge, Role, Roles, Setter, Stream
+from gainstage.roles import Branch, Head, Logits, Merge, Role, Roles, Setter, Stream, Use
 from gainstage.solve.constraint import Demand, Goal, Kind, Lever, Own, Quantity, chance_level, is_contraction
+from gainstage.solve.initial import is_weight_gain
 from gainstage.solve.setting import Part, Setting, covers, parts_of
 
 
@@ -39,6 +40,8 @@ def collect_demands(graph: Graph, roles: Roles, policy: Policy, settings: Mappin
     for head in roles.heads:
         if head not in tied:
             claims.head(head, Role.OUTPUT_HEAD)
+    for use in claims.weight_gains.values():
+        claims.gain(use)
     return Demands(tuple(claims.levels), tuple(claims.own()))
 
 
@@ -55,9 +58,13 @@ class _Claims:
     levels: list[Demand] = field(default_factory=list)
     taken: set[Part] = field(default_factory=set)
     carriers: set[str] = field(init=False)
+    weight_gains: Mapping[str, Use] = field(init=False)  # by the contraction
 
     def __post_init__(self) -> None:
         self.carriers = _carriers(self.graph)
+        self.weight_gains = {
+            uses[0].node: uses[0] for name, uses in self.roles.uses.items() if is_weight_gain(self.graph, self.roles, name)
+        }
 
     def levers(self, setters: Iterable[Setter]) -> tuple[Lever, ...]:
         """Parts of these setters that may be scaled, free or taken."""
@@ -181,6 +188,13 @@ class _Claims:
         is_channel = dim == 1 if rank >= 4 else dim == rank - 1
         return meta.shape[dim] if is_channel else 1
 
+    def gain(self, use: Use) -> None:
+        target = self.target(Role.HIDDEN)
+        levers = self.free(self.levers([Setter(use)]))
+        if isinstance(target, Level) and levers:
+            goal = Goal(constant=target.second_moment)
+            self.claim(Demand(kind=Kind.GAIN, node=use.node, quantity=Quantity.SECOND_MOMENT, goal=goal, groups=(levers,)))
+
     def own(self) -> list[Own]:
         """For each contracted parameter the rule of its first contraction."""
         found = []
@@ -195,7 +209,7 @@ class _Claims:
             target = self.target(role)
             rule = target if isinstance(target, Level | FanScaled) else Level()
             parts = {(name, part) for part in range(len(setting.variances))} - self.taken
-            starts = bool(parts) or role is not Role.TIED_HEAD  # which would go back to the embedding once more
+            starts = (bool(parts) or role is not Role.TIED_HEAD) and use.node not in self.weight_gains
             found.append(Own(use=use, target=rule, parts=frozenset(parts), starts=starts))
         return found
 

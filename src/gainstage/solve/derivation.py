@@ -70,7 +70,7 @@ class Explainer:
         variance = setting.variances[part]
         progress = self.solution.own[own.use.parameter]
         rows = f"rows {_rows(setting, own.parts)}: " if len(own.parts) < len(setting.variances) else ""
-        if not isinstance(values.get(own.use.node), Value) or progress.has_no_effect:
+        if not isinstance(values.get(own.use.node), Value) or progress.has_no_effect or (own.parts and not own.starts):
             fan = nominal_fan_of(own.use, setting.info, self.graph)
             return [f"{rows}its scale cancels further down (the weight is normalised), so any will do: Var(w) = 1 / {fan:g}"]
         fan_in, fan_out = fans(own, self.graph, values, setting)
@@ -99,9 +99,14 @@ class Explainer:
     def _demand(self, demand: Demand, own: Own | None, setting: Setting, parts: Iterable[Part]) -> list[str]:
         progress = self.solution.demands[demand]
         rows = f"rows {_rows(setting, parts)}: " if len(set(parts)) < len(setting.variances) else ""
-        lines = {
-            Kind.STREAM: self._stream, Kind.MERGE: self._merge, Kind.LOGITS: self._logits, Kind.HEAD: self._head,
-        }[demand.kind](demand)  # fmt: skip
+        explain = {
+            Kind.STREAM: self._stream,
+            Kind.MERGE: self._merge,
+            Kind.LOGITS: self._logits,
+            Kind.HEAD: self._head,
+            Kind.GAIN: self._gain,
+        }[demand.kind]
+        lines = explain(demand)
         lines[0] = rows + lines[0]
         part = min(parts)[1]
         lines += self._filled_in(demand, own, setting.variances[part]) if own is not None else []
@@ -185,6 +190,11 @@ class Explainer:
                 "it is also the embedding: the head's demand wins, and the stream starts at the level that this gives it"
             )
         return lines
+
+    def _gain(self, demand: Demand) -> list[str]:
+        return [
+            f"the weight that it scales is normalised: it sets E[y^2] = {demand.goal.constant:g} at {self._place(demand.node)}"
+        ]
 
     def _level(self, node: str) -> float:
         value = self.solution.values[node]

@@ -52,6 +52,12 @@ def effective_role(graph: Graph, roles: Roles, name: str) -> Role:
     return scale if role in (Role.RESIDUAL_END, Role.MERGE_END) else role
 
 
+def is_weight_gain(graph: Graph, roles: Roles, name: str) -> bool:
+    """Whether a parameter scales a weight that is normalised before it is contracted: it alone sets the output's level."""
+    uses = roles.uses.get(name, ())
+    return roles.of(name) is Role.NORM_SCALE and bool(uses) and is_contraction(graph.by_name[uses[0].node])
+
+
 @dataclass(frozen=True, slots=True)
 class _Start:
     graph: Graph
@@ -126,6 +132,8 @@ class _Start:
         return replace(drawn, is_fixed=True, given=default, lines=(f"as {blank.info.module_type} draws it by itself",))
 
     def identity(self, blank: Setting, use: Use | None) -> Setting:
+        if is_weight_gain(self.graph, self.roles, blank.info.name):
+            return blank.with_all(mean=1.0, variance=0.0)  # such modules divide by the root of the fan-in themselves
         slope, offset = (1.0, 0.0) if use is None else self.effect(blank, use)
         return replace(blank, slope=slope, offset=offset).with_all(mean=(1.0 - offset) / slope, variance=0.0)
 
