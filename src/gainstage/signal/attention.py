@@ -69,6 +69,7 @@ def softmax(x: Value, dim: int) -> Value:
         overlap = np.take(uniform, 1, axis=position)
         rho = _fit(x, position, variance)
     matched = overlap * gain**rho
+    tilt = np.stack([rho * variance] * 2, axis=position)
     rest = (1.0 - size * matched) / (size * (size - 1.0)) if size > 1 else matched
     table = np.stack([rest, matched], axis=position)
     std = max(float(table[(1,) * table.ndim]) - size**-2.0, 0.0) ** 0.5
@@ -78,7 +79,7 @@ def softmax(x: Value, dim: int) -> Value:
 
     return Value(
         dims=x.dims, mean=1.0 / size, table=table, marginal=Marginal(object(), values), source=object(), lineage=x.lineage,
-        levels=profile,
+        levels=profile, tilt=tilt,
     )  # fmt: skip
 
 

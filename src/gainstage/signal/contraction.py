@@ -22,7 +22,7 @@ from gainstage.signal.axes import Axis, Dim, axes_of, distinct
 from gainstage.signal.movement import expand, merge_dim, refine, reshape
 from gainstage.signal.neighbours import Neighbours
 from gainstage.signal.quadrature import Array
-from gainstage.signal.rows import kept, pattern_of
+from gainstage.signal.rows import kept, pattern_of, tilted
 from gainstage.signal.spread import overlap_variance, weighted
 from gainstage.signal.value import Lean, Value, gaussian
 
@@ -48,12 +48,17 @@ def contract(a: Value, b: Value, labels_a: str, labels_b: str, labels_out: str) 
     out_dims = distinct(tuple(dims_of[label] for label in labels_out))
     out_index = [n for label in labels_out for n in numbers.of(label, dims_of[label])]
     table = np.asarray(np.einsum(*operands, out_index), dtype=np.float64)  # type: ignore[call-overload]
+    tilt = tilted(a, b, index_a, index_b, out_index)
+    gained = 0.0
+    if tilt is not None:
+        gained = np.einsum(tilt[0], index_a, tilt[1], index_b, *operands[4:], out_index)  # type: ignore[call-overload]
+        table = table + gained
     if pattern is None:
         profile = levels.carried([(a.levels, index_a), (b.levels, index_b)], out_index)
         result = contracted(a, b, out_dims, count * a.mean * b.mean, table, profile=profile)
         result = replace(result, gram=kept(a, b, out_dims) or kept(b, a, out_dims))
         return _strayed(result, a, b, (labels_a, labels_b, labels_out))
-    apart = np.asarray(np.einsum(pattern.between_keys(table_a), *operands[1:], out_index))  # type: ignore[call-overload]
+    apart = gained + np.asarray(np.einsum(pattern.between_keys(table_a), *operands[1:], out_index))  # type: ignore[call-overload]
     profile, gram = pattern.rows(table, apart, out_dims, out_index.index(index_a[pattern.query]))
     return replace(contracted(a, b, out_dims, count * a.mean * b.mean, table, profile=profile), gram=gram)
 

@@ -23,6 +23,7 @@ def map_tables(x: Value, dims: tuple[Dim, ...], change: Callable[[Array], Array]
         table=change(x.table),
         rho=None if x.rho is None else change(x.rho),
         amplitude=None if x.amplitude is None else change(x.amplitude),
+        tilt=None if x.tilt is None else change(x.tilt),
         levels=profile,
         mask=None,
         constant=None,
@@ -314,6 +315,7 @@ def join(values: Sequence[Value], dim: int) -> Value:
         is_weight=all(part.is_weight for part in parts),
         levels=levels.of_parts([(part.levels, part.second_moment) for part in ordered], sizes, position, table.ndim),
         joined=Joined(table, new_axis, tuple(parts)),
+        overlap=sum(n * part.overlap for part, n in zip(parts, sizes, strict=True)) / total,
         near=neighbours.mixed(
             [(part.neighbours(), n * part.variance) for part, n in zip(parts, sizes, strict=True)], axes_of(dims)
         ),

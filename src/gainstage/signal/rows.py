@@ -82,6 +82,31 @@ def pattern_of(a: Value, b: Value, index_a: Sequence[int], index_b: Sequence[int
     return attend(matrix if query < key else matrix.T, squares, factors, (query, key))
 
 
+def tilted(
+    a: Value, b: Value, index_a: Sequence[int], index_b: Sequence[int], kept_index: Sequence[int]
+) -> tuple[Array, Array] | None:
+    """Tables of what attention gains because keys and values read the same tensor: ``Cov(l_s, l_s') K_v cos^2(x_s, x_s')``.
+
+    A query leans its weights towards keys along one direction, and values along it agree. Given two tokens at the cosine c, the
+    logits of one query have covariance ``s^2 c`` and the values ``K_v c``, over the weights: to first order two different
+    keys add ``p_s p_s' s^2 K_v E[c^2]``, with ``E[c^2]`` one over the number of channels that the weights read. What all keys
+    have in common a softmax does not see: K_v is about the rest, and so is ``E[c^2]`` (the overlap has ``1 + rho^2`` times that).
+    """
+    keys = [n for n in index_a if n in index_b and n not in kept_index]
+    if a.tilt is None or b.overlap <= 0.0 or len(keys) != 1:
+        return None
+    weights = a.table * a.tilt
+    np.moveaxis(weights, index_a.index(keys[0]), 0)[1] = 0.0
+    place = index_b.index(keys[0])
+    full = (1,) * b.table.ndim
+    apart = float(b.table[tuple(0 if p == place else 1 for p in range(b.table.ndim))])
+    square = float(b.table[full])
+    values = np.zeros_like(b.table)
+    index = tuple(0 if p == place else slice(None) if n in index_a else 1 for p, n in enumerate(index_b))
+    values[index] = max(square - apart, 0.0) * b.overlap / (1.0 + (apart / square) ** 2)
+    return weights, values
+
+
 def attend(pattern: Array, squares: Array, factors: Array | None, axes: tuple[int, int]) -> Pattern:
     """Sums over keys of a pattern A: ``sum_s A_ts A_us q_s`` and ``sum_{s != s'} A_ts A_us' G_ss'``, with and without q and G."""
     queries, keys = pattern.shape

@@ -125,7 +125,8 @@ class Value:
     ``lean``: how each of those coordinates leans on the average over all, where this is not in proportion to its level.
     ``joined``: the tensors that were laid one after the other to make this one. ``near``: what places of a map that lie near
     each other share beyond the table's average. ``gram``: how the table's average over two positions of a sequence is spread
-    over pairs of them. ``largest``: what the tensor is the maximum of.
+    over pairs of them. ``tilt``: of the weights that a softmax makes, the table of covariances of its logits. ``largest``:
+    what the tensor is the maximum of.
     """
 
     dims: tuple[Dim, ...]
@@ -147,6 +148,7 @@ class Value:
     joined: Joined | None = None
     near: Neighbours | None = None
     gram: Gram | None = None
+    tilt: Array | None = None
     largest: Largest | None = None
 
     def __post_init__(self) -> None:

@@ -1,0 +1,232 @@
+"""Attention: softmax, masks, experts and what positions share, against sampling of the real operations."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from gainstage.api import inspect
+from gainstage.signal import contract, independent, participation, softmax
+from gainstage.signal.gram import pairs, starts, ungrouped, widths
+
+
+class SelfAttention(nn.Module):
+    """One head over tokens; logits of a given variance for inputs of variance 1."""
+
+    def __init__(self, width: int, variance: float, mask: torch.Tensor | None = None) -> None:
+        """Draw the projections."""
+        super().__init__()
+        self.query, self.key, self.value = (nn.Linear(width, width, bias=False) for _ in range(3))
+        for layer, gain in ((self.query, variance**0.5), (self.key, 1.0), (self.value, 1.0)):
+            nn.init.normal_(layer.weight, std=gain * width**-0.5)
+        self.mask = mask
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Weighted mean of the values."""
+        return F.scaled_dot_product_attention(self.query(x), self.key(x), self.value(x), attn_mask=self.mask)
+
+
+def draws(module: type[nn.Module] | None, make: object, shape: tuple[int, ...], count: int) -> tuple[float, float]:
+    """Mean over draws of weights and inputs of the second moment, and its relative standard error."""
+    assert callable(make)
+    found = []
+    for seed in range(count):
+        torch.manual_seed(seed)
+        model = make()
+        with torch.no_grad():
+            found.append(float(model(torch.randn(shape)).double().square().mean()))
+    return float(np.mean(found)), float(np.std(found) / np.mean(found) / math.sqrt(count))
+
+
+@pytest.mark.parametrize("variance", [0.1, 1.0, 3.0])
+@pytest.mark.parametrize("count", [8, 128])
+def test_participation_is_that_of_sampled_softmax(variance: float, count: int) -> None:
+    """Sampling error of 200,000 rows or fewer: four standard errors."""
+    torch.manual_seed(0)
+    rows = 1_600_000 // count
+    squares = (torch.randn(rows, count, dtype=torch.float64) * variance**0.5).softmax(-1).square().sum(-1)
+    assert participation(variance, count) == pytest.approx(float(squares.mean()), abs=4.0 * float(squares.std()) / rows**0.5)
+
+
+@pytest.mark.parametrize("variance", [0.25, 1.0])
+def test_attention_leans_towards_what_keys_and_values_share(variance: float) -> None:
+    """96 tokens of 64 channels: without the lean a quarter of the output's second moment is missing."""
+    torch.manual_seed(0)
+    trace = inspect(SelfAttention(64, variance), (torch.randn(2, 96, 64),))
+    mean, error = draws(None, lambda: SelfAttention(64, variance), (2, 96, 64), 60)
+    assert abs(math.log(trace.calls[-1].outputs[0].second_moment / mean)) < 0.03 + 4.0 * error
+
+
+def windows(size: int, reach: int) -> torch.Tensor:
+    """Each query sees itself and a few keys before it."""
+    return torch.ones(size, size, dtype=torch.bool).tril().triu(-reach)
+
+
+@pytest.mark.parametrize(
+    "mask", [windows(48, 48), windows(48, 5), torch.rand(48, 48, generator=torch.Generator().manual_seed(1)) < 0.4]
+)
+def test_rows_of_masked_attention_have_their_own_levels_and_pairs_their_own_share(mask: torch.Tensor) -> None:
+    """Values that differ in level by position, in a second causal layer: against the sums over one fixed pattern of weights."""
+    size, mask = 48, mask | torch.eye(48, dtype=torch.bool)
+    logits = independent((size, size), 0.0, 0.0)
+
+    weights = softmax(replace(logits, mask=mask), -1)
+    value = independent((size, 8), 0.0, 1.0)
+    first = contract(weights, value, "qk", "kc", "qc")
+    second = contract(weights, first, "qk", "kc", "qc")
+    pattern = (mask.double() / mask.double().sum(-1, keepdim=True)).numpy()
+    for result, matrix in ((first, pattern), (second, pattern @ pattern)):
+        exact = matrix @ matrix.T
+        assert result.second_moment == pytest.approx(np.trace(exact) / size, rel=1e-6)
+        assert result.levels is not None
+        assert result.gram is not None
+        assert (result.levels**2).ravel() * result.second_moment == pytest.approx(np.diag(exact), rel=1e-6)
+        apart = ~np.eye(size, dtype=bool)
+        assert result.table[0, 1] == pytest.approx(exact[apart].mean(), rel=1e-6)
+        assert (result.gram.factors * result.table[0, 1])[apart] == pytest.approx(exact[apart], rel=1e-6)
+
+
+def test_groups_of_positions_cover_a_long_sequence() -> None:
+    """Positions once each, and every pair of different ones."""
+    for size in (2, 64, 65, 3000):
+        assert starts(size)[0] == 0
+        assert widths(size).sum() == size
+        assert pairs(size).sum() == pytest.approx(size * (size - 1))
+        assert len(ungrouped(widths(size), size)) == size
+        assert len(starts(size)) < 150
+
+
+def test_a_long_causal_sequence_is_right_through_groups() -> None:
+    """Two causal averages over 2,000 positions: mean of (second average of white noise)^2."""
+    size = 2000
+
+    mask = torch.ones(size, size, dtype=torch.bool).tril()
+    weights = softmax(replace(independent((size, size), 0.0, 0.0), mask=mask), -1)
+    second = contract(weights, contract(weights, independent((size, 4), 0.0, 1.0), "qk", "kc", "qc"), "qk", "kc", "qc")
+    pattern = np.tril(np.ones((size, size))) / np.arange(1, size + 1)[:, None]
+    exact = float(((pattern @ pattern) ** 2).sum() / size)
+    assert second.second_moment == pytest.approx(exact, rel=0.02)  # groups of up to 8 % of their distance from the start
+
+
+class Decoder(nn.Module):
+    """Pre-norm causal blocks whose attention is loud beside the stream, as after a small embedding."""
+
+    def __init__(self, width: int, heads: int, layers: int) -> None:
+        """Draw the weights."""
+        super().__init__()
+        self.heads = heads
+        self.norms = nn.ModuleList(nn.RMSNorm(width) for _ in range(layers))
+        self.fused = nn.ModuleList(nn.Linear(width, 3 * width) for _ in range(layers))
+        self.out = nn.ModuleList(nn.Linear(width, width) for _ in range(layers))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Three layers of attention, without feed-forward parts."""
+        for norm, fused, out in zip(self.norms, self.fused, self.out, strict=True):
+            shape = (*x.shape[:2], 3, self.heads, -1)
+            q, k, v = fused(norm(x)).reshape(shape).permute(2, 0, 3, 1, 4)
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+            x = 0.1 * x + out(y.transpose(1, 2).flatten(2))
+        return x
+
+
+def test_causal_layers_on_causal_layers() -> None:
+    """Early rows are loud and alike, so later layers average less away than the mean over all pairs tells."""
+    torch.manual_seed(0)
+    trace = inspect(Decoder(96, 4, 3), (torch.randn(2, 64, 96),))
+    mean, error = draws(None, lambda: Decoder(96, 4, 3), (2, 64, 96), 40)
+    assert abs(math.log(trace.calls[-1].outputs[0].second_moment / mean)) < 0.04 + 4.0 * error
+
+
+class Windows(nn.Module):
+    """Queries and keys of the same windowed positions, a table of biases and a float mask."""
+
+    def __init__(self) -> None:
+        """Draw the projection and the table."""
+        super().__init__()
+        self.qkv = nn.Linear(32, 96)
+        self.bias = nn.Parameter(torch.randn(16, 16))
+        self.register_buffer("mask", torch.zeros(16, 16).masked_fill(windows(16, 16).logical_not(), -100.0))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Attention within windows of 4 x 4 places of a map of 8 x 8."""
+        x = x.reshape(2, 2, 4, 2, 4, 32).permute(0, 1, 3, 2, 4, 5).reshape(8, 16, 32)
+        q, k, v = self.qkv(x).reshape(8, 16, 3, 2, 16).permute(2, 0, 3, 1, 4)
+        logits = q @ k.transpose(-2, -1) * 0.25 + self.bias
+        return (logits + self.mask).softmax(-1) @ v
+
+
+def test_windowed_attention_with_biases_and_a_float_mask() -> None:
+    """The axes of the map stand twice in the logits, split as windows."""
+    torch.manual_seed(0)
+    trace = inspect(Windows(), (torch.randn(2, 8, 8, 32),))
+    mean, error = draws(None, Windows, (2, 8, 8, 32), 60)
+    assert abs(math.log(trace.calls[-1].outputs[0].second_moment / mean)) < 0.04 + 4.0 * error
+
+
+class Experts(nn.Module):
+    """Each token goes to two of six experts: rows are sorted by expert, multiplied in groups, and put back."""
+
+    def __init__(self) -> None:
+        """Draw the router and the experts."""
+        super().__init__()
+        self.router = nn.Linear(32, 6, bias=False)
+        self.weight = nn.Parameter(torch.randn(6, 32, 24) * 32**-0.5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Weighted sum over the experts of each token."""
+        share, choice = self.router(x).softmax(-1).topk(2)
+        order = choice.reshape(-1).argsort()
+        rows = x[order // 2]
+        ends = torch.histc(choice.reshape(-1)[order].float(), bins=6, min=0, max=5).cumsum(0).to(torch.int32)
+        y = torch._grouped_mm(rows.bfloat16(), self.weight.bfloat16(), offs=ends).float() * share.reshape(-1)[order].unsqueeze(-1)
+        back = torch.empty_like(order)
+        back[order] = torch.arange(order.numel())
+        return y[back].reshape(-1, 2, 24).sum(1)
+
+
+def test_experts_are_summed_as_independent_whatever_tokens_share() -> None:
+    """Tokens correlate by one half: two experts of one token are independent, one expert of two tokens is not."""
+
+    def tokens() -> torch.Tensor:
+        return (torch.randn(64, 32) + torch.randn(1, 32)) / 2**0.5
+
+    found = []
+    for seed in range(60):
+        torch.manual_seed(seed)
+        with torch.no_grad():
+            found.append(float(Experts()(tokens()).double().square().mean()))
+    torch.manual_seed(0)
+    trace = inspect(Experts(), (tokens(),))
+    error = np.std(found) / np.mean(found) / math.sqrt(len(found))
+    assert abs(math.log(trace.calls[-1].outputs[0].second_moment / np.mean(found))) < 0.04 + 4.0 * error
+
+
+class ClassToken(nn.Module):
+    """A token is put before the others; the rest of the stream meets a norm of itself."""
+
+    def __init__(self) -> None:
+        """Token and norm."""
+        super().__init__()
+        self.token = nn.Parameter(torch.randn(1, 1, 48))
+        self.norm = nn.LayerNorm(48)
+        self.head = nn.Linear(48, 48)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """``[h(n_0), n_rest] + x``, n the norm of x: coherent in the rest, independent in the token."""
+        x = torch.cat([self.token.expand(2, -1, -1), 3.0 * x], dim=1)
+        n = self.norm(x)
+        return x + torch.cat([self.head(n[:, :1]), n[:, 1:]], dim=1)
+
+
+def test_parts_of_a_concatenation_are_combined_as_what_they_are() -> None:
+    """The rest adds amplitudes: (3 + 1)^2."""
+    torch.manual_seed(0)
+    trace = inspect(ClassToken(), (torch.randn(2, 9, 48),))
+    mean, error = draws(None, ClassToken, (2, 9, 48), 40)
+    assert abs(math.log(trace.calls[-1].outputs[0].second_moment / mean)) < 0.01 + 4.0 * error
