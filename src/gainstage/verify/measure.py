@@ -16,7 +16,6 @@ from gainstage.errors import InputError
 from gainstage.graph import tensor_leaves
 from gainstage.verify.untouched import untouched
 
-FEW_SAMPLES = 4  # below this, the differences between samples say nothing of the error of their mean
 FEW_KEYS = 8  # a softmax over fewer entries may well put half of its weight on one
 _QUERIES = 64  # rows of one attention that are looked at
 
@@ -124,7 +123,8 @@ def measure(tensor: torch.Tensor, batch: int) -> Measurement:
 
     Entries of one sample depend on each other; samples are independent given the weights. So the error is the deviation
     between the means of the samples over the square root of their number, widened for few samples (the deviation of
-    Student's t with ``batch - 1`` degrees of freedom). Over inputs, for this one draw of weights.
+    Student's t with ``batch - 1`` degrees of freedom, which has none for less than four samples: then it is not widened).
+    Over inputs, for this one draw of weights.
 
     Args:
         tensor: samples lie along the first dimension, or windows and heads of them, sample by sample.
@@ -136,9 +136,10 @@ def measure(tensor: torch.Tensor, batch: int) -> Measurement:
     moments = norms.square() / rows.shape[1]
     second = float(moments.mean())
     error = 0.0
-    if len(moments) >= FEW_SAMPLES and second > 0.0:
+    if len(moments) > 1 and second > 0.0:
         degrees = len(moments) - 1
-        error = float(moments.std()) / second / len(moments) ** 0.5 * (degrees / (degrees - 2)) ** 0.5
+        widening = (degrees / (degrees - 2)) ** 0.5 if degrees > 2 else 1.0
+        error = float(moments.std()) / second / len(moments) ** 0.5 * widening
     return Measurement(tuple(tensor.shape), second, error, second < float("inf"))
 
 

@@ -52,8 +52,8 @@ class Finding:
 class CheckRow:
     """One output of one module call: predicted and measured second moment.
 
-    ``sampling_error``: of the log of the measured one, from the differences between the samples of this batch (0 with fewer
-    than four samples: one batch then says nothing of it). ``spread``: predicted deviation of the log from one draw of weights
+    ``sampling_error``: of the log of the measured one, from the differences between the samples of this batch (0 for a single
+    sample, which says nothing of it). ``spread``: predicted deviation of the log from one draw of weights
     and inputs to another. ``z``: log ratio in units of both and of the model error together.
     """
 

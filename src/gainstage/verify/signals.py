@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from gainstage.graph import Graph, TensorMeta
+from gainstage.graph import Graph, NodeKind, TensorMeta
 from gainstage.verify.blame import first_attention, following, nearest_parameters, parameter_nodes, unused_parameters
 from gainstage.verify.compare import Prediction
 from gainstage.verify.measure import Pass
@@ -84,9 +84,16 @@ def extreme_levels(graph: Graph, rows: Rows, input_level: float) -> list[Finding
     for row, one in reversed(finite):
         if row.measured >= DEAD:
             break
-        if row.predicted > 0.0 or quiet is not None:
+        if (row.predicted > 0.0 and not _is_last(graph, one.node)) or quiet is not None:
             quiet = row, one
     return findings if quiet is None else [*findings, _extreme(graph, *quiet, FindingKind.DEAD)]
+
+
+def _is_last(graph: Graph, name: str) -> bool:
+    """No parameter is read after this node: a head may well start near zero."""
+    after = following(graph, [name])
+    read = [graph.by_name[operand] for later in after - {name} for operand in graph.by_name[later].operands()]
+    return not any(node.kind is NodeKind.PARAMETER for node in read)
 
 
 def _extreme(graph: Graph, row: CheckRow, one: Prediction, kind: FindingKind) -> Finding:
