@@ -22,20 +22,9 @@ def find_gates(wiring: Wiring, sites: Mapping[int, tuple[Site, ...]]) -> tuple[t
             gate, other = sorted(wiring.signals[i], key=lambda j: -wiring.shape_of_gain[j])
             if wiring.shape_of_gain[gate] == LINEAR or wiring.shape_of_gain[gate] == wiring.shape_of_gain[other]:
                 continue
-            walked = walk_back(wiring, sites, gate)
-            if not _same_sources(walked, walk_back(wiring, sites, other)):
-                found.append((i, walked))
+            if not wiring.gates_itself(i):
+                found.append((i, walk_back(wiring, sites, gate)))
     return tuple(found)
-
-
-def _same_sources(one: Walked, other: Walked) -> bool:
-    """An activation written as a product, x * sigmoid(x), gates itself."""
-    return {_key(found) for found in one.found} == {_key(found) for found in other.found}
-
-
-def _key(found: Found) -> tuple[int, int, tuple[int, ...]]:
-    rows = () if found.rows is None else tuple(found.rows.tolist())
-    return id(found.site), len(rows), rows[:1]
 
 
 def _second_half(wiring: Wiring, sites: Mapping[int, tuple[Site, ...]], i: int) -> Walked:

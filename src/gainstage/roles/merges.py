@@ -19,14 +19,15 @@ class Siblings:
     operands: tuple[int, ...]
 
 
-def summands(wiring: Wiring, i: int, residuals: Mapping[int, Residual]) -> list[int]:
-    """Operands of a sum, those of sums inside of it that nothing else reads in their place."""
+def summands(wiring: Wiring, start: int, residuals: Mapping[int, Residual]) -> list[int]:
+    """Operands of a sum, those of sums inside of it that nothing else reads in their place; the start where it is no sum."""
+    i = _through_noise(wiring, start)
     if wiring.names[i] != "add" or i in residuals or len(wiring.signals[i]) != 2:
-        return [i]
+        return [start]
     parts = []
     for j in wiring.signals[i]:
         inner = _through_noise(wiring, j)
-        parts += summands(wiring, inner, residuals) if len(wiring.readers[inner]) == 1 and wiring.names[inner] == "add" else [j]
+        parts += summands(wiring, j, residuals) if len(wiring.readers[inner]) == 1 else [j]
     return parts
 
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from gainstage.roles.families import MOVEMENT, NOISE, POOLING
+from gainstage.roles.families import ATTENTION, CONTRACTIONS, LOOKUP, MOVEMENT, NOISE, NORMS, POOLING, RECURRENT, SOFTMAX
 from gainstage.roles.sites import Site
-from gainstage.roles.walk import walk_back
 from gainstage.roles.wiring import Wiring
 
+_FOURIER = frozenset({"_fft_c2c", "_fft_r2c", "_fft_c2r", "fft_fft", "fft_fft2", "fft_rfft", "fft_rfft2", "fft_irfft2"})
+_CHANGING = CONTRACTIONS | ATTENTION | NORMS.keys() | RECURRENT | SOFTMAX | LOOKUP | _FOURIER
 _SUMS = frozenset({"add", "sub"})
 _KEEPING = MOVEMENT | NOISE | POOLING | {"mul", "div", "add"}
 
@@ -25,6 +26,7 @@ class Residual:
 
 def find_residuals(wiring: Wiring, sites: Mapping[int, tuple[Site, ...]]) -> Mapping[int, Residual]:
     """All residual additions, by the number of the addition."""
+    changed = changed_since(wiring, sites)
     found: dict[int, Residual] = {}
     for i, name in enumerate(wiring.names):
         if name not in _SUMS or len(wiring.signals[i]) != 2:
@@ -37,10 +39,22 @@ def find_residuals(wiring: Wiring, sites: Mapping[int, tuple[Site, ...]]) -> Map
             if (distance := _meeting(wiring, chains[skip], branch)) >= 0
         ]
         for distance, skip, branch in sorted(options):
-            barrier = frozenset(chains[skip][: distance + 1])
-            if walk_back(wiring, sites, branch, barrier=barrier | {chains[skip][distance]}).is_own:
+            if changed[branch] & wiring.marks[chains[skip][distance]]:
                 found[i] = Residual(i, skip, branch)
                 break
+    return found
+
+
+def changed_since(wiring: Wiring, sites: Mapping[int, tuple[Site, ...]]) -> list[int]:
+    """For each node the marks that it is computed from by more than movement, constants, and products of themselves.
+
+    A rotation of queries and a centred tensor are sums of copies of one tensor, no residual branches.
+    """
+    found = [0] * len(wiring.nodes)
+    for i, read in enumerate(wiring.operands):
+        changes = wiring.names[i] in _CHANGING or wiring.is_norm_by_hand(i) or any(site.sets_level for site in sites.get(i, ()))
+        for j in read:
+            found[i] |= found[j] | (wiring.sources[j] if changes else 0)
     return found
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from gainstage.graph import Graph, Node, NodeKind, TensorMeta
@@ -83,6 +83,10 @@ class Wiring:
     def is_norm_by_hand(self, i: int) -> bool:
         """Tell whether a product or quotient normalises: ``x * rsqrt(mean(x^2))``."""
         return self.is_normalised[i] and self.names[i] in ("mul", "div")
+
+    def gates_itself(self, i: int) -> bool:
+        """Tell whether a product is an activation written out: ``x sigmoid(x)``."""
+        return len(self.signals[i]) == 2 and is_function_of_one(self.signals[i], self.main)
 
     def is_product_of_signals(self, i: int) -> bool:
         """Tell whether a contraction's both operands are signals: attention logits, attention averages."""
@@ -213,7 +217,7 @@ def _sweep(
         elif name == "div" and len(read) == 2:
             gain[i] = gain[read[0]]
         elif name == "mul" and len(read) == 2:
-            gain[i] = NONLINEAR if _gates_itself(read, main) else min(gain[j] for j in read)
+            gain[i] = NONLINEAR if is_function_of_one(read, main) else min(gain[j] for j in read)
         elif name in _LINEAR:
             gain[i] = below
         else:
@@ -221,7 +225,7 @@ def _sweep(
     return tuple(main), tuple(gain), tuple(normalised)
 
 
-def _gates_itself(read: tuple[int, ...], main: list[int]) -> bool:
+def is_function_of_one(read: tuple[int, ...], main: Sequence[int]) -> bool:
     """Tell whether one factor of a product is a function of the other alone: ``x sigmoid(x)``."""
     for whole, factor in (read, read[::-1]):
         i = factor
