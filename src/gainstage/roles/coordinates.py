@@ -36,25 +36,24 @@ def values_of(numbers: Iterable[torch.Tensor]) -> torch.Tensor:
     return torch.unique(torch.cat(parts)) if parts else torch.empty(0, dtype=torch.int64)
 
 
-def arriving(wiring: Wiring, source: int, start: torch.Tensor, target: int, between: Iterable[int]) -> Numbers:
-    """Coordinates of a source's entries as they arrive at a target.
+def arriving(wiring: Wiring, source: int, start: torch.Tensor, targets: Iterable[int], between: Iterable[int]) -> Numbers:
+    """Coordinates of a source's entries as they arrive at some targets.
 
     Args:
         wiring: the graph.
         source: number of the node where ``start`` gives the coordinate of every entry.
         start: integer tensor of the shape of the source.
-        target: a node further down.
-        between: nodes that lie between, the target among them (order does not matter).
+        targets: nodes further down.
+        between: nodes that lie between, the targets among them (order does not matter).
 
     Returns:
-        Tensors of the target's shape, or flat ones where an operation mixed entries.
+        Tensors of the targets' shapes, or flat ones where an operation mixed entries.
     """
     held: dict[int, Any] = {source: [start]}
     for i in sorted(between):
         if i > source and any(j in held for j in wiring.operands[i]):
             held[i] = _step(wiring, i, held)
-    found = held.get(target, [])
-    return [tensor for tensor in found if isinstance(tensor, torch.Tensor)]
+    return [tensor for target in targets for tensor in held.get(target, ()) if isinstance(tensor, torch.Tensor)]
 
 
 def last_selections(wiring: Wiring, target: int, between: set[int]) -> set[int]:

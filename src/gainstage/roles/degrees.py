@@ -43,7 +43,7 @@ def degrees_of(node: Node, name: str, weights: Mapping[str, Degrees]) -> Degrees
         return _times(found[0], float(argument(node, 1)))
     if name in _POWERS:
         return _times(found[0], _POWERS[name])
-    if name in ("add", "sub", "rsub") or name in _HOMOGENEOUS or name in JOINING:
+    if name in ("add", "sub") or name in _HOMOGENEOUS or name in JOINING:
         return _alike(found)
     return {key: math.nan for degrees in found for key in degrees}
 

@@ -92,16 +92,17 @@ class _Inference:
 
     def sibling_walks(self, merge: Siblings) -> tuple[Walked, ...]:
         """What sets each sibling; () where all are made by the same uses: parts of one tensor put together again."""
-        walks = []
+        barriers = []
         for i in merge.operands:
-            shared = frozenset(
-                node for node in walk_back(self.wiring, self.sites, i).nodes
-                if any(self.wiring.is_computed_from(other, node) for other in merge.operands if other != i)
-            )  # fmt: skip
-            walks.append(walk_back(self.wiring, self.sites, i, barrier=shared))
-        sources = [{id(found.site) for found in walked.found} for walked in walks]
-        is_one = all(source == sources[0] for source in sources)
-        return () if is_one else tuple(walks)
+            nodes = walk_back(self.wiring, self.sites, i, with_rows=False).nodes
+            others = [other for other in merge.operands if other != i]
+            barriers.append(frozenset(n for n in nodes if any(self.wiring.is_computed_from(other, n) for other in others)))
+        pairs = list(zip(merge.operands, barriers, strict=True))
+        bare = [walk_back(self.wiring, self.sites, i, barrier=shared, with_rows=False) for i, shared in pairs]
+        sources = [{id(found.site) for found in walked.found} for walked in bare]
+        if all(source == sources[0] for source in sources):
+            return ()
+        return tuple(walk_back(self.wiring, self.sites, i, barrier=shared) for i, shared in pairs)
 
     def outputs(self) -> tuple[tuple[Output, tuple[Found, ...]], ...]:
         found = []

@@ -32,9 +32,10 @@ def summands(wiring: Wiring, start: int, residuals: Mapping[int, Residual]) -> l
 
 
 def _copied(wiring: Wiring, i: int) -> list[int]:
-    """A tensor and what it is a copy of, value by value."""
+    """A tensor and what it is a copy of, value by value, if scaled."""
     chain = [i]
-    while (wiring.names[i] in MOVEMENT or wiring.names[i] in NOISE) and wiring.main[i] >= 0:
+    keeps = MOVEMENT | NOISE | {"mul", "div"}
+    while wiring.names[i] in keeps and wiring.main[i] >= 0 and not wiring.is_norm_by_hand(i):
         i = wiring.main[i]
         chain.append(i)
     return chain

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -72,7 +72,17 @@ def find_sites(wiring: Wiring) -> Mapping[int, tuple[Site, ...]]:
                 for parameter, degree in degrees.items():
                     site = _Reader(wiring, reader, weight, parameters[parameter], degree, logit_path).site()
                     found.setdefault(reader, []).append(site)
-    return {node: tuple(sites) for node, sites in found.items()}
+    interpolating = {
+        site.parameter for sites in found.values() for site in sites if site.role is Role.KEPT and math.isnan(site.degree)
+    }
+    return {node: tuple(_kept(site, interpolating) for site in sites) for node, sites in found.items()}
+
+
+def _kept(site: Site, interpolating: set[str]) -> Site:
+    """A scale that another product uses through a function of its own, w x + (1 - w) y, has no level to be set."""
+    if site.role not in (Role.NORM_SCALE, Role.LAYER_SCALE) or site.parameter not in interpolating:
+        return site
+    return replace(site, role=Role.KEPT, degree=0.0, reason=f"{site.reason}, and enters other products through other functions")
 
 
 def feeding_softmax(wiring: Wiring) -> frozenset[int]:
@@ -163,9 +173,33 @@ class _Reader:
         others = [j for j in self.wiring.signals[self.node] if j != self.weight]
         if _widths(self.shape()) > 1 or self.node in self.logit_path:
             return self.plain(Role.KEPT, f"is a table that {self.place} adds as it is")
+        if self.sets_rate():
+            return self.plain(Role.KEPT, f"shifts a rate: what {self.place} makes goes through an exponential into a product")
         if others and (self.wiring.is_normalised[others[0]] or self.is_scaled_norm(others[0])):
             return self.plain(Role.NORM_SHIFT, f"is added to a normalised signal by {self.place}")
         return self.plain(Role.BIAS, f"is added by {self.place}")
+
+    def sets_rate(self) -> bool:
+        """Tell whether a softplus or exponential alone reads the sum, and multiplies: a state space's time step."""
+        i = self.node
+        while len(self.wiring.readers[i]) == 1:
+            i = self.wiring.readers[i][0]
+            if self.wiring.names[i] in ("softplus", "exp"):
+                return any(name == "mul" for name in (self.wiring.names[j] for j in self.after(i)))
+            if self.wiring.names[i] not in MOVEMENT:
+                return False
+        return False
+
+    def after(self, i: int) -> list[int]:
+        """Readers of a node, and of what is moved or clamped in between."""
+        found: list[int] = []
+        stack = [i]
+        while stack:
+            for j in self.wiring.readers[stack.pop()]:
+                found.append(j)
+                if self.wiring.names[j] in MOVEMENT or self.wiring.names[j] in ("clamp", "clamp_min"):
+                    stack.append(j)
+        return found
 
     def is_scaled_norm(self, i: int) -> bool:
         """Tell whether a node is a normalised signal times a weight."""
@@ -173,8 +207,8 @@ class _Reader:
 
     def product(self) -> Site:
         signal = self.wiring.main[self.node]
-        if signal < 0 or math.isnan(self.degree) or self.degree <= 0.0 or self.wiring.at(self.node, 0) < 0:
-            return self.plain(Role.KEPT, f"enters {self.place} through a function that is no scale")
+        if signal < 0 or math.isnan(self.degree) or self.degree <= 0.0:
+            return self.plain(Role.KEPT, f"enters {self.place} through a function that is no scale", degree=math.nan)
         if self.wiring.names[self.node] == "div":
             return self.plain(Role.KEPT, f"divides in {self.place}")
         if self.wiring.is_normalised[signal] and self.node not in self.logit_path:
@@ -188,6 +222,8 @@ class _Reader:
         if short_name(self.wiring.nodes[self.node]) == "bilinear":
             data, weight, bias = self.wiring.at(self.node, 0), self.wiring.at(self.node, 2), self.wiring.at(self.node, 3)
         if self.weight == bias and self.weight != weight:
+            if self.sets_rate():
+                return self.plain(Role.KEPT, f"shifts a rate: what {self.place} makes goes through an exponential into a product")
             role = Role.BIAS if _widths(self.shape()) < 2 else Role.KEPT
             return self.plain(role, f"is added to the contraction {self.place}")
         if self.weight != weight and data >= 0:
@@ -242,7 +278,7 @@ class _Reader:
         start = numbered(self.shape(), dim)
         if self.source == self.weight:
             return [start]
-        return arriving(self.wiring, self.source, start, self.weight, self.path())
+        return arriving(self.wiring, self.source, start, [self.weight], self.path())
 
     def path(self) -> list[int]:
         """Nodes between the parameter and the weight."""

@@ -6,7 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from gainstage.roles.families import ATTENTION, CONTRACTIONS, LOOKUP, MOVEMENT, NOISE, NORMS, POOLING, RECURRENT, SOFTMAX
+from gainstage.roles.model import Role
 from gainstage.roles.sites import Site
+from gainstage.roles.walk import walk_back
 from gainstage.roles.wiring import Wiring
 
 _FOURIER = frozenset({"_fft_c2c", "_fft_r2c", "_fft_c2r", "fft_fft", "fft_fft2", "fft_rfft", "fft_rfft2", "fft_irfft2"})
@@ -39,10 +41,20 @@ def find_residuals(wiring: Wiring, sites: Mapping[int, tuple[Site, ...]]) -> Map
             if (distance := _meeting(wiring, chains[skip], branch)) >= 0
         ]
         for distance, skip, branch in sorted(options):
-            if changed[branch] & wiring.marks[chains[skip][distance]]:
+            way = chains[skip][: distance + 1]
+            if changed[branch] & wiring.marks[way[-1]] and not _is_state_space(wiring, sites, way, branch):
                 found[i] = Residual(i, skip, branch)
                 break
     return found
+
+
+def _is_state_space(wiring: Wiring, sites: Mapping[int, tuple[Site, ...]], way: list[int], branch: int) -> bool:
+    """Tell whether a skip with a learned scale goes around a product of signals: ``D x + C(x) h(x)`` has no branch to set."""
+    if not any(site.role is Role.LAYER_SCALE for i in way for site in sites.get(i, ())):
+        return False
+    walked = walk_back(wiring, sites, branch, with_rows=False).nodes
+    products = (i for i in walked if len(wiring.signals[i]) > 1 and (wiring.names[i] == "mul" or wiring.names[i] in CONTRACTIONS))
+    return any(not wiring.is_norm_by_hand(i) for i in products)
 
 
 def changed_since(wiring: Wiring, sites: Mapping[int, tuple[Site, ...]]) -> list[int]:

@@ -54,6 +54,7 @@ def walk_back(
     *,
     through_norms: bool = False,
     barrier: frozenset[int] = frozenset(),
+    with_rows: bool = True,
 ) -> Walked:
     """Walk from a tensor back to the nearest uses that set its level.
 
@@ -66,8 +67,9 @@ def walk_back(
         start: the tensor.
         through_norms: go on behind norms and scales, to the contractions.
         barrier: nodes to stop at.
+        with_rows: find out which rows of a projection arrive; otherwise all are said to.
     """
-    return _Walk(wiring, sites, through_norms, barrier).run(start)
+    return _Walk(wiring, sites, through_norms, barrier, with_rows).run(start)
 
 
 @dataclass(slots=True)
@@ -76,6 +78,7 @@ class _Walk:
     sites: Mapping[int, tuple[Site, ...]]
     through_norms: bool
     barrier: frozenset[int]
+    with_rows: bool
 
     def run(self, start: int) -> Walked:
         powers: dict[int, float] = {start: 1.0}
@@ -150,7 +153,11 @@ class _Walk:
 
     def rows(self, site: Site, start: int, nodes: frozenset[int]) -> torch.Tensor | None:
         """Coordinates of the parameter whose outputs reach the start; None: all of them."""
-        if site.rows is None or not any(self.wiring.names[j] in SELECTING or self.wiring.names[j] in JOINING for j in nodes):
+        if (
+            not self.with_rows
+            or site.rows is None
+            or not any(self.wiring.names[j] in SELECTING or self.wiring.names[j] in JOINING for j in nodes)
+        ):
             return None
         return arriving_rows(self.wiring, site, start, nodes)
 
@@ -165,10 +172,10 @@ def arriving_rows(wiring: Wiring, site: Site, start: int, nodes: frozenset[int])
     below = _between(wiring, site.node, nodes)
     targets = last_selections(wiring, start, below)
     channels = numbered(shape, axis)
-    arrived = [values_of(found) for t in targets if (found := arriving(wiring, site.node, channels, t, below))]
+    arrived = arriving(wiring, site.node, channels, targets, below)
     if not arrived:
         return None
-    reached = torch.unique(site.rows[torch.unique(torch.cat(arrived))])
+    reached = torch.unique(site.rows[values_of(arrived)])
     return None if len(reached) == len(torch.unique(site.rows)) else reached
 
 
