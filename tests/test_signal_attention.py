@@ -12,8 +12,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from gainstage.api import inspect
-from gainstage.signal import contract, independent, participation, softmax
+from gainstage.signal import contract, independent, measured, participation, reshape, softmax
 from gainstage.signal.gram import pairs, starts, ungrouped, widths
+from gainstage.signal.rolling import roll
 
 
 class SelfAttention(nn.Module):
@@ -230,3 +231,15 @@ def test_parts_of_a_concatenation_are_combined_as_what_they_are() -> None:
     trace = inspect(ClassToken(), (torch.randn(2, 9, 48),))
     mean, error = draws(None, ClassToken, (2, 9, 48), 40)
     assert abs(math.log(trace.calls[-1].outputs[0].second_moment / mean)) < 0.01 + 4.0 * error
+
+
+@pytest.mark.parametrize("shift", [-3, 2, 4, 11])
+def test_a_cyclic_shift_gives_windows_other_members(shift: int) -> None:
+    """Five windows of four places, each window with a level of its own: against the shifted tensor itself, and back."""
+    torch.manual_seed(0)
+    data = torch.randn(5, 1, 200_000, dtype=torch.float64) + 0.5 * torch.randn(5, 4, 200_000, dtype=torch.float64)
+    value = reshape(measured(data), (20, 200_000))
+    moved = roll(value, 0, shift)
+    exact = measured(torch.roll(data.reshape(20, -1), shift, 0).reshape(5, 4, -1))
+    assert moved.table == pytest.approx(exact.table, abs=2e-2)  # five windows: their own average over pairs strays by 1 %
+    assert roll(moved, 0, -shift).axes == value.axes

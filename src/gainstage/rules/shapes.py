@@ -11,8 +11,7 @@ import torch
 
 from gainstage.rules.registry import Call, rule
 from gainstage.signal import Value, expand, filter_dim, join, permute, reorder, reshape, select, take
-from gainstage.signal.axes import Axis
-from gainstage.signal.movement import map_tables, merge_dim
+from gainstage.signal.rolling import roll
 
 aten = torch.ops.aten
 
@@ -140,25 +139,8 @@ def stacked(call: Call, tensors: Sequence[Value], dim: int = 0) -> Value:
 def rolled(call: Call, x: Value, shifts: Sequence[int], dims: Sequence[int] = ()) -> Value:
     """Cyclic shift: the same entries at other places; shifting back restores them."""
     for shift, dim in zip(shifts, dims, strict=True):
-        x = _rolled(x, int(dim) % len(x.dims), int(shift))
+        x = roll(x, int(dim) % len(x.dims), int(shift))
     return x
-
-
-def _rolled(x: Value, dim: int, shift: int) -> Value:
-    if not x.dims[dim]:
-        return x
-    x = merge_dim(x, dim)
-    axis = x.dims[dim][0]
-    origin, done = axis.steps.get(("rolled from",), (axis,))[0], 0
-    for key, (other,) in list(origin.steps.items()):
-        if key[0] == "rolled" and other is axis:
-            done = int(str(key[1]))
-    total = (done + shift) % axis.size
-    target = origin if total == 0 else origin.steps.setdefault(("rolled", total), (Axis(axis.size, parent=origin),))[0]
-    if target is not origin:
-        target.steps[("rolled from",)] = (origin,)
-    dims = tuple((target,) if d == dim else axes for d, axes in enumerate(x.dims))
-    return map_tables(x, dims, lambda table: table, None)
 
 
 @rule(aten.flip.default)
