@@ -32,6 +32,25 @@ class Look(nn.Module):
         return self.rows(self.ids) + 0.0 * x[0, 0]
 
 
+def pooled():
+    sizes = [(3, 16), (16, 16), (16, 16)]
+    layers = [layer for a, b in sizes for layer in (nn.Conv2d(a, b, 3, padding=1, bias=False), nn.ReLU())]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1))
+
+
+def depthwise():
+    layers = [
+        layer
+        for _ in range(3)
+        for layer in (
+            nn.Conv2d(16, 16, 5, padding=2, groups=16, bias=False), nn.BatchNorm2d(16), nn.SiLU(),
+            nn.Conv2d(16, 16, 1, bias=False), nn.BatchNorm2d(16),
+        )
+    ]  # fmt: skip
+    stem = (nn.Conv2d(3, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16))
+    return nn.Sequential(*stem, *layers, nn.SiLU(), nn.AdaptiveAvgPool2d(1))
+
+
 class Gated(nn.Module):
     def __init__(self):
         super().__init__()
@@ -62,13 +81,15 @@ CASES = {
     "dropped channels": (lambda: nn.Dropout2d(0.3), maps(2, 8, 8), 0.1),
     "dropped samples": (lambda: nn.Sequential(nn.Linear(32, 64, bias=False), StochasticDepth()), rows(16, 32), 0.1),
     "embedding": (Look, rows(1, 16), 0.1),
+    "pooled": (pooled, maps(4, 3, 12), 0.1),
+    "pooled depthwise": (depthwise, maps(2, 3, 12), 0.1),
     "gate": (Gated, rows(32, 32), 0.1),
 }
 
 
 def redraw(model):
     """Normal weights of He's deviation: what the predicted spread is about; uniform entries stray less."""
-    for parameter in model.parameters():
+    for parameter in (p for p in model.parameters() if p.dim() > 1):
         fan_in = 1 if isinstance(model, Look) else parameter[0].numel()
         nn.init.normal_(parameter, std=math.sqrt(2.0 / fan_in))
 

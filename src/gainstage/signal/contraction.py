@@ -10,7 +10,6 @@ attention-logit rule, embeddings, experts and low-rank factors are special cases
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -23,7 +22,7 @@ from gainstage.signal.movement import expand, merge_dim, refine, reshape
 from gainstage.signal.neighbours import Neighbours
 from gainstage.signal.quadrature import Array
 from gainstage.signal.rows import kept, pattern_of, tilted
-from gainstage.signal.spread import overlap_variance, weighted
+from gainstage.signal.spread import weighted
 from gainstage.signal.value import Lean, Value, gaussian
 
 Places = NDArray[np.int64]
@@ -74,7 +73,7 @@ def _strayed(y: Value, x: Value, weight: Value, labels: tuple[str, str, str]) ->
     along = {label: range(starts[d], starts[d + 1]) for d, label in enumerate(read)}
     terms = {p: float(x.axes[p].size) for label in read if label not in out for p in along[label]}
     alone = [p for label in read if label in out and label in own for p in along[label]]
-    return weighted(y, overlap_variance(x, terms, alone, ()), weight, math.prod(terms.values()))
+    return weighted(y, x, weight, terms, alone=alone)
 
 
 class _Numbers:
@@ -182,8 +181,8 @@ def convolve(x: Value, weight: Value, places: Sequence[Places], groups: int, *, 
     if weight.is_weight:
         channels = {int(starts[2]) + p: float(axis.size) for p, axis in enumerate(x.dims[2])}
         taps = {int(starts[3 + d]): float((window > 0.0).sum(1).mean()) for d, window in enumerate(windows) if x.dims[3 + d]}
-        overlap = overlap_variance(x, channels | taps, range(int(starts[1]), int(starts[2])), list(taps))
-        result = weighted(result, overlap, weight, math.prod([*channels.values(), *taps.values()]))
+        alone = range(int(starts[1]), int(starts[2]))
+        result = weighted(result, x, weight, channels | taps, alone=alone, places=list(taps))
     return replace(result, near=near, lean=_border_lean(profile, windows))
 
 

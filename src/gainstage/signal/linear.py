@@ -17,7 +17,7 @@ from gainstage.signal.axes import Axis
 from gainstage.signal.gram import Gram, factors_of, modulated
 from gainstage.signal.gram import of_sum as gram_of_sum
 from gainstage.signal.neighbours import Neighbours, far_of, made, mixed
-from gainstage.signal.quadrature import Array, coarse, expectation, nodes, quantiles, weights
+from gainstage.signal.quadrature import Array, coarse, expectation, nodes, quantiles, smoothed, weights
 from gainstage.signal.spread import product_stray
 from gainstage.signal.value import Lean, Marginal, Statistic, Value, gaussian, gaussian_marginal, statistic_at
 
@@ -104,9 +104,30 @@ def mean_over(x: Value, axes: Sequence[Axis]) -> Value:
         statistic, profile = statistic_at(latents, x.centres().mean(axis=tuple(positions)), profile)
         centre = statistic.centre
     result = gaussian(dims, x.mean, table[index], profile, lineage=x.lineage, log_variance=x.log_variance, is_weight=x.is_weight)
-    if count < 8:
-        result = replace(result, marginal=_average_marginal(x, result, count), rho=None)
+    shape = _average_marginal(x, result, count) if count < 8 else _common_marginal(x, result, gone)
+    if shape is not None:
+        result = replace(result, marginal=shape, rho=None)
     return replace(result, statistic=Statistic(latents, centre))
+
+
+def _common_marginal(x: Value, result: Value, gone: Sequence[Axis]) -> Marginal | None:
+    """``E[g(sqrt(r) z + sqrt(1 - r) e) | z]``: what many entries g, of latents that correlate by r, have in common.
+
+    The rest averages to a Gaussian; nothing where that rest prevails.
+    """
+    r = float(x.correlation()[tuple(0 if axis in gone else 1 for axis in x.axes)])
+    if r <= 0.0 or is_gaussian(x) or result.variance <= 0.0:
+        return None
+    common = smoothed(x.marginal.values, min(r, 1.0))
+    share = min((expectation(common**2) - expectation(common) ** 2) / result.variance, 1.0)
+    if share < 0.1:
+        return None
+    std = result.variance**0.5
+
+    def values() -> Array:
+        return standardised(share * standardised(common, 0.0, 1.0) + (1.0 - share) * nodes(), result.mean, std)
+
+    return Marginal(object(), values)
 
 
 def _average_marginal(x: Value, result: Value, count: int) -> Marginal:

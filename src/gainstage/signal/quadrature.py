@@ -62,6 +62,14 @@ def power_series(values: Array) -> Array:
     return np.append(squares, rest)
 
 
+def smoothed(values: Array, r: float) -> Array:
+    """``E[f(sqrt(r) z + sqrt(1 - r) e) | z]`` on the grid, e normal: the n-th Hermite coefficient times ``r^(n/2)``."""
+    if r > 0.98:  # higher orders than ORDER would count
+        return values
+    coefficients = _weighted_hermite() @ values * r ** (0.5 * np.arange(ORDER + 1))
+    return np.asarray(coefficients @ (_weighted_hermite() / weights()))
+
+
 def evaluate_series(series: Array, rho: Array) -> Array:
     """``sum_n c_n rho^n`` for each entry of rho."""
     return np.asarray(np.polynomial.polynomial.polyval(rho, series))

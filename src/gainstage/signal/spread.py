@@ -16,21 +16,42 @@ import numpy as np
 from gainstage.signal.value import Value
 
 
-def overlap_variance(x: Value, terms: Mapping[int, float], alone: Sequence[int], places: Sequence[int]) -> float:
-    """``Var(x_i . x_j) / E[x . x]^2`` for what two outputs of a layer read: how unequally alike it is from draw to draw.
+def weighted(
+    y: Value, x: Value, weight: Value, terms: Mapping[int, float], *, alone: Sequence[int] = (), places: Sequence[int] = ()
+) -> Value:
+    """Outputs of one channel share its weights, whatever they read: ``2 Var(x_i . x_j) / E[x . x]^2`` over their number.
+
+    Given the inputs, two outputs with the same Gaussian weights of variance v have ``Cov(y_i^2, y_j^2) = 2 v^2 (x_i . x_j)^2``.
+    Its part ``2 v^2 (E[x_i . x_j])^2`` is in the table of y. A layer of n inputs and N outputs strays by ``2 / (n N)``. What
+    layers have made alike is carried on as the overlap of y: 1/n for each linear layer of n channels.
+
+    Args:
+        y: the outputs.
+        x: what the weights are multiplied with.
+        weight: its entries are independent.
+        terms: position of an axis of x that is summed over -> number of terms along it (of a map: taps, fewer than places).
+        alone: positions of axes along which every coordinate has weights of its own (groups).
+        places: those axes among the summed along which another output reads other coordinates (a map).
+    """
+    number = math.prod(terms.values())
+    free = [p for p in range(x.table.ndim) if p not in terms and p not in alone]
+    apart = 1.0 if places else 1.0 - 1.0 / math.prod(x.axes[p].size for p in free)
+    level = number * x.second_moment
+    own = _dot_variance(x, terms, alone, places) / level**2 if level > 0.0 else 0.0
+    inherited = apart * x.overlap
+    channels = math.prod(weight.shape) / number
+    groups = math.prod(x.axes[p].size for p in alone)
+    return replace(y, log_variance=y.log_variance + 2.0 * (own + inherited) / channels, overlap=own / groups + inherited)
+
+
+def _dot_variance(x: Value, terms: Mapping[int, float], alone: Sequence[int], places: Sequence[int]) -> float:
+    """``Var(x_i . x_j)`` for what two outputs of a layer read, as if the entries of x were Gaussian and x had no overlap.
 
     For ``x = m + u``, summed over pairs of terms, with C the covariance of u within what one output reads and between two,
 
         Var(x_i . x_j) = sum  2 m^2 (C_ii + C_ij) + C_ii^2 + C_ij^2
 
-    as if u were Gaussian: 1/n for n independent entries. What a product of earlier layers has made alike on top of that is
-    carried as ``x.overlap``: 1/n for each linear layer of n channels.
-
-    Args:
-        x: what the weights are multiplied with.
-        terms: position of an axis of x that is summed over -> number of terms along it (of a map: taps, fewer than places).
-        alone: positions of axes along which every coordinate has weights of its own (groups).
-        places: those axes among the summed along which another output reads other coordinates (a map).
+    n for n independent entries of variance 1. Averaged over all pairs of outputs but those of an output with itself.
     """
     free = [p for p in range(x.table.ndim) if p not in terms and p not in alone]
     covariance = x.covariance[tuple(slice(1, 2) if p in alone else slice(None) for p in range(x.table.ndim))]
@@ -39,7 +60,7 @@ def overlap_variance(x: Value, terms: Mapping[int, float], alone: Sequence[int],
         shape = [2 if p == position else 1 for p in range(x.table.ndim)]
         pairs = pairs * np.array([number * (number - 1.0), number]).reshape(shape)
     within = covariance[tuple(slice(1, 2) if p in free else slice(None) for p in range(x.table.ndim))]
-    variance, apart = 0.0, 0.0
+    variance = 0.0
     for shared in np.ndindex((2,) * len(free)):
         if all(shared) and not places:
             continue
@@ -48,25 +69,7 @@ def overlap_variance(x: Value, terms: Mapping[int, float], alone: Sequence[int],
         picked = {p: slice(same, same + 1) for p, same in zip(free, shared, strict=True)} | {p: slice(0, 1) for p in places}
         between = covariance[tuple(picked.get(p, slice(None)) for p in range(x.table.ndim))]
         variance += weight * float((pairs * (2.0 * x.mean**2 * (within + between) + within**2 + between**2)).sum())
-        apart += weight
-    level = math.prod(terms.values()) * x.second_moment
-    return max(variance, 0.0) / level**2 + apart * x.overlap if level > 0.0 else 0.0
-
-
-def weighted(y: Value, overlap: float, weight: Value, terms: float) -> Value:
-    """Outputs of one channel share its weights, whatever they read: ``2 Var(x_i . x_j) / E[x . x]^2`` over their number.
-
-    Given the inputs, two outputs with the same Gaussian weights of variance v have ``Cov(y_i^2, y_j^2) = 2 v^2 (x_i . x_j)^2``.
-    Its part ``2 v^2 (E[x_i . x_j])^2`` is in the table of y. A layer of n inputs and N outputs strays by ``2 / (n N)``.
-
-    Args:
-        y: the outputs.
-        overlap: of what they read, see :func:`overlap_variance`.
-        weight: its entries are independent.
-        terms: how many of them meet in one output.
-    """
-    channels = math.prod(weight.shape) / terms
-    return replace(y, log_variance=y.log_variance + 2.0 * overlap / channels, overlap=overlap)
+    return max(variance, 0.0)
 
 
 def held(x: Value, share: float = 1.0) -> Value:
