@@ -54,6 +54,10 @@ class PlanMismatchError(GainstageError):
     """A plan that was made for another model; the message names the first difference."""
 
 
+class RankError(GainstageError):
+    """The processes that share a model do not agree, or one of them failed or is gone; raised on all of them."""
+
+
 class RuleError(GainstageError):
     """A rule was registered twice, or returned something that its operation cannot return."""
 

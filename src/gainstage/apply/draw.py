@@ -46,18 +46,33 @@ def draw_range(
     assert distribution.family is not Family.KEEP
     if out is None:
         out = np.empty(stop - start, np.float32)
+    draw_runs(distribution, stream, np.array([start]), out.reshape(1, -1))
+    return out
+
+
+def draw_runs(distribution: Distribution, stream: Stream, starts: NDArray[np.int64], out: NDArray[Any]) -> None:
+    """Runs of entries: rows and columns of a shard. For each start as many as ``out`` has columns.
+
+    Args:
+        distribution: as for :func:`draw_range`.
+        stream: the parameter's random bits.
+        starts: first entry of each run, ascending.
+        out: [runs, length], contiguous float32 or float64.
+    """
     if distribution.family is Family.CONSTANT:
         out.fill(distribution.mean)
-        return out
-    scratch = np.empty((2, min(_PIECE, stop - start)), np.float32)
-    for begin in range(start, stop, _PIECE):
-        end = min(begin + _PIECE, stop)
-        piece = out[begin - start : end - start]
-        words = stream.uniform_bits(begin, end, 8 * out.itemsize).view(f"i{out.itemsize}")
-        _draw_centred(distribution, words, piece, scratch)
-        if distribution.mean:
-            piece += out.dtype.type(distribution.mean)
-    return out
+        return
+    runs, length = out.shape
+    scratch = np.empty((2, min(_PIECE, out.size)), np.float32)
+    at_once = max(1, _PIECE // max(1, length))
+    for row in range(0, runs, at_once):
+        for begin in range(0, length, _PIECE):
+            end = min(begin + _PIECE, length)
+            piece = out[row : row + at_once, begin:end].reshape(-1)  # a view: one row, or rows as a whole
+            words = stream.runs_of_bits(starts[row : row + at_once] + begin, end - begin, 8 * out.itemsize)
+            _draw_centred(distribution, words.reshape(-1).view(f"i{out.itemsize}"), piece, scratch)
+            if distribution.mean:
+                piece += out.dtype.type(distribution.mean)
 
 
 def _draw_centred(distribution: Distribution, words: NDArray[Any], out: NDArray[Any], scratch: NDArray[np.float32]) -> None:

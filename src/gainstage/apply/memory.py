@@ -43,7 +43,9 @@ def _meets_itself(tensor: torch.Tensor) -> bool:
 
 def _check_separate(parameters: Mapping[str, torch.Tensor]) -> None:
     for device in {tensor.device for tensor in parameters.values()}:
-        by_address = sorted((*_span(tensor), name) for name, tensor in parameters.items() if tensor.device == device)
+        by_address = sorted(
+            (*_span(tensor), name) for name, tensor in parameters.items() if tensor.device == device and tensor.numel()
+        )
         open_spans: list[tuple[int, int, str]] = []
         for start, stop, name in by_address:
             open_spans = [span for span in open_spans if span[1] > start]

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
-from gainstage.apply.draw import draw_matrix, draw_range
+from gainstage.apply.box import Box, whole_box
+from gainstage.apply.draw import draw_matrix, draw_runs
 from gainstage.apply.stream import Stream, stream_of
 from gainstage.plan import Distribution, Family, ParameterPlan
 
@@ -23,19 +25,20 @@ _UNIT_NORMAL = Distribution(family=Family.NORMAL, std=1.0)
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """A piece of work: ``draw`` fills ``target``, a view of the parameter's values that no other task touches."""
+    """A piece of work: ``draw`` fills ``targets``, views of the parameter's values that no other task touches."""
 
-    target: torch.Tensor
+    targets: tuple[torch.Tensor, ...]
     draw: Callable[[], None]
 
 
-def drawing_tasks(planned: ParameterPlan, seed: int, values: torch.Tensor) -> tuple[list[Task], list[Task]]:
-    """Tasks that draw the values of one parameter. Entries that are to be kept belong to none.
+def drawing_tasks(planned: ParameterPlan, seed: int, boxes: Sequence[Box], memory: torch.Tensor) -> tuple[list[Task], list[Task]]:
+    """Tasks that draw the values of one parameter, or of a shard. Entries that are to be kept belong to none.
 
     Args:
         planned: what to draw.
         seed: any integer.
-        values: where to; contiguous, on the CPU, in the parameter's shape and type.
+        boxes: which entries the memory holds.
+        memory: where to; contiguous, on the CPU, in the parameter's type.
 
     Returns:
         tasks that need linear algebra, and tasks that do not. All are independent of each other.
@@ -46,11 +49,13 @@ def drawing_tasks(planned: ParameterPlan, seed: int, values: torch.Tensor) -> tu
     for dim, start, stop, distribution in _parts(planned):
         if distribution.family is Family.KEEP:
             continue
+        held = [part for box in boxes if (part := box.part(dim, start, stop)) is not None]
+        if not held:
+            continue
         if distribution.family.is_matrix:
-            part = values.narrow(dim, start, stop - start)
-            matrices.append(_matrix_task(planned, stream, distribution, part, (dim, start, stop)))
+            matrices.append(_matrix_task(planned, stream, distribution, held, (dim, start, stop), memory))
         else:
-            ranges += _range_tasks(stream, distribution, values, (dim, start, stop))
+            ranges += [task for box in held for task in _box_tasks(stream, distribution, box, planned.shape, box.view(memory))]
     return matrices, ranges
 
 
@@ -69,70 +74,71 @@ def _parts(planned: ParameterPlan) -> Iterator[tuple[int, int, int, Distribution
 
 
 def _matrix_task(
-    planned: ParameterPlan, stream: Stream, distribution: Distribution, part: torch.Tensor, place: tuple[int, int, int]
+    planned: ParameterPlan,
+    stream: Stream,
+    distribution: Distribution,
+    held: Sequence[Box],
+    place: tuple[int, int, int],
+    memory: torch.Tensor,
 ) -> Task:
-    dim, start, stop = place
+    """The whole matrix is drawn wherever a part of it is held: its entries depend on one another."""
+    targets = tuple(box.view(memory) for box in held)
+    matrix = whole_box(planned.shape).part(*place)
+    assert matrix is not None
 
     def draw() -> None:
-        normals = torch.empty(planned.shape, dtype=_compute_type(part.dtype))
-        for task in _range_tasks(stream, _UNIT_NORMAL, normals, place):
+        normals = torch.empty(matrix.sizes, dtype=_compute_type(memory.dtype))
+        for task in _box_tasks(stream, _UNIT_NORMAL, matrix, planned.shape, normals):
             task.draw()
-        part.copy_(draw_matrix(distribution, normals.narrow(dim, start, stop - start), planned.output_dims))
+        drawn = draw_matrix(distribution, normals, planned.output_dims)
+        for box, target in zip(held, targets, strict=True):
+            spans = zip(box.bounds, matrix.bounds, strict=True)
+            target.copy_(drawn[tuple(slice(low - first, high - first) for (low, high), (first, _) in spans)])
 
-    return Task(part, draw)
+    return Task(targets, draw)
 
 
 def _compute_type(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _range_tasks(stream: Stream, distribution: Distribution, values: torch.Tensor, place: tuple[int, int, int]) -> Iterator[Task]:
-    """Entries of ``start <= index < stop`` along ``dim``, for [outer, size, inner] the values tensor."""
-    dim, start, stop = place
-    shape = values.shape or (1,)
-    outer, size, inner = math.prod(shape[:dim]), shape[dim], math.prod(shape[dim + 1 :])
-    if outer == 1 or stop - start == size:
-        flat = values.view(-1)
-        first, last = (start * inner, stop * inner) if outer == 1 else (0, flat.numel())
-        for begin in range(first, last, _TASK):
-            yield _run_task(stream, distribution, flat, begin, min(begin + _TASK, last))
+def _box_tasks(
+    stream: Stream, distribution: Distribution, box: Box, shape: Sequence[int], values: torch.Tensor
+) -> Iterator[Task]:
+    """Entries of one box, in pieces; ``values`` is where they go, in the shape of the box."""
+    starts, length = box.runs(shape or (1,))
+    try:
+        rows = values.view(starts.size, length)
+    except RuntimeError:  # two dimensions of the memory are held in part: no single stride leads from run to run
+        for index in range(values.shape[0]):
+            low = box.bounds[0][0] + index
+            part = box.part(0, low, low + 1)
+            assert part is not None
+            yield from _box_tasks(stream, distribution, part, shape, values[index : index + 1])
         return
-    rows = max(1, _TASK // (size * inner))
-    for row in range(0, outer, rows):
-        yield _strip_task(stream, distribution, values.view(outer, size, inner), (row, min(row + rows, outer)), (start, stop))
+    at_once = max(1, _TASK // length)
+    for row in range(0, starts.size, at_once):
+        for begin in range(0, length, _TASK):
+            target = rows[row : row + at_once, begin : begin + _TASK]
+            yield _runs_task(stream, distribution, starts[row : row + at_once] + begin, target)
 
 
-def _run_task(stream: Stream, distribution: Distribution, flat: torch.Tensor, begin: int, end: int) -> Task:
-    """A run of entries that lie side by side."""
-    target = flat[begin:end]
-
+def _runs_task(stream: Stream, distribution: Distribution, starts: NDArray[np.int64], target: torch.Tensor) -> Task:
     def draw() -> None:
-        if target.dtype == _compute_type(target.dtype):
-            draw_range(distribution, stream, begin, end, target.numpy())
-        else:
-            _convert(torch.from_numpy(draw_range(distribution, stream, begin, end)), target)
+        if target.dtype == _compute_type(target.dtype) and target.is_contiguous():
+            draw_runs(distribution, stream, starts, target.numpy())
+            return
+        drawn = torch.empty(target.shape, dtype=_compute_type(target.dtype))
+        draw_runs(distribution, stream, starts, drawn.numpy())
+        _convert(drawn, target)
 
-    return Task(target, draw)
-
-
-def _strip_task(
-    stream: Stream, distribution: Distribution, values: torch.Tensor, rows: tuple[int, int], columns: tuple[int, int]
-) -> Task:
-    """Some columns of some rows of [outer, size, inner]. All columns are drawn: short runs would cost more than they save."""
-    (top, bottom), (start, stop) = rows, columns
-    target = values[top:bottom, start:stop]
-
-    def draw() -> None:
-        strip = torch.empty((bottom - top, *values.shape[1:]), dtype=_compute_type(values.dtype))
-        row = strip[0].numel()
-        draw_range(distribution, stream, top * row, bottom * row, strip.view(-1).numpy())
-        for index in range(bottom - top):
-            _convert(strip[index, start:stop].view(-1), target[index].view(-1))
-
-    return Task(target, draw)
+    return Task((target,), draw)
 
 
 def _convert(drawn: torch.Tensor, target: torch.Tensor) -> None:
     """Round once, into the parameter's type."""
-    for offset in range(0, drawn.numel(), _CONVERSION):
-        target[offset : offset + _CONVERSION].copy_(drawn[offset : offset + _CONVERSION])
+    rows = max(1, _CONVERSION // target.shape[1])
+    for row in range(0, target.shape[0], rows):
+        for begin in range(0, target.shape[1], _CONVERSION):
+            piece = slice(row, row + rows), slice(begin, begin + _CONVERSION)
+            target[piece].copy_(drawn[piece])

@@ -7,79 +7,91 @@ back; drawing elsewhere first and copying takes the same memory and a fifth more
 
 from __future__ import annotations
 
+import hashlib
 import operator
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import final
 
 import torch
 from torch import nn
-from torch.nn.parameter import is_lazy
 
+from gainstage.apply.holding import holdings_of
 from gainstage.apply.memory import check_writable
+from gainstage.apply.parts import Holding
+from gainstage.apply.ranks import together
 from gainstage.apply.stage import Task, drawing_tasks
-from gainstage.errors import InputError, PlanMismatchError
-from gainstage.plan import Distribution, Family, ParameterPlan, Plan
+from gainstage.apply.stream import STREAM_VERSION
+from gainstage.errors import InputError
+from gainstage.plan import Family, ParameterPlan, Plan
+
+# Seconds to wait for another process.
+PATIENCE = 60.0
 
 
-@dataclass(frozen=True, slots=True)
-class _Found:
-    """A parameter of the model, as the plan compares it."""
-
-    tensor: nn.Parameter
-    aliases: tuple[str, ...]
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return tuple(self.tensor.shape)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.tensor.dtype
-
-
-def apply(model: nn.Module, plan: Plan, *, seed: int = 0, progress: Callable[[int, int], object] | None = None) -> None:
+def apply(
+    model: nn.Module,
+    plan: Plan,
+    *,
+    seed: int = 0,
+    progress: Callable[[int, int], object] | None = None,
+    timeout: float = PATIENCE,
+) -> None:
     """Draw every parameter from its distribution, in place: all of them, or none where anything fails.
 
     A value depends on the seed, the parameter's canonical name and the position in it only: not on the order of parameters,
-    the device, the number of threads, or the present values.
+    the device, the number of threads, the present values, or how many processes share the parameters (DTensor, FSDP1, FSDP2):
+    each draws the entries that it holds. All processes that share a parameter make this call; it succeeds on all or on none.
 
     Args:
         model: has the parameters that the plan was made for, with memory behind them.
         plan: what to draw.
         seed: any integer.
-        progress: called now and then with the number of entries drawn so far and in all.
+        progress: called now and then with the number of entries drawn so far and in all, in this process.
+        timeout: seconds to wait for the other processes.
 
     Raises:
         PlanMismatchError: the plan was made for another model.
         InputError: parameters on the meta device, or without memory of their own; a seed that is no integer.
+        RankError: another process has another plan or seed, failed, or does not answer.
     """
-    found = _parameters(model)
-    plan.check_fits(found)
-    check_writable({name: parameter.tensor for name, parameter in found.items()})
-    writer = _Writer(_integer(seed), torch.get_num_threads(), progress)
-    _shielded(lambda: writer.write([(plan.parameters[name], parameter.tensor) for name, parameter in found.items()]), writer.stop)
+    number = integer_seed(seed)
+    found = holdings_of(model, plan.parameters)
+
+    def check() -> str:
+        plan.check_fits(found)
+        check_writable({name: holding.memory for name, holding in found.items()})
+        return digest_of(plan, number)
+
+    ranks = sharing_ranks(found)
+    together(ranks, check, timeout)
+    Writer(number, progress).write(
+        [(plan.parameters[name], holding) for name, holding in found.items()], lambda work: together(ranks, work, timeout)
+    )
 
 
-def _integer(seed: object) -> int:
+def sharing_ranks(found: Mapping[str, Holding]) -> frozenset[int]:
+    """The processes that hold parts of the model's parameters."""
+    return frozenset(rank for holding in found.values() for rank in holding.ranks)
+
+
+def digest_of(plan: Plan, seed: int, *more: str) -> str:
+    """What has to be the same on all ranks, in short."""
+    return hashlib.sha256("\0".join((str(STREAM_VERSION), str(seed), *more, plan.to_json())).encode()).hexdigest()
+
+
+def integer_seed(seed: object) -> int:
+    """The seed as an integer.
+
+    Raises:
+        InputError: for anything else.
+    """
     try:
         return operator.index(seed)  # type: ignore[arg-type]
     except TypeError as error:
         raise InputError(f"The seed is {seed!r}; give an integer.") from error
-
-
-def _parameters(model: nn.Module) -> dict[str, _Found]:
-    names: dict[int, list[str]] = {}
-    tensors: dict[int, nn.Parameter] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), []).append(name)
-        tensors[id(parameter)] = parameter
-        if bool(is_lazy(parameter)):
-            raise PlanMismatchError(f"{name} is not initialised yet; run one forward pass first.")
-    return {name: _Found(tensors[key], tuple(aliases)) for key, (name, *aliases) in names.items()}
 
 
 def _shielded(work: Callable[[], None], stop: threading.Event) -> None:
@@ -103,49 +115,70 @@ class _Stopped(Exception):  # noqa: N818  (a request, not an error)
 
 
 @final
-class _Writer:
-    """One call of :func:`apply`: what was saved, and how far it is."""
+class Writer:
+    """One call of :func:`apply`: what was saved, and how far it is.
 
-    def __init__(self, seed: int, threads: int, progress: Callable[[int, int], object] | None) -> None:
-        self.stop = threading.Event()
+    Args:
+        seed: any integer.
+        progress: as for :func:`apply`.
+        save: keep the present values until all is written; without, a failure leaves some of each.
+    """
+
+    def __init__(self, seed: int, progress: Callable[[int, int], object] | None, *, save: bool = True) -> None:
+        self._stop = threading.Event()
         self._seed = seed
-        self._threads = threads
+        self._threads = torch.get_num_threads()
         self._progress = progress
+        self._save = save
         self._saved: list[tuple[torch.Tensor, torch.Tensor]] = []  # part of a parameter, its old values
         self._done = 0
         self._total = 0
 
-    def write(self, targets: Sequence[tuple[ParameterPlan, nn.Parameter]]) -> None:
-        """Draw all, or put back what was there."""
-        with torch.no_grad():
-            try:
-                self._write(targets)
-            except BaseException:
-                for part, old in self._saved:
-                    part.copy_(old)
-                raise
+    def write(self, targets: Sequence[tuple[ParameterPlan, Holding]], perform: Callable[[Callable[[], str]], None]) -> None:
+        """Draw all, or put back what was there.
 
-    def _write(self, targets: Sequence[tuple[ParameterPlan, nn.Parameter]]) -> None:
+        Args:
+            targets: what to draw, and where to.
+            perform: does the work, and raises where it failed here or on another process.
+        """
+
+        def work() -> None:
+            with torch.no_grad():
+                try:
+                    perform(lambda: self._write(targets))
+                except BaseException:
+                    for part, old in self._saved:
+                        part.copy_(old)
+                    raise
+
+        _shielded(work, self._stop)
+
+    def _write(self, targets: Sequence[tuple[ParameterPlan, Holding]]) -> str:
         matrices: list[Task] = []
         ranges: list[Task] = []
         elsewhere = []
-        for planned, parameter in targets:
-            if all(part.family is Family.KEEP for part in _distributions(planned)):
+        for planned, holding in targets:
+            memory = holding.memory
+            if not holding.boxes or all(part.family is Family.KEEP for part in planned.distributions):
                 continue
-            self._total += parameter.numel()
-            if parameter.device.type != "cpu" or not parameter.is_contiguous():
-                elsewhere.append((planned, parameter))
+            self._total += memory.numel()
+            if memory.device.type != "cpu" or not memory.is_contiguous():
+                elsewhere.append((planned, holding))
                 continue
-            torch.autograd.graph.increment_version(parameter)
-            first, second = drawing_tasks(planned, self._seed, parameter.detach())
+            torch.autograd.graph.increment_version(holding.parameter)
+            first, second = drawing_tasks(planned, self._seed, holding.boxes, memory)
             matrices += first
             ranges += second
-        self._run(matrices, ranges, save=True)
-        for planned, parameter in elsewhere:  # one at a time, so that the memory to draw in is that of the largest
-            values = parameter.detach().to("cpu", copy=True).contiguous()
-            self._run(*drawing_tasks(planned, self._seed, values), save=False)
-            self._saved.append((parameter, parameter.detach().to("cpu", copy=True)))
-            parameter.copy_(values)
+        self._run(matrices, ranges, save=self._save)
+        for planned, holding in elsewhere:  # one at a time, so that the memory to draw in is that of the largest
+            memory = holding.memory
+            values = memory.to("cpu", copy=True).contiguous()
+            self._run(*drawing_tasks(planned, self._seed, holding.boxes, values), save=False)
+            if self._save:
+                self._saved.append((memory, memory.to("cpu", copy=True)))
+            memory.copy_(values)
+            torch.autograd.graph.increment_version(holding.parameter)
+        return "written"
 
     def _run(self, matrices: Sequence[Task], ranges: Sequence[Task], *, save: bool) -> None:
         if matrices:
@@ -171,21 +204,18 @@ class _Writer:
 
     @torch.no_grad()
     def _perform(self, task: Task, *, save: bool) -> None:
-        if self.stop.is_set():
+        if self._stop.is_set():
             raise _Stopped
         if save:
-            part = task.target.view(torch.uint8)  # NumPy does not know every type; and torch's copy would start more threads
-            self._saved.append((part, torch.from_numpy(part.numpy().copy())))
+            for target in task.targets:
+                part = target.view(torch.uint8)  # NumPy does not know every type; and torch's copy would start more threads
+                self._saved.append((part, torch.from_numpy(part.numpy().copy())))
         task.draw()
 
     def _advance(self, task: Task) -> None:
-        self._done += task.target.numel()
+        self._done += sum(target.numel() for target in task.targets)
         if self._progress is not None:
             self._progress(self._done, self._total)
-
-
-def _distributions(planned: ParameterPlan) -> tuple[Distribution, ...]:
-    return (planned.distribution, *(block.distribution for block in planned.blocks))
 
 
 @contextmanager

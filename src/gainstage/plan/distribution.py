@@ -140,11 +140,16 @@ class ParameterPlan:
             if not end <= block.start < block.stop <= self.shape[block.dim]:
                 raise InputError(f"{self.name}: block {block} overlaps another, or lies outside of shape {list(self.shape)}")
             end = block.stop
-        for distribution in (self.distribution, *(block.distribution for block in self.blocks)):
+        for distribution in self.distributions:
             if abs(distribution.mean) + _LARGEST_DEVIATION * distribution.std > torch.finfo(dtype).max:
                 raise InputError(f"{self.name}: {distribution} does not fit into {self.dtype}")
             if distribution.family.is_matrix:
                 self._check_matrix(distribution.family)
+
+    @property
+    def distributions(self) -> tuple[Distribution, ...]:
+        """All that its entries are drawn from: that of the entries outside of blocks first."""
+        return (self.distribution, *(block.distribution for block in self.blocks))
 
     def _check_matrix(self, family: Family) -> None:
         if len(self.shape) < 2 or not self.output_dims or any(dim >= len(self.shape) for dim in self.output_dims):
