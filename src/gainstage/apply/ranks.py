@@ -42,7 +42,7 @@ def together(ranks: Iterable[int], work: Callable[[], str], timeout: float) -> N
     try:
         said = work()
     except BaseException as error:
-        store.set(f"gainstage/{call}/{rank}", f"failed: {error or type(error).__name__}")
+        store.set(f"gainstage/{call}/{rank}", f"failed: {str(error) or type(error).__name__}")
         raise
     store.set(f"gainstage/{call}/{rank}", f"done: {said}")
     deadline = time.monotonic() + timeout + _SLOWER * (time.monotonic() - start)
@@ -56,7 +56,7 @@ def _answer(store: Any, call: int, rank: int, deadline: float) -> str:
     remaining = max(0.001, deadline - time.monotonic())
     try:
         store.wait([key], timedelta(seconds=remaining))
-        state, _, text = store.get(key).decode().partition(": ")
+        state, _, text = str(store.get(key), "utf-8").partition(": ")
     except torch.distributed.DistError as error:
         raise RankError(f"Rank {rank} does not answer: it has died, is far behind, or does not make this call.") from error
     if state == "failed":

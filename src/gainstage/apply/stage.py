@@ -53,7 +53,7 @@ def drawing_tasks(planned: ParameterPlan, seed: int, boxes: Sequence[Box], memor
         if not held:
             continue
         if distribution.family.is_matrix:
-            matrices.append(_matrix_task(planned, stream, distribution, held, (dim, start, stop), memory))
+            matrices.append(_matrix_task(planned, seed, (dim, start, stop, distribution), held, memory))
         else:
             ranges += [task for box in held for task in _box_tasks(stream, distribution, box, planned.shape, box.view(memory))]
     return matrices, ranges
@@ -74,21 +74,17 @@ def _parts(planned: ParameterPlan) -> Iterator[tuple[int, int, int, Distribution
 
 
 def _matrix_task(
-    planned: ParameterPlan,
-    stream: Stream,
-    distribution: Distribution,
-    held: Sequence[Box],
-    place: tuple[int, int, int],
-    memory: torch.Tensor,
+    planned: ParameterPlan, seed: int, part: tuple[int, int, int, Distribution], held: Sequence[Box], memory: torch.Tensor
 ) -> Task:
     """The whole matrix is drawn wherever a part of it is held: its entries depend on one another."""
+    dim, start, stop, distribution = part
     targets = tuple(box.view(memory) for box in held)
-    matrix = whole_box(planned.shape).part(*place)
+    matrix = whole_box(planned.shape).part(dim, start, stop)
     assert matrix is not None
 
     def draw() -> None:
         normals = torch.empty(matrix.sizes, dtype=_compute_type(memory.dtype))
-        for task in _box_tasks(stream, _UNIT_NORMAL, matrix, planned.shape, normals):
+        for task in _box_tasks(stream_of(seed, planned.name), _UNIT_NORMAL, matrix, planned.shape, normals):
             task.draw()
         drawn = draw_matrix(distribution, normals, planned.output_dims)
         for box, target in zip(held, targets, strict=True):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import operator
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from typing import final
@@ -121,15 +121,15 @@ class Writer:
     Args:
         seed: any integer.
         progress: as for :func:`apply`.
-        save: keep the present values until all is written; without, a failure leaves some of each.
+        fresh: names of parameters whose present values are not worth saving: their memory is new.
     """
 
-    def __init__(self, seed: int, progress: Callable[[int, int], object] | None, *, save: bool = True) -> None:
+    def __init__(self, seed: int, progress: Callable[[int, int], object] | None, fresh: Container[str] = ()) -> None:
         self._stop = threading.Event()
         self._seed = seed
         self._threads = torch.get_num_threads()
         self._progress = progress
-        self._save = save
+        self._fresh = fresh
         self._saved: list[tuple[torch.Tensor, torch.Tensor]] = []  # part of a parameter, its old values
         self._done = 0
         self._total = 0
@@ -154,31 +154,38 @@ class Writer:
         _shielded(work, self._stop)
 
     def _write(self, targets: Sequence[tuple[ParameterPlan, Holding]]) -> str:
-        matrices: list[Task] = []
-        ranges: list[Task] = []
+        targets = [
+            (planned, holding)
+            for planned, holding in targets
+            if holding.boxes and any(part.family is not Family.KEEP for part in planned.distributions)
+        ]
+        self._total = sum(holding.memory.numel() for _, holding in targets)
         elsewhere = []
+        tasks: dict[bool, tuple[list[Task], list[Task]]] = {False: ([], []), True: ([], [])}
         for planned, holding in targets:
-            memory = holding.memory
-            if not holding.boxes or all(part.family is Family.KEEP for part in planned.distributions):
-                continue
-            self._total += memory.numel()
-            if memory.device.type != "cpu" or not memory.is_contiguous():
+            if holding.memory.device.type != "cpu" or not holding.memory.is_contiguous():
                 elsewhere.append((planned, holding))
                 continue
             torch.autograd.graph.increment_version(holding.parameter)
-            first, second = drawing_tasks(planned, self._seed, holding.boxes, memory)
+            first, second = drawing_tasks(planned, self._seed, holding.boxes, holding.memory)
+            matrices, ranges = tasks[planned.name not in self._fresh]
             matrices += first
             ranges += second
-        self._run(matrices, ranges, save=self._save)
+        for save, (matrices, ranges) in tasks.items():
+            self._run(matrices, ranges, save=save)
         for planned, holding in elsewhere:  # one at a time, so that the memory to draw in is that of the largest
-            memory = holding.memory
-            values = memory.to("cpu", copy=True).contiguous()
-            self._run(*drawing_tasks(planned, self._seed, holding.boxes, values), save=False)
-            if self._save:
-                self._saved.append((memory, memory.to("cpu", copy=True)))
-            memory.copy_(values)
-            torch.autograd.graph.increment_version(holding.parameter)
+            self._write_elsewhere(planned, holding)
         return "written"
+
+    def _write_elsewhere(self, planned: ParameterPlan, holding: Holding) -> None:
+        """Drawn in contiguous memory of the host, then copied."""
+        memory = holding.memory
+        values = memory.to("cpu", copy=True).contiguous()
+        self._run(*drawing_tasks(planned, self._seed, holding.boxes, values), save=False)
+        if planned.name not in self._fresh:
+            self._saved.append((memory, memory.to("cpu", copy=True)))
+        torch.autograd.graph.increment_version(holding.parameter)
+        memory.copy_(values)
 
     def _run(self, matrices: Sequence[Task], ranges: Sequence[Task], *, save: bool) -> None:
         if matrices:
