@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from gainstage.api import apply, gain, initialize, inspect, plan, verify
+    from gainstage.apply import materialize, param_init_fn
     from gainstage.errors import (
         CaptureError,
         GainstageError,
@@ -58,6 +59,8 @@ __all__ = [
     "gain",
     "initialize",
     "inspect",
+    "materialize",
+    "param_init_fn",
     "plan",
     "verify",
 ]
@@ -65,6 +68,7 @@ __all__ = [
 # Where each public name lives; what stands in neither tuple is an exception of gainstage.errors.
 _HOMES = {
     "gainstage.api": ("apply", "gain", "initialize", "inspect", "plan", "verify"),
+    "gainstage.apply": ("materialize", "param_init_fn"),
     "gainstage.plan": ("Distribution", "Family", "Plan"),
     "gainstage.policies": ("Policy",),
     "gainstage.propagate.trace": ("ParameterStatistics", "Signal", "Trace"),

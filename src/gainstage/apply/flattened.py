@@ -22,7 +22,7 @@ def flattened_holdings(module: Any, path: str) -> dict[str, Holding]:
     if handle is None:
         return {}
     flat = handle.flat_param
-    if not handle.is_sharded(flat):
+    if handle.uses_sharded_strategy and not handle.is_sharded(flat):
         handle.reshard(free_unsharded_flat_param=True)
     memory = vars(flat).get("_local_shard", flat.detach())  # set at the first forward pass
     ranks = frozenset(torch.distributed.get_process_group_ranks(handle.process_group))

@@ -163,9 +163,11 @@ def _is_same(first: torch.Tensor, second: torch.Tensor) -> bool:
 
 @contextmanager
 def _set_aside(module: nn.Module, value: float) -> Iterator[None]:
-    """Everything that the module and its children hold is as before when this ends; meanwhile others are the parameters."""
+    """Everything that the module and its children hold is as before when this ends; meanwhile all tensors are others."""
     held = [(each, dict(vars(each)), dict(each._parameters), dict(each._buffers)) for each in module.modules()]
-    for each, _, parameters, _ in held:
+    for each, attributes, parameters, buffers in held:
+        for holder, tensors in ((vars(each), attributes), (each._buffers, buffers)):
+            holder.update({name: value.clone() for name, value in tensors.items() if isinstance(value, torch.Tensor)})
         for name, parameter in parameters.items():
             if parameter is not None:
                 memory = torch.empty(parameter.shape, dtype=parameter.dtype, device="cpu")

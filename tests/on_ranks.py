@@ -1,0 +1,331 @@
+"""What every process runs in test_ranks.py: cases by name, the outcome of each written to a file per rank.
+
+torchrun --nproc-per-node 2 tests/on_ranks.py FOLDER CASE...
+"""
+
+import json
+import os
+import sys
+import time
+import traceback
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, FullyShardedDataParallel, fully_shard
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+from gainstage.apply import apply, materialize, param_init_fn
+from gainstage.errors import PlanMismatchError, RankError
+from gainstage.plan import Block, Distribution, Family, ParameterPlan, Plan
+
+SEED = 3
+
+NORMAL = Distribution(family=Family.NORMAL, std=0.5, mean=0.1)
+UNIFORM = Distribution(family=Family.UNIFORM, std=1.0)
+TRUNCATED = Distribution(family=Family.TRUNCATED_NORMAL, std=0.1)
+ORTHOGONAL = Distribution(family=Family.ORTHOGONAL, std=0.3)
+DELTA = Distribution(family=Family.DELTA_ORTHOGONAL, std=0.3)
+ZERO = Distribution(family=Family.CONSTANT)
+
+
+class Model(nn.Module):
+    """Sizes that no number of processes divides, a tie, a fused projection, a kernel, statistics, a table of positions."""
+
+    def __init__(self, width=10):
+        super().__init__()
+        self.width = width
+        self.embedding = nn.Embedding(11, width)
+        self.register_buffer("positions", torch.arange(7.0)[:, None] / width, persistent=False)
+        self.fused = nn.Linear(width, 3 * width)
+        self.mixer = nn.Conv1d(width, width, 3, padding=1)
+        self.norm = nn.BatchNorm1d(width)
+        self.head = nn.Linear(width, 11, bias=False)
+        self.head.weight = self.embedding.weight
+
+    def forward(self, tokens):
+        x = self.embedding(tokens) + self.positions
+        query, key, value = self.fused(x).chunk(3, dim=-1)
+        x = torch.softmax(query @ key.mT, -1) @ value
+        return self.head(self.norm(self.mixer(x.mT)).mT)
+
+
+def plan_for(model, **changes):
+    """Every family, blocks along both dimensions, an element type of two bytes."""
+    names = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    parameters = dict(model.named_parameters())
+    chosen = {
+        "embedding.weight": {"distribution": NORMAL, "blocks": (Block(1, 2, 5, UNIFORM),)},
+        "fused.weight": {"distribution": UNIFORM, "blocks": tuple(Block(0, 10 * i, 10 * i + 10, ORTHOGONAL) for i in (0, 2))},
+        "fused.bias": {"distribution": ZERO},
+        "mixer.weight": {"distribution": DELTA},
+        "mixer.bias": {"distribution": TRUNCATED},
+        **changes,
+    }
+    return Plan(
+        policy="test",
+        fingerprint="",
+        training=True,
+        parameters={
+            name: ParameterPlan(
+                name=name,
+                aliases=tuple(aliases),
+                shape=tuple(parameters[name].shape),
+                dtype=str(parameters[name].dtype).removeprefix("torch."),
+                role="weight",
+                **chosen.get(name, {"distribution": NORMAL}),
+            )
+            for name, *aliases in names.values()
+        },
+    )
+
+
+def on_meta(dtype=torch.float32):
+    with torch.device("meta"):
+        return Model().to(dtype)
+
+
+def reference(dtype=torch.float32):
+    """The same model in one process."""
+    model = Model().to(dtype)
+    apply(model, plan_for(model), seed=SEED)
+    return model
+
+
+def assert_same_as_reference(model, dtype=torch.float32):
+    expected = reference(dtype)
+    names = dict(expected.named_parameters())
+    assert [name for name, _ in model.named_parameters()] == list(names)
+    for name, parameter in model.named_parameters():
+        whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter.detach()
+        assert torch.equal(whole, names[name]), name
+    assert model.head.weight is model.embedding.weight
+    for (name, buffer), (_, other) in zip(model.named_buffers(), expected.named_buffers(), strict=True):
+        assert torch.equal(buffer, other), name
+
+
+def distributed(model, mesh, placements):
+    """Every parameter as a DTensor; dimensions that it does not have are replicated."""
+    made = {}
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None and id(parameter) not in made:
+                fitting = [p if p.is_replicate() or p.dim < parameter.dim() else Replicate() for p in placements]
+                made[id(parameter)] = nn.Parameter(distribute_tensor(parameter.detach(), mesh, fitting))
+            if parameter is not None:
+                module._parameters[name] = made[id(parameter)]
+    return model
+
+
+def train_one_step(model):
+    """Forward, backward, step; returns the loss."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    tokens = torch.arange(14).view(2, 7) % 11
+    loss = nn.functional.cross_entropy(model(tokens).flatten(0, 1), tokens.flatten())
+    loss.backward()
+    optimizer.step()
+    return loss.item()
+
+
+def placed(*placements):
+    def case():
+        shape = (dist.get_world_size(),) if len(placements) == 1 else (2, 2)
+        model = distributed(Model(), init_device_mesh("cpu", shape), placements)
+        apply(model, plan_for(Model()), seed=SEED)
+        assert_same_as_reference(model)
+
+    return case
+
+
+def fully_sharded(dtype=torch.float32, **options):
+    def case():
+        model = on_meta(dtype)
+        plan = plan_for(model)
+        fully_shard(model.mixer, **options)
+        fully_shard(model, **options)
+        materialize(model, plan, seed=SEED)
+        assert_same_as_reference(model, dtype)
+        if dtype == torch.float32:
+            expected = train_one_step(reference())
+            # Every process has the same batch: only the order of sums differs.
+            assert abs(train_one_step(model) - expected) < 1e-5 * expected
+        apply(model, plan, seed=SEED)  # the root is still gathered after its pass
+        for name, parameter in model.named_parameters():
+            assert torch.equal(parameter.full_tensor(), dict(reference(dtype).named_parameters())[name]), name
+
+    return case
+
+
+def tensor_parallel():
+    model = on_meta()
+    plan = plan_for(model)
+    parallelize_module(model, init_device_mesh("cpu", (dist.get_world_size(),)), {"fused": ColwiseParallel()})
+    materialize(model, plan, seed=SEED)
+    assert_same_as_reference(model)
+
+
+def two_dimensions():
+    """Tensor parallel first, then FSDP2 over it: shards of one dimension whose order is not that of the ranks."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
+    model = on_meta()
+    plan = plan_for(model)
+    parallelize_module(model, mesh["tensor"], {"fused": ColwiseParallel(), "head": RowwiseParallel()})
+    model.embedding.weight = model.head.weight
+    fully_shard(model, mesh=mesh["data"])
+    assert any(type(placement).__name__ == "_StridedShard" for placement in model.fused.weight.placements)
+    materialize(model, plan, seed=SEED)
+    assert_same_as_reference(model)
+
+
+def flattened(*, use_orig_params):
+    def case():
+        expected = reference()
+        model = on_meta()
+        initialize = param_init_fn(model, plan_for(model), seed=SEED)
+        wrapped = FullyShardedDataParallel(
+            model, param_init_fn=initialize, use_orig_params=use_orig_params, device_id=torch.device("cpu")
+        )
+        for seed in (None, SEED):
+            if seed is not None:
+                apply(wrapped, plan_for(Model()), seed=SEED + 1)
+                apply(wrapped, plan_for(Model()), seed=SEED)
+            with FullyShardedDataParallel.summon_full_params(wrapped, writeback=False):
+                for name, parameter in expected.named_parameters():
+                    assert torch.equal(wrapped.module.get_parameter(name), parameter), name
+            for name, buffer in expected.named_buffers():
+                assert torch.equal(wrapped.module.get_buffer(name), buffer), name
+        loss = train_one_step(expected)
+        assert abs(train_one_step(wrapped) - loss) < 1e-5 * loss
+
+    return case
+
+
+def sharded_model():
+    model = Model()
+    fully_shard(model)
+    return model
+
+
+def locals_of(model):
+    return {name: parameter.to_local().clone() for name, parameter in model.named_parameters()}
+
+
+def assert_refused(model, plan, error, message, *, seed=SEED, timeout=20.0):
+    """At once, and with every value as it was."""
+    before = locals_of(model)
+    start = time.monotonic()
+    try:
+        apply(model, plan, seed=seed, timeout=timeout)
+    except error as raised:
+        assert message in str(raised), str(raised)
+    else:
+        raise AssertionError("not refused")
+    assert time.monotonic() - start < 10
+    for name, value in locals_of(model).items():
+        assert torch.equal(value, before[name]), name
+
+
+def another_plan_on_one_rank():
+    model = sharded_model()
+    last = dist.get_rank() == dist.get_world_size() - 1
+    plan = plan_for(Model(), **({"fused.bias": {"distribution": NORMAL}} if last else {}))
+    assert_refused(model, plan, RankError, "disagree on the plan or the seed")
+
+
+def another_seed_on_one_rank():
+    assert_refused(sharded_model(), plan_for(Model()), RankError, "ranks 0: ", seed=dist.get_rank())
+
+
+def a_model_that_fits_on_all_ranks_but_one():
+    model = sharded_model()
+    misfit = dist.get_rank() == 1
+    plan = plan_for(Model(12)) if misfit else plan_for(Model())
+    expected = (PlanMismatchError, "is planned as") if misfit else (RankError, "Rank 1 failed: embedding.weight is planned as")
+    assert_refused(model, plan, *expected)
+
+
+def a_failure_while_one_rank_draws():
+    """The values of all ranks go back."""
+    model = sharded_model()
+    before = locals_of(model)
+    failing = dist.get_rank() == 1
+
+    def progress(done, total):
+        if failing and done == total:
+            raise ZeroDivisionError
+
+    try:
+        apply(model, plan_for(Model()), seed=SEED, progress=progress, timeout=20.0)
+    except (ZeroDivisionError, RankError) as error:
+        assert isinstance(error, ZeroDivisionError) == failing
+    else:
+        raise AssertionError("not refused")
+    for name, value in locals_of(model).items():
+        assert torch.equal(value, before[name]), name
+
+
+def a_rank_that_does_not_come():
+    """Rank 1 makes no call; the others give up after their second."""
+    model = sharded_model()
+    if dist.get_rank() != 1:
+        assert_refused(model, plan_for(Model()), RankError, "Rank 1 does not answer", timeout=1.0)
+    dist.barrier()
+
+
+def a_rank_that_is_killed():
+    """Rank 1 dies; nobody waits for it for longer than was said. Last, as no collective works after it."""
+    model = sharded_model()
+    if dist.get_rank() == 1:
+        os._exit(0)
+    assert_refused(model, plan_for(Model()), RankError, "Rank 1 does not answer", timeout=1.0)
+
+
+CASES = {
+    "rows": placed(Shard(0)),
+    "columns": placed(Shard(1)),
+    "taps": placed(Shard(2)),
+    "copies": placed(Replicate()),
+    "rows and rows": placed(Shard(0), Shard(0)),
+    "rows and columns": placed(Shard(0), Shard(1)),
+    "columns and rows": placed(Shard(1), Shard(0)),
+    "copies of columns": placed(Replicate(), Shard(1)),
+    "taps and columns": placed(Shard(2), Shard(1)),
+    "fully_shard": fully_sharded(),
+    "fully_shard, bfloat16": fully_sharded(torch.bfloat16),
+    "fully_shard, offloaded": fully_sharded(offload_policy=CPUOffloadPolicy(pin_memory=False)),
+    "tensor parallel": tensor_parallel,
+    "fully_shard over tensor parallel": two_dimensions,
+    "flattened": flattened(use_orig_params=False),
+    "flattened, original parameters": flattened(use_orig_params=True),
+    "another plan": another_plan_on_one_rank,
+    "another seed": another_seed_on_one_rank,
+    "another model": a_model_that_fits_on_all_ranks_but_one,
+    "a failure": a_failure_while_one_rank_draws,
+    "an absent rank": a_rank_that_does_not_come,
+    "a killed rank": a_rank_that_is_killed,
+}
+
+
+def main(folder, *names):
+    dist.init_process_group("gloo", timeout=timedelta(seconds=20))
+    outcomes = {}
+    for name in names:
+        start = time.monotonic()
+        try:
+            CASES[name]()
+            outcomes[name] = "passed"
+        except BaseException:
+            outcomes[name] = traceback.format_exc()
+        outcomes[name + " took"] = time.monotonic() - start
+        (Path(folder) / f"{dist.get_rank()}.json").write_text(json.dumps(outcomes))
+    os._exit(0)  # a process group with a dead member does not always shut down
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
