@@ -386,13 +386,13 @@ def test_transformers_keeps_what_was_drawn():
     assert all(torch.equal(tensor, before[name]) for name, tensor in tensors_of(model).items())
 
 
-@pytest.mark.parametrize("name", ["swin_tiny_patch4_window7_224", "vit_base_patch16_rope_224"])
-def test_masks_indices_and_tables_of_timm(name):
+@pytest.mark.parametrize(
+    ("name", "options"), [("swin_tiny_patch4_window7_224", {"depths": (2, 2)}), ("vit_base_patch16_rope_224", {"depth": 1})]
+)
+def test_masks_indices_and_tables_of_timm(name, options):
     cpu_torchvision_if_installed()
     timm = pytest.importorskip("timm")
-    assert_as_if_built_in_memory(
-        lambda: timm.create_model(name, depths=(2, 2, 2, 2)) if "swin" in name else timm.create_model(name, depth=1)
-    )
+    assert_as_if_built_in_memory(lambda: timm.create_model(name, **options))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
