@@ -66,11 +66,12 @@ class _Inference:
     def parts(self) -> _Parts:
         wiring, sites = self.wiring, self.sites
         attentions = find_attentions(wiring, sites)
-        residuals = find_residuals(wiring, sites)
+        on_logits = frozenset(node for attention in attentions for node in attention.path)
+        residuals = find_residuals(wiring, sites, on_logits)
         branches = {i: self.branches(residual, residuals) for i, residual in residuals.items()}
-        inside = {node for a in attentions for nodes in (a.query.nodes, a.key.nodes, a.path) for node in nodes}
+        inside = {node for attention in attentions for walked in (attention.query, attention.key) for node in walked.nodes}
         sums = {i for residual in residuals.values() for i in self.inner_sums(residual, residuals)}
-        siblings = find_siblings(wiring, residuals, inside | sums)
+        siblings = find_siblings(wiring, residuals, inside | on_logits | sums)
         merges = tuple((merge, walks) for merge in siblings if (walks := self.sibling_walks(merge)))
         return _Parts(attentions, link(wiring, residuals), branches, merges, self.outputs())
 

@@ -26,12 +26,12 @@ class Residual:
     branch: int
 
 
-def find_residuals(wiring: Wiring, sites: Mapping[int, tuple[Site, ...]]) -> Mapping[int, Residual]:
-    """All residual additions, by the number of the addition."""
+def find_residuals(wiring: Wiring, sites: Mapping[int, tuple[Site, ...]], excluded: frozenset[int]) -> Mapping[int, Residual]:
+    """All residual additions, by the number of the addition, but for those excluded: a bias that logits share is no stream."""
     changed = changed_since(wiring, sites)
     found: dict[int, Residual] = {}
     for i, name in enumerate(wiring.names):
-        if name not in _SUMS or len(wiring.signals[i]) != 2:
+        if name not in _SUMS or len(wiring.signals[i]) != 2 or i in excluded:
             continue
         first, second = wiring.signals[i]
         chains = {first: list(skip_chain(wiring, first, found)), second: list(skip_chain(wiring, second, found))}

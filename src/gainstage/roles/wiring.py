@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from gainstage.graph import Graph, Node, NodeKind, TensorMeta
@@ -38,6 +38,7 @@ class Wiring:
     ``shape_of_gain``: LINEAR, NONLINEAR or SATURATING since the last contraction or norm.
     ``is_normalised``: output of a norm, movement after it included, before its scale. ``marks``: one bit for each node that
     several nodes read; ``sources``: the bits of all such nodes that a node is computed from, itself included.
+    ``roots``: the node that a node is a function of entry by entry, and of no other; itself where it is not such a function.
     """
 
     graph: Graph
@@ -54,6 +55,7 @@ class Wiring:
     is_normalised: tuple[bool, ...]
     sources: tuple[int, ...]
     marks: tuple[int, ...]
+    roots: tuple[int, ...]
 
     def is_computed_from(self, i: int, source: int) -> bool:
         """Tell whether a node is, or is computed from, a source that several nodes read; False for other sources."""
@@ -86,7 +88,7 @@ class Wiring:
 
     def gates_itself(self, i: int) -> bool:
         """Tell whether a product is an activation written out: ``x sigmoid(x)``."""
-        return len(self.signals[i]) == 2 and is_function_of_one(self.signals[i], self.main)
+        return len({self.roots[j] for j in self.signals[i]}) == 1
 
     def is_product_of_signals(self, i: int) -> bool:
         """Tell whether a contraction's both operands are signals: attention logits, attention averages."""
@@ -113,7 +115,8 @@ def wire(graph: Graph) -> Wiring:
         for i, node in enumerate(nodes)
     )
     marks, sources = _ancestry(operands, readers, is_signal)
-    main, gain, normalised = _sweep(nodes, names, operands, signals, is_signal)
+    roots = _roots(names, signals)
+    main, gain, normalised = _sweep(names, operands, signals, is_signal, roots)
     return Wiring(
         graph=graph,
         nodes=nodes,
@@ -129,6 +132,7 @@ def wire(graph: Graph) -> Wiring:
         is_normalised=normalised,
         sources=sources,
         marks=marks,
+        roots=roots,
     )
 
 
@@ -146,6 +150,21 @@ def _ancestry(
             sources[i] |= marks[i]
             count += 1
     return tuple(marks), tuple(sources)
+
+
+_MIXING = (
+    (MOVEMENT - {"to", "_to_copy", "contiguous", "clone", "alias", "type_as", "float"})
+    | NOISE | POOLING | JOINING | CONTRACTIONS | ATTENTION | RECURRENT | LOOKUP | NORMS.keys()
+    | {"softmax", "_softmax", "log_softmax", "_log_softmax", "cumsum", "glu"}
+)  # fmt: skip
+
+
+def _roots(names: tuple[str, ...], signals: tuple[tuple[int, ...], ...]) -> tuple[int, ...]:
+    roots = list(range(len(names)))
+    for i, read in enumerate(signals):
+        if names[i] not in _MIXING and len({roots[j] for j in read}) == 1:
+            roots[i] = roots[read[0]]
+    return tuple(roots)
 
 
 def _is_floating(node: Node) -> bool:
@@ -187,12 +206,12 @@ def _split(
 
 
 def _sweep(
-    nodes: tuple[Node, ...], names: tuple[str, ...], operands: tuple[tuple[int, ...], ...], signals: tuple[tuple[int, ...], ...],
-    is_signal: list[bool],
+    names: tuple[str, ...], operands: tuple[tuple[int, ...], ...], signals: tuple[tuple[int, ...], ...],
+    is_signal: list[bool], roots: tuple[int, ...],
 ) -> tuple[tuple[int, ...], tuple[int, ...], tuple[bool, ...]]:  # fmt: skip
-    main = [-1] * len(nodes)
-    gain = [LINEAR] * len(nodes)
-    normalised = [False] * len(nodes)
+    main = [-1] * len(names)
+    gain = [LINEAR] * len(names)
+    normalised = [False] * len(names)
     for i, name in enumerate(names):
         read = signals[i]
         if not read:
@@ -201,6 +220,8 @@ def _sweep(
         if heavy:
             continue
         if len(read) == 1 and name not in JOINING:
+            main[i] = read[0]
+        elif name == "sub" and len(read) == 2 and _is_centred(read, names, main):
             main[i] = read[0]
         elif name in ("mul", "div") and len(read) == 2:
             whole = _normalised_by_hand(read, names, operands, main, is_signal)
@@ -217,7 +238,7 @@ def _sweep(
         elif name == "div" and len(read) == 2:
             gain[i] = gain[read[0]]
         elif name == "mul" and len(read) == 2:
-            gain[i] = NONLINEAR if is_function_of_one(read, main) else min(gain[j] for j in read)
+            gain[i] = NONLINEAR if roots[read[0]] == roots[read[1]] else min(gain[j] for j in read)
         elif name in _LINEAR:
             gain[i] = below
         else:
@@ -225,15 +246,13 @@ def _sweep(
     return tuple(main), tuple(gain), tuple(normalised)
 
 
-def is_function_of_one(read: tuple[int, ...], main: Sequence[int]) -> bool:
-    """Tell whether one factor of a product is a function of the other alone: ``x sigmoid(x)``."""
-    for whole, factor in (read, read[::-1]):
-        i = factor
-        while i > whole:
-            i = main[i]
-        if i == whole:
-            return True
-    return False
+def _is_centred(read: tuple[int, ...], names: tuple[str, ...], main: list[int]) -> bool:
+    """Tell whether a difference is ``x - mean(x)``."""
+    i, met_mean = read[1], False
+    while i >= 0 and i != read[0] and (names[i] in MOVEMENT or names[i] == "mean"):
+        met_mean |= names[i] == "mean"
+        i = main[i]
+    return met_mean and i >= 0 and _moved(i, names, main) == _moved(read[0], names, main)
 
 
 _LINEAR = MOVEMENT | NOISE | POOLING | JOINING | {"add", "sub", "rsub", "mul", "div", "neg"}
