@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from gainstage.signal import levels
 from gainstage.signal.axes import Axis, Dim, axes_of, distinct
 from gainstage.signal.movement import expand, merge_dim, refine, reshape
-from gainstage.signal.neighbours import Neighbours
+from gainstage.signal.neighbours import Neighbours, beyond, by_lag, cut, made, outer
 from gainstage.signal.quadrature import Array
 from gainstage.signal.rows import kept, pattern_of, tilted
 from gainstage.signal.spread import weighted
@@ -148,62 +148,88 @@ def convolve(x: Value, weight: Value, places: Sequence[Places], groups: int, *, 
     x, weight = _grouped(x, weight, groups, rank, transposed=transposed)
     labels_x, labels_w = "bgc" + "uvw"[:rank], ("gco" if transposed else "goc") + "klm"[:rank]
     x, weight = match(x, weight, labels_x, labels_w)
-    starts = np.cumsum([0, *(len(dim) for dim in x.dims)])
-    windows = [levels.read(x.levels, int(starts[3 + d]), place) for d, place in enumerate(places)]
-    numbers = _Numbers()
-    index_x = [n for label, dim in zip(labels_x, x.dims, strict=True) for n in numbers.of(label, dim)]
-    index_w = [n for label, dim in zip(labels_w, weight.dims, strict=True) for n in numbers.of(label, dim)]
-    even = levels.evened(x.table, x.levels, range(x.table.ndim - sum(map(bool, x.dims[3:])), x.table.ndim))
-    operands: list[object] = [even, index_x, weight.table, index_w]
-    count = 1.0
-    for axis, number in zip(x.dims[2], numbers.of("c", x.dims[2]), strict=True):
-        operands += [np.array([axis.size * (axis.size - 1.0), float(axis.size)]), [number]]
-        count *= axis.size
-    out_space: list[Dim] = []
-    out_index = [n for label in "bgo" for n in numbers.of(label, ())]
-    for d, window in enumerate(windows):
-        count *= float(window.sum(1).mean())
-        out = (Axis(window.shape[0]),) if window.shape[0] > 1 else ()
-        own = [numbers.fresh()] if out else []
-        tap, place = numbers.of("klm"[d], weight.dims[d - rank]), numbers.of("uvw"[d], x.dims[3 + d])
-        pairs = _window_pairs(window, even=not place)
-        operands += [pairs[(slice(None) if out else 1, slice(None) if tap else 1)], own + tap + place]
-        out_index += own
-        out_space.append(out)
-    table = np.einsum(*operands, out_index)  # type: ignore[call-overload]
-    dims = (x.dims[0], weight.dims[0] + weight.dims[2 if transposed else 1], *out_space)
+    starts = [int(start) for start in np.cumsum([0, *(len(dim) for dim in x.dims)])]
+    windows = [levels.read(x.levels, starts[3 + d], place) for d, place in enumerate(places)]
+    space: list[Dim] = [(Axis(len(place)),) if len(place) > 1 else () for place in places]
+    table, index_x, index_w, out_index = _map_table(x, weight, (labels_x, labels_w), windows, space)
+    count = math.prod([*(axis.size for axis in x.dims[2]), *(float(window.sum(1).mean()) for window in windows)])
+    dims = (x.dims[0], weight.dims[0] + weight.dims[2 if transposed else 1], *space)
     profile = levels.product(
         levels.carried([(x.levels, index_x), (weight.levels, index_w)], out_index),
         levels.normalised(levels.outer([np.sqrt((window**2).sum(1)) for window in windows], len(axes_of(dims)))),
     )
-    result = contracted(x, weight, dims, count * x.mean * weight.mean, np.asarray(table, dtype=np.float64), profile=profile)
-    near = None if transposed else _strided_neighbours(x, places, out_space)
+    result = contracted(x, weight, dims, count * x.mean * weight.mean, table, profile=profile)
     if weight.is_weight:
-        channels = {int(starts[2]) + p: float(axis.size) for p, axis in enumerate(x.dims[2])}
-        taps = {int(starts[3 + d]): float((window > 0.0).sum(1).mean()) for d, window in enumerate(windows) if x.dims[3 + d]}
-        alone = range(int(starts[1]), int(starts[2]))
-        result = weighted(result, x, weight, channels | taps, alone=alone, places=list(taps))
-    return replace(result, near=near, lean=_border_lean(profile, windows))
+        channels = {starts[2] + i: float(axis.size) for i, axis in enumerate(x.dims[2])}
+        taps = {starts[3 + d]: float((window > 0.0).sum(1).mean()) for d, window in enumerate(windows) if x.dims[3 + d]}
+        result = weighted(result, x, weight, channels | taps, alone=range(starts[1], starts[2]), places=list(taps))
+    fresh = float(np.abs(weight.table).sum()) <= (1.0 + 1e-9) * weight.second_moment
+    before = _strided_neighbours(x, places, space) if fresh and not transposed else None
+    if before is None:
+        return replace(result, lean=_border_lean(profile, windows, None))
+    near = _padded_neighbours(x, before, windows, space)
+    return replace(result, near=near, lean=_border_lean(profile, windows, cut(before)))
 
 
-def _border_lean(profile: Array | None, windows: Sequence[Array]) -> Lean | None:
+def _map_table(
+    x: Value, weight: Value, labels: tuple[str, str], windows: Sequence[Array], space: Sequence[Dim]
+) -> tuple[Array, list[int], list[int], list[int]]:
+    """Table of a convolution, and the subscripts of the axes of x, of the kernel and of the result."""
+    numbers = _Numbers()
+    index_x, index_w = (
+        [n for label, dim in zip(own, v.dims, strict=True) for n in numbers.of(label, dim)]
+        for own, v in zip(labels, (x, weight), strict=True)
+    )
+    even = levels.evened(x.table, x.levels, range(x.table.ndim - sum(map(bool, x.dims[3:])), x.table.ndim))
+    operands: list[object] = [even, index_x, weight.table, index_w]
+    for axis, number in zip(x.dims[2], numbers.of("c", x.dims[2]), strict=True):
+        operands += [np.array([axis.size * (axis.size - 1.0), float(axis.size)]), [number]]
+    out_index = [n for label in "bgo" for n in numbers.of(label, ())]
+    for d, (window, out) in enumerate(zip(windows, space, strict=True)):
+        own = [numbers.fresh()] if out else []
+        tap, place = numbers.of("klm"[d], weight.dims[d - len(windows)]), numbers.of("uvw"[d], x.dims[3 + d])
+        pairs = _window_pairs(window, even=not place)
+        operands += [pairs[(slice(None) if out else 1, slice(None) if tap else 1)], own + tap + place]
+        out_index += own
+    table = np.einsum(*operands, out_index)  # type: ignore[call-overload]
+    return np.asarray(table, dtype=np.float64), index_x, index_w, out_index
+
+
+def _border_lean(profile: Array | None, windows: Sequence[Array], near: Neighbours | None) -> Lean | None:
     """What all positions have in common comes through the taps that a border position shares with the average one."""
     if profile is None:
         return None
     lean = levels.outer([window @ window.mean(0) for window in windows], profile.ndim)
-    return Lean(profile, lean / lean.mean())
+    return Lean(profile, lean / lean.mean(), near)
 
 
 def _strided_neighbours(x: Value, places: Sequence[Places], space: Sequence[Dim]) -> Neighbours | None:
-    """The same taps of two outputs read places that lie as many strides apart: what those share is passed on."""
-    near = x.neighbours()
-    for d, (place, out) in enumerate(zip(places, space, strict=True)):
-        if near is None:
-            return None
-        if x.dims[3 + d]:
-            axis = x.dims[3 + d][0]
-            near = near.strided(axis, max(int(place[1].max() - place[0].max()), 1) if len(place) > 1 else 1, out)
-    return near
+    """The same tap of two outputs reads places that lie as many strides apart."""
+    inner = axes_of(x.dims[3:])
+    if not inner or not axes_of(tuple(space)):
+        return None
+    before = x.neighbours() or Neighbours(inner, np.ones((1,) * len(inner)))
+    for dim, place, out in zip(x.dims[3:], places, space, strict=True):
+        for axis in dim:
+            before = before.strided(axis, max(int(place[1].max() - place[0].max()), 1) if out else 1, out)
+    return before
+
+
+def _padded_neighbours(x: Value, before: Neighbours, windows: Sequence[Array], space: Sequence[Dim]) -> Neighbours | None:
+    """Lag by lag the taps that two outputs both have, times what the places that they read share.
+
+    ``[far + (own - far) e(stride d)] sum_k w_pk w_qk``, at equal levels of p and q, averaged over places at each lag.
+    """
+    inside = [window for window, dim in zip(windows, space, strict=True) if dim]
+    if all(np.ptp(window.sum(1)) == 0.0 for window in inside):
+        return cut(before)
+    even = [window / np.sqrt(np.maximum((window**2).sum(1, keepdims=True), 1e-300)) for window in inside]
+    products = [window @ window.T for window in even]
+    taps, distant = outer([by_lag(product) for product in products]), float(np.prod([beyond(product) for product in products]))
+    own, far = x.apart(x.neighbours() or Neighbours(axes_of(x.dims[3:]), np.ones((1,) * len(axes_of(x.dims[3:])))))
+    shared = (far + (own - far) * before.over(axes_of(tuple(space)), taps.shape)) * taps
+    top = float(shared[(0,) * shared.ndim]) - far * distant
+    return made(axes_of(tuple(space)), (shared - far * distant) / top) if top > 0.0 else None
 
 
 def _grouped(x: Value, weight: Value, groups: int, rank: int, *, transposed: bool) -> tuple[Value, Value]:

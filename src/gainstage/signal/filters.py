@@ -10,9 +10,9 @@ import numpy as np
 from gainstage.signal import levels
 from gainstage.signal.axes import Axis
 from gainstage.signal.gram import Gram, modulated
-from gainstage.signal.linear import amplitude_of, averaged, is_gaussian, standardised
+from gainstage.signal.linear import amplitude_of, averaged, is_gaussian, standardised, without_common
 from gainstage.signal.movement import join, merge_dim
-from gainstage.signal.neighbours import Neighbours, far_of, filtered, made
+from gainstage.signal.neighbours import Neighbours, cut, far_of, filtered, made
 from gainstage.signal.quadrature import Array, nodes
 from gainstage.signal.spread import held
 from gainstage.signal.value import Marginal, Value, gaussian
@@ -36,7 +36,7 @@ def filter_dim(x: Value, dim: int, matrix: Array) -> Value:
     near = None
     if inputs > 1:
         near, table = _filtered_neighbours(x, even, x.dims[dim][0], weighted, table)
-        near = None if near is None else near.strided(x.dims[dim][0], 1, out_axis)
+        near = None if near is None else cut(near.strided(x.dims[dim][0], 1, out_axis))
     profile = _filtered_levels(x.levels, even, weighted, position)
     if outputs == 1:
         table = np.take(table, 1, axis=position)
@@ -151,12 +151,14 @@ def normalise(x: Value, reduced: Sequence[Axis], eps: float, *, centre: bool = T
         amplitude[tuple(0 if axis in reduced else slice(None) for axis in x.axes)] = 0.0
     std = max(level * scale**2 - mean**2, 0.0) ** 0.5
     keeps_latent = not centre or float(common.max()) - x.mean**2 <= 1e-3 * max(level, 1e-300)
-    profile = _normalised_levels(x, positions, float(common[(-1,) * common.ndim]))
+    removed = float(common[(-1,) * common.ndim])
+    profile = _normalised_levels(x, positions, removed)
     marginal = _normalised_marginal(x, mean, std, profile, x.marginal.latent if keeps_latent else object())
     table, gram = _evened_pairs(x, profile, table * scale**2)
     result = replace(
         x, mean=mean, table=table, marginal=marginal, rho=x.correlation() if keeps_latent else None,
         amplitude=amplitude, statistic=None, constant=None, mask=None, levels=profile, gram=gram,
+        near=without_common(x) if centre else x.near,
     )  # fmt: skip
     return held(result, level * scale**2)
 

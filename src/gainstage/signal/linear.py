@@ -16,7 +16,7 @@ from gainstage.signal import levels
 from gainstage.signal.axes import Axis
 from gainstage.signal.gram import Gram, factors_of, modulated
 from gainstage.signal.gram import of_sum as gram_of_sum
-from gainstage.signal.neighbours import Neighbours, far_of, made, mixed
+from gainstage.signal.neighbours import Neighbours, made, mixed
 from gainstage.signal.quadrature import Array, coarse, expectation, nodes, quantiles, smoothed, weights
 from gainstage.signal.spread import product_stray
 from gainstage.signal.value import Lean, Marginal, Statistic, Value, gaussian, gaussian_marginal, statistic_at
@@ -181,9 +181,19 @@ def add(x: Value, y: Value, sign: float = 1.0) -> Value:
     return result
 
 
-def _on_axes(y: Value, x: Value) -> Neighbours | None:
-    near = y.neighbours()
+def without_common(x: Value) -> Neighbours | None:
+    """What near places share apart from what all places have in common."""
+    lean = x.lean if x.lean is not None and x.lean.levels is x.levels else None
+    near = x.near if lean is None else lean.near
+    return near if near is not None and all(axis in x.axes for axis in near.axes) else None
+
+
+def _renamed(near: Neighbours | None, y: Value, x: Value) -> Neighbours | None:
     return None if near is None else near.renamed(y.axes, x.axes)
+
+
+def _on_axes(y: Value, x: Value) -> Neighbours | None:
+    return _renamed(y.neighbours(), y, x)
 
 
 def _summed_gram(x: Value, y: Value) -> Gram | None:
@@ -202,7 +212,8 @@ def _summed_lean(x: Value, y: Value, profile: Array) -> Lean:
     apart = tuple(0 if size > 1 else 1 for size in profile.shape)
     common = [max(float(v.table[apart]), 0.0) for v in (x, y)]
     share = 0.5 if sum(common) <= 0.0 else common[0] / sum(common)
-    return Lean(profile, share * x.leaning() + (1.0 - share) * y.leaning())
+    inner = mixed([(without_common(x), x.variance), (_renamed(without_common(y), y, x), y.variance)], x.axes)
+    return Lean(profile, share * x.leaning() + (1.0 - share) * y.leaning(), inner)
 
 
 def _sum_marginal(x: Value, y: Value, sign: float, moments: tuple[float, float], profile: Array | None) -> Marginal:
@@ -305,7 +316,7 @@ def _product_neighbours(x: Value, y: Value) -> Neighbours | None:
             moments = table[tuple(same)][np.ix_(*[np.r_[1, np.zeros(size - 1, int)] for size in shape])]
             far = float(table[tuple(0 if axis in axes else 1 for axis in x.axes)])
         else:
-            own, far = far_of(near, table, x.axes)
+            own, far = value.apart(near.renamed(x.axes, value.axes))
             moments = far + (own - far) * near.over(axes, shape)
         products, distant = products * moments, distant * far
     own = float(products[(0,) * len(shape)])
@@ -372,7 +383,7 @@ def _dropped_neighbours(x: Value, keep: float, shared: Sequence[Axis]) -> Neighb
     near = x.neighbours()
     if near is None or all(axis in shared for axis in near.axes):
         return near
-    own, far = far_of(near, x.table, x.axes)
+    own, far = x.apart(near)
     excess = near.excess * (own - far) / (own / keep - far)
     excess[(0,) * excess.ndim] = 1.0
     return made(near.axes, excess)

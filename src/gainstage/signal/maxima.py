@@ -14,7 +14,7 @@ from gainstage.signal.axes import Axis
 from gainstage.signal.contraction import Places
 from gainstage.signal.linear import standardised
 from gainstage.signal.movement import merge_dim
-from gainstage.signal.neighbours import REACH, Neighbours, far_of, lag_counts, made, write
+from gainstage.signal.neighbours import REACH, Neighbours, lag_counts, made
 from gainstage.signal.quadrature import Array, coarse, evaluate_series, invert_series, nodes, power_series, quantiles
 from gainstage.signal.value import Largest, Marginal, Value
 
@@ -44,37 +44,33 @@ def overlapping(count: int, shared: int) -> float:
 
 @dataclass(frozen=True, slots=True)
 class _Window:
-    """Maximum over a window, given the part that all its places have in common: [common, the rest] on the coarse rule."""
+    """Places of equal level with the values ``f(z)``, f increasing, and ``z = sqrt(r) common + sqrt(1 - r) own``."""
 
-    surface: Array
+    values: Array
     shared: float
 
-    @property
-    def mean(self) -> float:
-        mass = coarse()[1]
-        return float(mass @ self.surface @ mass)
+    def largest_of(self, count: float) -> Array:
+        """The largest is where ``own`` is: [common, the rest] on the coarse rule."""
+        z = np.sqrt(self.shared) * coarse()[0][:, None] + np.sqrt(1.0 - self.shared) * largest(count)[None, :]
+        return np.asarray(np.interp(z, nodes(), self.values))
 
-    @property
-    def second(self) -> float:
-        mass = coarse()[1]
-        return float(mass @ self.surface**2 @ mass)
-
-    def marginal(self) -> Marginal:
-        mass = coarse()[1]
-        std = max(self.second - self.mean**2, 0.0) ** 0.5
-        return Marginal(object(), lambda: standardised(quantiles(self.surface, np.outer(mass, mass)), self.mean, std))
-
-    def apart(self, rho: Array) -> Array:
-        """Second moment of two windows without a common place, whose places have the correlations rho."""
+    def apart(self, surface: Array, rho: Array) -> Array:
+        """Second moment of two windows without a common place, whose places have the correlation rho."""
         points, mass = coarse()
-        series = power_series(np.interp(nodes(), points, self.surface @ mass))
-        return evaluate_series(series, np.clip(rho / max(self.shared, 1e-12), -1.0, 1.0))
+        series = power_series(np.interp(nodes(), points, surface @ mass))
+        return evaluate_series(series, np.clip(rho / max(self.shared, 1e-12), 0.0, 1.0))
 
-
-def _window(x: Value, count: float, shared: float) -> _Window:
-    """``z = sqrt(r) common + sqrt(1 - r) own`` for each place: the largest is where ``own`` is."""
-    z = np.sqrt(shared) * coarse()[0][:, None] + np.sqrt(1.0 - shared) * largest(count)[None, :]
-    return _Window(np.interp(z, nodes(), np.sort(x.marginal.values)), shared)
+    def second_moment(self, sizes: Array, repeats: float) -> float:
+        """``E max^2`` of places with levels s, each a number of times, by ``P(max < y | common) = prod P(s f < y | common)``."""
+        points, mass = coarse()
+        rising = self.values + 1e-9 * np.ptp(self.values) * np.arange(self.values.size)
+        top = sizes.max()
+        levels_y = np.unique(np.quantile(self.values * top, np.linspace(0.0, 1.0, 193)))
+        middle = 0.5 * (levels_y[1:] + levels_y[:-1])
+        z = np.interp(middle[:, None] / np.maximum(sizes, 1e-9 * top), rising, nodes())
+        own = (z[:, None, :] - np.sqrt(self.shared) * points[:, None]) / max(1.0 - self.shared, 1e-9) ** 0.5
+        below = (torch.special.log_ndtr(torch.from_numpy(own)).sum(-1) * repeats).exp().numpy() @ mass
+        return float(np.diff(np.r_[0.0, below, 1.0]) @ levels_y**2)
 
 
 def max_over(x: Value, dims: Sequence[int], windows: Sequence[Places]) -> Value:
@@ -93,33 +89,68 @@ def max_over(x: Value, dims: Sequence[int], windows: Sequence[Places]) -> Value:
     near = x.neighbours() or Neighbours(axes, np.ones((1,) * len(axes)))
     for axis in axes:
         near = near.with_axis(axis)
-    own, far = far_of(near, x.table, x.axes)
+    own, far = x.apart(near)
     moments = near.over(axes, [max(near.lags(axis), 2) for axis in axes])
-    rho = np.asarray(invert_series(x.marginal.series, far + (own - far) * moments - x.mean**2))
-    distant = float(invert_series(x.marginal.series, np.array([far - x.mean**2]))[0])
+    series = x.marginal.even_series
+    rho = np.asarray(invert_series(series, far + (own - far) * moments - series[0]))
+    distant = float(invert_series(series, np.array([far - series[0]]))[0])
     rho[(0,) * rho.ndim] = 1.0
     return _pooled(x, read, rho, distant)
 
 
 def _pooled(x: Value, read: Sequence[tuple[int, Places]], rho: Array, distant: float) -> Value:
     counts = [lag_counts(window, size) for (_, window), size in zip(read, rho.shape, strict=True)]
-    inside = _pair_average(counts, rho, distant, [0] * len(counts))
-    window = _window(x, float(np.prod([(place >= 0).sum(1).mean() for _, place in read])), max(inside, 0.0))
-    marginal = window.marginal()
-    table = evaluate_series(marginal.series, x.correlation())
+    inside = _Correlations(counts, rho, distant).between([0] * len(counts))
+    window = _Window(np.sort(x.marginal.even), min(max(inside, 0.0), 1.0))
+    louder = _louder(x, read, window)
+    surface = window.largest_of(float(np.prod([place.shape[1] for _, place in read])))
     out: dict[int, tuple[Axis, ...]] = {d: (Axis(len(place)),) if len(place) > 1 else () for d, place in read}
-    spans = tuple(axis for d, _ in read for axis in out[d])
-    apart = float(window.apart(np.array([max(distant, 0.0)]))[0])
-    excess = _excess(read, counts, rho, distant)[tuple(slice(None) if out[d] else 0 for d, _ in read)]
-    table = np.asarray(table[tuple(1 if axis in {x.dims[d][0] for d in out if not out[d]} else slice(None) for axis in x.axes)])
-    dims = tuple(out.get(d, axes) for d, axes in enumerate(x.dims))
+    profile = _pooled_levels(x, read, out, louder)
+    marginal, mean, second = _marginal(surface, louder, profile)
+    table = evaluate_series(marginal.series, x.correlation())
+    gone = {x.dims[d][0] for d in out if not out[d]}
     result = Value(
-        dims=dims, mean=window.mean, table=table, marginal=marginal, source=object(), lineage=x.lineage,
-        log_variance=x.log_variance, levels=_pooled_levels(x, read, out),
+        dims=tuple(out.get(d, axes) for d, axes in enumerate(x.dims)), mean=mean,
+        table=np.asarray(table[tuple(1 if axis in gone else slice(None) for axis in x.axes)]), marginal=marginal,
+        source=object(), lineage=x.lineage, log_variance=x.log_variance, levels=profile,
     )  # fmt: skip
+    spans = tuple(axis for d, _ in read for axis in out[d])
+    excess, apart = _excess(read, _Correlations(counts, rho, distant), window, surface)
+    near = Neighbours(spans, excess[tuple(slice(None) if out[d] else 0 for d, _ in read)])
     if spans:
-        table = write(Neighbours(spans, excess), table, result.axes, window.second, apart)
-    return replace(result, near=made(spans, excess), table=table, largest=Largest(table, x, tuple(read)))
+        result = result.with_neighbours(near, second, apart * second)
+    return replace(result, near=made(near.axes, near.excess), largest=Largest(result.table, x, tuple(read)))
+
+
+def _louder(x: Value, read: Sequence[tuple[int, Places]], window: _Window) -> list[Array]:
+    """Second moment of each output along each dimension, over that of a full window of equal levels."""
+    found = []
+    for d, place in read:
+        others = float(np.prod([p.shape[1] for e, p in read if e != d]))
+        rows = np.round(np.sort(levels.read(x.levels, x.axes.index(x.dims[d][0]), place), axis=1), 2)
+        kinds, which = np.unique(rows, axis=0, return_inverse=True)
+        full = window.second_moment(np.ones(1), others * place.shape[1])
+        ratio = [window.second_moment(kind[kind > 0.0], others) / full if (kind > 0.0).any() else 0.0 for kind in kinds]
+        found.append(np.array(ratio)[which.reshape(-1)])
+    return found
+
+
+def _marginal(surface: Array, louder: Sequence[Array], profile: Array | None) -> tuple[Marginal, float, float]:
+    """Distribution of the maxima of all outputs, each louder or quieter than a full window; mean and second moment."""
+    mass = np.outer(coarse()[1], coarse()[1])
+    second = float((surface**2 * mass).sum() * np.prod([factor.mean() for factor in louder]))
+    whole = float(np.prod([factor.mean() for factor in louder])) ** 0.5
+    sizes, shares = (np.ones(1), np.ones(1)) if profile is None else levels.groups(profile)
+    mean = float((surface * mass).sum()) * whole * float(sizes @ shares)
+    std = max(second - mean**2, 0.0) ** 0.5
+
+    def values() -> Array:
+        return standardised(quantiles(surface[..., None] * sizes, mass[..., None] * shares), mean, std)
+
+    def even() -> Array:
+        return quantiles(surface * whole, mass)
+
+    return Marginal(object(), values, None if profile is None else even), mean, second
 
 
 def _union(inner: Places, outer: Places) -> Places:
@@ -132,44 +163,55 @@ def _union(inner: Places, outer: Places) -> Places:
     return wide
 
 
-def _excess(read: Sequence[tuple[int, Places]], counts: Sequence[Array], rho: Array, distant: float) -> Array:
-    """e(d) of the maxima: by the places that two windows share, and by what the others have in common."""
-    excess = np.ones([min(len(place), REACH) for _, place in read])
+@dataclass(frozen=True, slots=True)
+class _Correlations:
+    """Correlations of places by their lag, and pairs of places by the distance of the windows that hold them."""
+
+    counts: Sequence[Array]
+    rho: Array
+    distant: float
+
+    def between(self, shift: Sequence[int]) -> float:
+        """Average over different places of two windows, a number of outputs apart along each axis."""
+        weight, total = np.ones(1), 1.0
+        for count, i in zip(self.counts, shift, strict=True):
+            weight = weight[..., None] * count[i]
+            total *= float(count[0, 0]) ** 2
+        weight = weight[0]
+        same = float(weight[(0,) * weight.ndim])
+        found = float((weight * self.rho).sum()) - same + (total - float(weight.sum())) * self.distant
+        return found / (total - same) if total > same else 0.0
+
+    def shared(self, shift: Sequence[int]) -> int:
+        """Places that two windows both hold."""
+        return round(float(np.prod([count[i, 0] for count, i in zip(self.counts, shift, strict=True)])))
+
+
+def _excess(read: Sequence[tuple[int, Places]], pairs: _Correlations, window: _Window, surface: Array) -> tuple[Array, float]:
+    """e(d) of the maxima, by the places that two windows share and by what the others have in common; far over own."""
+    mass = coarse()[1]
+    own = float(mass @ surface**2 @ mass)
+    shape = [min(len(place), REACH) for _, place in read]
+    between = np.array([pairs.between(index) for index in np.ndindex(*shape)]).reshape(shape)
+    far = float(window.apart(surface, np.array([pairs.distant]))[0])
+    apart = np.maximum((window.apart(surface, between) - far) / (own - far), 0.0) if own > far else np.zeros(shape)
     taps = int(np.prod([place.shape[1] for _, place in read]))
-    for index in np.ndindex(*excess.shape):
-        if any(index):
-            both = overlapping(taps, round(float(np.prod([count[i, 0] for count, i in zip(counts, index, strict=True)]))))
-            between = (_pair_average(counts, rho, distant, index) - distant) / (1.0 - distant)
-            excess[index] = both + (1.0 - both) * max(between, 0.0)
-    return excess
+    both = np.array([overlapping(taps, pairs.shared(index)) for index in np.ndindex(*shape)]).reshape(shape)
+    excess = both + (1.0 - both) * apart
+    excess[(0,) * excess.ndim] = 1.0
+    return excess, far / own if own > 0.0 else 0.0
 
 
-def _pair_average(counts: Sequence[Array], rho: Array, distant: float, shift: Sequence[int]) -> float:
-    """Average correlation between different places of two windows, a number of outputs apart along each axis."""
-    weight, total = np.ones(1), 1.0
-    for count, i in zip(counts, shift, strict=True):
-        weight = weight[..., None] * count[i]
-        total *= float(count[0, 0]) ** 2
-    weight = weight[0]
-    same = float(weight[(0,) * weight.ndim])
-    found = float((weight * rho).sum()) - same
-    beyond = total - float(weight.sum())
-    pairs = total - same
-    return (found + beyond * distant) / pairs if pairs > 0.0 else 0.0
-
-
-def _pooled_levels(x: Value, read: Sequence[tuple[int, Places]], out: dict[int, tuple[Axis, ...]]) -> Array | None:
-    """Root mean square over the places of each window."""
-    profile = x.levels
-    if profile is None:
-        return None
-    for d, place in reversed(read):
+def _pooled_levels(
+    x: Value, read: Sequence[tuple[int, Places]], out: dict[int, tuple[Axis, ...]], louder: Sequence[Array]
+) -> Array | None:
+    """Levels of the maxima: along the windows' dimensions what was found there, along others as before."""
+    profile = np.ones((1,) * len(x.axes)) if x.levels is None else x.levels
+    for (d, _), factor in reversed(list(zip(read, louder, strict=True))):
         position = x.axes.index(x.dims[d][0])
-        along = levels.read(profile, position, place)
-        mean = (along**2).sum(1) / np.maximum((place >= 0).sum(1), 1)
         profile = np.sqrt((profile**2).mean(axis=position, keepdims=bool(out[d])))
         if out[d]:
             shape = [1] * profile.ndim
             shape[position] = -1
-            profile = profile * np.sqrt(mean).reshape(shape)
+            profile = profile * np.sqrt(factor).reshape(shape)
     return levels.normalised(np.asarray(profile))

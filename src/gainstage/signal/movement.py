@@ -142,6 +142,8 @@ def _merge_across(x: Value) -> Value:
 
 def expand(x: Value, shape: Sequence[int]) -> Value:
     """Broadcast to a shape: along a new axis all entries are equal."""
+    if tuple(shape) == x.shape:
+        return x
     missing = len(shape) - len(x.dims)
     dims: tuple[Dim, ...] = ((),) * missing + x.dims
     full = shape_of(dims)

@@ -4,8 +4,9 @@ For two entries of a tensor that differ in their place on the map only, at the d
 
     E[x_p x_{p+d}] = far + (own - far) e(d),   e(0) = 1,   e(d) = 0 beyond the array,
 
-with ``own = E[x^2]``. White noise has e = 0 but at 0; pools, interpolation and strides make and move it; activations act on it
-lag by lag; a sum over channels and taps with fresh weights leaves it as it is.
+with ``own = E[x^2]``, at equal levels. White noise has e = 0 but at 0; pools, interpolation and strides make and
+move it; activations act on it lag by lag; a sum over channels and taps with fresh weights leaves it as it is, but for padding:
+positions near each other lack the same taps.
 """
 
 from __future__ import annotations
@@ -34,13 +35,6 @@ class Neighbours:
         """Also along an axis in which neighbours share no more than others."""
         return self if axis in self.axes else Neighbours((*self.axes, axis), self.excess[..., None])
 
-    def without(self, axis: Axis) -> Neighbours | None:
-        """At one coordinate of an axis."""
-        if axis not in self.axes:
-            return self
-        rest = tuple(a for a in self.axes if a is not axis)
-        return made(rest, np.take(self.excess, 0, axis=self.axes.index(axis)))
-
     def renamed(self, old: Sequence[Axis], new: Sequence[Axis]) -> Neighbours:
         """The same with axes under other identities."""
         names = dict(zip(map(id, old), new, strict=True))
@@ -56,7 +50,8 @@ class Neighbours:
         for axis in axes:
             wide = wide.with_axis(axis)
         excess = np.transpose(wide.excess, [wide.axes.index(axis) for axis in axes])
-        return np.pad(excess, [(0, n - m) for n, m in zip(shape, excess.shape, strict=True)])
+        cut = excess[tuple(slice(0, n) for n in shape)]
+        return np.pad(cut, [(0, n - m) for n, m in zip(shape, cut.shape, strict=True)])
 
     def average(self, same: Sequence[bool]) -> float:
         """Average of e over pairs of places that are equal along some of the axes and differ along the others."""
@@ -70,15 +65,16 @@ class Neighbours:
                 part = part @ np.where(lags > 0, share, 0.0)
         return float(part)
 
-    def strided(self, axis: Axis, stride: int, out: tuple[Axis, ...]) -> Neighbours | None:
+    def strided(self, axis: Axis, stride: int, out: tuple[Axis, ...]) -> Neighbours:
         """Every so many places along an axis; without it where one place is left."""
         if axis not in self.axes:
             return self
-        if not out:
-            return self.without(axis)
         position = self.axes.index(axis)
+        if not out:
+            rest = tuple(a for a in self.axes if a is not axis)
+            return Neighbours(rest, np.take(self.excess, 0, axis=position))
         axes = tuple(out[0] if a is axis else a for a in self.axes)
-        return made(axes, self.excess[(slice(None),) * position + (slice(None, None, stride),)])
+        return Neighbours(axes, self.excess[(slice(None),) * position + (slice(None, None, stride),)])
 
 
 def made(axes: tuple[Axis, ...], excess: Array) -> Neighbours | None:
@@ -94,6 +90,11 @@ def made(axes: tuple[Axis, ...], excess: Array) -> Neighbours | None:
     return Neighbours(axes, np.clip(excess, -1.0, 1.0))
 
 
+def cut(near: Neighbours) -> Neighbours | None:
+    """None where nothing is left."""
+    return made(near.axes, near.excess)
+
+
 def far_of(near: Neighbours, table: Array, axes: Sequence[Axis]) -> tuple[float, float]:
     """``own`` and ``far`` of a tensor from its table."""
     own = float(table[(1,) * table.ndim])
@@ -102,15 +103,17 @@ def far_of(near: Neighbours, table: Array, axes: Sequence[Axis]) -> tuple[float,
     return own, (apart - own * average) / (1.0 - average)
 
 
-def write(near: Neighbours, table: Array, axes: Sequence[Axis], own: float, far: float) -> Array:
-    """Table whose averages over places are those of ``far + (own - far) e``."""
+def write(near: Neighbours, table: Array, axes: Sequence[Axis], moments: tuple[float, float], factors: Sequence[float]) -> Array:
+    """Table whose averages over places are those of ``far + (own - far) e``, times a factor for each axis that differs."""
+    own, far = moments
     result = table.copy()
     for same in np.ndindex(*(2,) * len(near.axes)):
         if not all(same):
             index = [1] * len(axes)
             for axis, equal in zip(near.axes, same, strict=True):
                 index[list(axes).index(axis)] = equal
-            result[tuple(index)] = far + (own - far) * near.average([bool(equal) for equal in same])
+            factor = float(np.prod([1.0 if equal else factor for equal, factor in zip(same, factors, strict=True)]))
+            result[tuple(index)] = factor * (far + (own - far) * near.average([bool(equal) for equal in same]))
     return result
 
 
@@ -141,6 +144,20 @@ def by_lag(matrix: Array) -> Array:
     """Averages along the diagonals of a symmetric matrix, by their distance from the main one."""
     size = min(matrix.shape[0], REACH)
     return np.array([float(np.mean(np.diagonal(matrix, lag))) for lag in range(size)])
+
+
+def beyond(matrix: Array) -> float:
+    """Average over pairs farther apart than lags are kept; of the farthest pairs where all are kept."""
+    distance = np.abs(np.subtract.outer(np.arange(len(matrix)), np.arange(len(matrix))))
+    return float(matrix[distance >= min(REACH, len(matrix) - 1)].mean())
+
+
+def outer(along: Sequence[Array]) -> Array:
+    """Product of one factor for each axis."""
+    result = np.ones(1)
+    for factor in along:
+        result = result[..., None] * factor
+    return np.asarray(result[0])
 
 
 def filtered(near: Neighbours, axis: Axis, matrix: Array) -> tuple[Array, Array]:

@@ -12,7 +12,7 @@ from gainstage.signal import levels
 from gainstage.signal.axes import Dim
 from gainstage.signal.linear import add, affine, amplitude_of, modulate, multiply
 from gainstage.signal.movement import expand, join, refine, with_axes
-from gainstage.signal.neighbours import far_of, through, write
+from gainstage.signal.neighbours import through
 from gainstage.signal.quadrature import (
     Array,
     coarse,
@@ -46,16 +46,17 @@ def _within_domain(values: Array) -> Array:
 
 def on_latent(x: Value, values: Array, **changes: object) -> Value:
     """Return the value whose marginal on x's latent is given, with ``sum_n a_n^2 rho^n`` for its table (Mehler)."""
-    mean = expectation(values)
-    rho = x.correlation()
-    series = power_series(values)
-    table = evaluate_series(series, rho)
-    marginal = Marginal(x.marginal.latent, lambda: values)
+    return _with_neighbours(x, _alike(x, values, **changes))
+
+
+def _alike(x: Value, values: Array, **changes: object) -> Value:
+    """All entries of one distribution."""
+    rho, series = x.correlation(), power_series(values)
     made = Value(
         dims=x.dims,
-        mean=mean,
-        table=table,
-        marginal=marginal,
+        mean=expectation(values),
+        table=evaluate_series(series, rho),
+        marginal=Marginal(x.marginal.latent, lambda: values),
         rho=rho,
         source=object(),
         lineage=x.lineage,
@@ -65,7 +66,7 @@ def on_latent(x: Value, values: Array, **changes: object) -> Value:
         mask=x.mask,
         gram=x.gram,
     )
-    return _with_neighbours(x, replace(made, **changes) if changes else made)  # type: ignore[arg-type]
+    return replace(made, **changes) if changes else made  # type: ignore[arg-type]
 
 
 def _overlap_after(x: Value, series: Array, rho: Array) -> float:
@@ -86,29 +87,44 @@ def _with_neighbours(x: Value, made: Value) -> Value:
     near = x.neighbours()
     if near is None:
         return made
-    own, far = far_of(near, x.table, x.axes)
+    own, far = x.apart(near)
 
     def function(moments: Array) -> Array:
-        rho = invert_series(x.marginal.series, moments - x.mean**2)
-        return evaluate_series(made.marginal.series, np.where(moments >= own, 1.0, rho))
+        rho = invert_series(x.marginal.even_series, moments - x.marginal.even_series[0])
+        return evaluate_series(made.marginal.even_series, np.where(moments >= own, 1.0, rho))
 
     after, distant = through(near, own, far, function)
-    if after is None:
-        return made
-    return replace(made, near=after, table=write(after, made.table, made.axes, made.second_moment, distant))
+    return made.with_neighbours(after, made.second_moment, distant)
+
+
+def _on_levels(x: Value, values: Array, function: Callable[[Array], Array]) -> Value:
+    """f(x) where levels differ: levels of f(x), and its distribution at the average level."""
+    assert x.levels is not None
+    profile = levels.mapped(x.levels, x.marginal.even, function)
+    if not x.marginal.has_even:
+        return _with_neighbours(x, _alike(x, values, levels=profile))
+    second, alike = expectation(values**2), _within_domain(function(x.marginal.even))
+    own = expectation(alike**2)
+    even = alike * (second / own) ** 0.5 if own > 0.0 else alike
+    marginal = Marginal(x.marginal.latent, lambda: values, lambda: even)
+    return _with_neighbours(x, _alike(x, values, marginal=marginal, levels=profile))
 
 
 def apply(function: Function, x: Value) -> Value:
     """``f(x)`` for any function of one tensor, entry by entry."""
-    values = _within_domain(call_on(function, x.marginal.values))
-    result = on_latent(x, values)
+
+    def on_grid(grid: Array) -> Array:
+        return call_on(function, grid)
+
+    values = _within_domain(on_grid(x.marginal.values))
+    result = on_latent(x, values) if x.levels is None else _on_levels(x, values, on_grid)
     slope = _log_slope(x, values, function)
-    profile = levels.mapped(x.levels, x.marginal.even, lambda grid: call_on(function, grid))
     statistic = None
     if x.statistic is not None:
-        statistic, profile = statistic_at(x.statistic.of, call_on(function, x.centres()), profile)
+        statistic, profile = statistic_at(x.statistic.of, on_grid(x.centres()), result.levels)
+        result = replace(result, levels=profile)
     constant = None if x.constant is None else function(x.constant.to(torch.float64))
-    return replace(result, statistic=statistic, constant=constant, log_variance=slope**2 * x.log_variance, levels=profile)
+    return replace(result, statistic=statistic, constant=constant, log_variance=slope**2 * x.log_variance)
 
 
 def _log_slope(x: Value, values: Array, function: Function) -> float:

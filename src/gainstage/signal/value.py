@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from gainstage.signal import levels
 from gainstage.signal.axes import Axis, Dim, axes_of, new_dims, shape_of
 from gainstage.signal.gram import Gram
-from gainstage.signal.neighbours import Neighbours
+from gainstage.signal.neighbours import Neighbours, far_of, write
 from gainstage.signal.quadrature import Array, cumulative, evaluate_series, expectation, invert_series, nodes, power_series
 
 
@@ -45,6 +45,11 @@ class Marginal:
         """``g`` on the grid of :func:`gainstage.signal.quadrature.nodes`."""
         return self._compute()
 
+    @property
+    def has_even(self) -> bool:
+        """Tell whether the distribution at one level is known."""
+        return self._even is not None
+
     @cached_property
     def even(self) -> Array:
         """Values on the grid for an entry of average level."""
@@ -54,6 +59,11 @@ class Marginal:
     def series(self) -> Array:
         """Mehler coefficients of g."""
         return power_series(self.values)
+
+    @cached_property
+    def even_series(self) -> Array:
+        """Mehler coefficients of an entry of average level; the first is the square of its mean."""
+        return self.series if self._even is None else power_series(self.even)
 
 
 def gaussian_marginal(mean: float, std: float, profile: Array | None = None) -> Marginal:
@@ -87,11 +97,13 @@ def statistic_at(of: frozenset[object], values: Array, profile: Array | None) ->
 class Lean:
     """``E[x_i mean(x)] / E[mean(x)^2]`` for each coordinate i of a profile of levels; void for a tensor with other levels.
 
-    A convolution sees fewer taps at the border of a map: what all positions have in common is there in part only.
+    A convolution sees fewer taps at the border of a map: what all positions have in common is there in part only. ``near``:
+    what near places share without that.
     """
 
     levels: Array
     profile: Array
+    near: Neighbours | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -224,6 +236,19 @@ class Value:
         """What near places share, if the axes of the map are still there."""
         axes = self.axes
         return self.near if self.near is not None and all(axis in axes for axis in self.near.axes) else None
+
+    def apart(self, near: Neighbours) -> tuple[float, float]:
+        """Second moments of an entry, and of two far apart on the map, at equal levels."""
+        positions = [self.axes.index(axis) for axis in near.axes]
+        return far_of(near, levels.evened(self.table, self.levels, positions), self.axes)
+
+    def with_neighbours(self, near: Neighbours | None, own: float, far: float) -> Value:
+        """The same with what near places share, and with the averages that follow in the table; moments at equal levels."""
+        if near is None:
+            return self
+        sizes = [(self.axes.index(axis), axis.size) for axis in near.axes]
+        factors = [levels.pair_factor(levels.over(self.levels, position, size)) for position, size in sizes]
+        return replace(self, near=near, table=write(near, self.table, self.axes, (own, far), factors))
 
     def parts_along(self) -> tuple[Axis, tuple[Value, ...]] | None:
         """Axis of a concatenation and its parts, as long as nothing was done to them."""
