@@ -150,7 +150,7 @@ def add(x: Value, y: Value, sign: float = 1.0) -> Value:
     if y.variance <= 0.0 and y.mask is None and y.constant is None and not x.is_weight:
         return replace(affine(x, 1.0, sign * y.mean) if y.mean else x, lineage=x.lineage | y.lineage, constant=None)
     cross = cross_table(x, y)
-    table = x.table + y.table + 2.0 * sign * cross
+    table = np.array(x.table + y.table + 2.0 * sign * cross)
     mean = x.mean + sign * y.mean
     table[(1,) * table.ndim] = max(float(table[(1,) * table.ndim]), mean**2)
     variance = float(table[(1,) * table.ndim]) - mean**2

@@ -132,7 +132,7 @@ def _log_slope(x: Value, values: Array, function: Function) -> float:
     if x.log_variance == 0.0:
         return 0.0
     base = expectation(values**2)
-    louder = expectation(call_on(function, x.marginal.values * 1.05) ** 2)
+    louder = expectation(_within_domain(call_on(function, x.marginal.values * 1.05)) ** 2)
     if base <= 0.0 or louder <= 0.0:
         return 0.0
     return float(np.log(louder / base) / (2 * np.log(1.05)))
