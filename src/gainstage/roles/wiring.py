@@ -219,9 +219,7 @@ def _sweep(
         heavy = name in CONTRACTIONS or name in ATTENTION or name in RECURRENT or name in LOOKUP
         if heavy:
             continue
-        if len(read) == 1 and name not in JOINING:
-            main[i] = read[0]
-        elif name == "sub" and len(read) == 2 and _is_centred(read, names, main):
+        if (len(read) == 1 and name not in JOINING) or (name == "sub" and len(read) == 2 and _is_centred(read, names, main)):
             main[i] = read[0]
         elif name in ("mul", "div") and len(read) == 2:
             whole = _normalised_by_hand(read, names, operands, main, is_signal)

@@ -10,6 +10,7 @@ attention-logit rule, embeddings, experts and low-rank factors are special cases
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 
