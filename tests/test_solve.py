@@ -183,6 +183,29 @@ def test_a_fused_projection_gets_blocks_and_correlated_tokens_louder_queries():
     assert float(found.mean()) == pytest.approx(1.0, abs=4 * float(found.std()) / 32**0.5)
 
 
+class Pooling(nn.Module):
+    """One learned query, which is kept: the keys alone would have to make the logits loud."""
+
+    def __init__(self, width=64):
+        super().__init__()
+        self.query = nn.Parameter(1e-4 * torch.ones(1, 1, width))
+        self.k, self.v = nn.Linear(width, width), nn.Linear(width, width)
+
+    def forward(self, x_BTD):
+        query = self.query.expand(x_BTD.shape[0], -1, -1)
+        return F.scaled_dot_product_attention(query, self.k(x_BTD), self.v(x_BTD))
+
+
+def test_keys_do_not_shout_for_a_query_that_hardly_says_anything():
+    def add(graph, uses):
+        (node,) = nodes_of(graph, "scaled_dot_product_attention")
+        return {"logits": (Logits(node=node.name, queries=(), keys=(Setter(as_role(uses, "k.weight", Role.KEY)),)),)}
+
+    plan = solved(Pooling(), (torch.randn(4, 16, 64),), add=add, moments=lambda name: (0.0, 1e-8))
+    assert plan.predictions["k@0"] == pytest.approx((100.0,), rel=1e-3)
+    assert "out of reach" in plan.explain("k.weight")
+
+
 # Streams
 
 

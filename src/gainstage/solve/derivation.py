@@ -142,8 +142,10 @@ class Explainer:
         chosen = f"w = {mean:.4g}" if variance == 0.0 else f"Var(w) = {variance:.4g}, std {math.sqrt(variance):.4g}"
         if progress.is_met:
             return f"{chosen} gives {found:.4g}"
+        if found <= 0.0:
+            return f"{chosen}: nothing of it arrives at {self._place(demand.node)}"
         if progress.has_no_effect:
-            return f"{chosen}: its scale cancels on the way, {demand.quantity.value} is {found:.4g} whatever it is"
+            return f"{chosen}: what follows is normalised or bounded, {demand.quantity.value} is {found:.4g} whatever it is"
         return f"{chosen} gives {found:.4g} where {goal:.4g} is asked for: out of reach"
 
     def _stream(self, demand: Demand) -> list[str]:

@@ -15,7 +15,7 @@ from gainstage.graph import Graph, Node, NodeKind
 from gainstage.policies import Fan, FanScaled
 from gainstage.propagate import evaluate, parameter_value
 from gainstage.signal import Value
-from gainstage.solve.constraint import Demand, Own, data_operand, goal_value, is_lookup, measure
+from gainstage.solve.constraint import Demand, Kind, Own, data_operand, goal_value, is_lookup, measure
 from gainstage.solve.demands import Demands
 from gainstage.solve.initial import no_value, nominal_fan_of
 from gainstage.solve.setting import Setting
@@ -23,6 +23,7 @@ from gainstage.solve.setting import Setting
 TOLERANCE = 1e-3  # relative, on second moments
 _MOST_STEPS = 16
 _LARGEST_STEP = math.log(1e8)
+_LOUDEST = math.log(100.0)  # queries or keys over a unit level: beyond, keys that are all alike would be told apart by noise
 _NO_EFFECT = 0.02  # d log level / d log variance below which a parameter's scale is said to cancel
 
 Prepare = Callable[[Mapping[str, Any], Mapping[str, Setting]], Mapping[str, Setting]]
@@ -175,8 +176,12 @@ class Walk:
         if elasticity < _NO_EFFECT:
             progress.has_no_effect = True
             return self._scale(demand, -progress.scale)
-        step = -progress.tried[-1][1] / elasticity
-        return self._scale(demand, max(-_LARGEST_STEP, min(_LARGEST_STEP, step)))
+        step = max(-_LARGEST_STEP, min(_LARGEST_STEP, -progress.tried[-1][1] / elasticity))
+        if demand.kind is Kind.LOGITS:
+            step = min(step, len(demand.groups) * _LOUDEST - progress.scale)
+            if abs(step) < TOLERANCE:
+                return None
+        return self._scale(demand, step)
 
     def _scale(self, demand: Demand, step: float) -> int | None:
         """Multiply the quantity by ``e^step``, as far as it is homogeneous in the parts."""
