@@ -317,6 +317,18 @@ def test_a_row_out_of_bounds_without_a_parameter_names_the_module():
     assert faults(gs.verify(model, args, plan=plan))[0] == ("level off", "3")
 
 
+@pytest.mark.parametrize(("name", "scale"), [("mlp", 4.0), ("mlp", 0.3), ("convolutional", 40.0)])
+def test_inputs_unlike_those_of_the_plan_are_blamed(name, scale):
+    model, args = build(name, 1)
+    plan = gs.initialize(model, args)
+    other = (scale * args[0] + 0.5,)
+    found = faults(gs.verify(model, other, plan=plan))
+    assert found[0][0] == "other inputs"
+    assert found[0][1] in {node.name for node in capture(model, args).nodes}
+    assert len([kind for kind, _ in found if kind in ("other inputs", "level off")]) == 1
+    assert faults(gs.verify(model, args, plan=plan)) == []
+
+
 def test_unused_parameters_are_a_note():
     model, args = build("mlp")
     model[1].spare = nn.Linear(3, 3)

@@ -157,7 +157,7 @@ def verify(
     given = dict(kwargs or {})
     check_values(model, args, given)
     graph = capture(model, args, given)
-    return compare_with(graph, model, args, given, present_trace(graph, model) if plan is None else plan)
+    return compare_with(graph, model, args, given, plan=plan, present=lambda: present_trace(graph, model))
 
 
 def measured_input(node: Node) -> Value:

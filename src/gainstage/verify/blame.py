@@ -50,11 +50,6 @@ def following(graph: Graph, origins: Collection[str]) -> set[str]:
     return reached
 
 
-def parameter_nodes(graph: Graph, parameters: Collection[str]) -> list[str]:
-    """Nodes that stand for these parameters."""
-    return [node.name for node in graph.nodes if node.parameter in parameters]
-
-
 def unused_parameters(graph: Graph) -> list[str]:
     """Parameters that reach no output of the model."""
     used = {node.parameter for node in graph.nodes if node.kind is NodeKind.PARAMETER}

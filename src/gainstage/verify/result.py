@@ -14,6 +14,7 @@ class FindingKind(StrEnum):
     NOT_AS_PLANNED = "not drawn as planned"  # a parameter's mean or deviation is not the plan's
     TIE_LOST = "tie lost"  # two tensors where there was to be one
     IDENTICAL = "identical clones"  # different parameters with equal random values
+    OTHER_INPUTS = "other inputs"  # they are not like those that the plan was made for
     LEVEL_OFF = "level off"  # a measured second moment is out of the predicted band
     EXPLODING = "exploding signal"
     DEAD = "dead signal"

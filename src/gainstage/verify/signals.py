@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from gainstage.graph import Graph, NodeKind, TensorMeta
-from gainstage.verify.blame import first_attention, following, nearest_parameters, parameter_nodes, unused_parameters
+from gainstage.verify.blame import first_attention, following, nearest_parameters, unused_parameters
 from gainstage.verify.compare import Prediction
 from gainstage.verify.measure import Pass
 from gainstage.verify.result import CheckRow, Finding, FindingKind
@@ -36,14 +36,50 @@ def not_finite(graph: Graph, rows: Rows) -> list[Finding]:
     return []
 
 
+def unexplained(graph: Graph, rows: Rows, blamed: Sequence[str]) -> Rows:
+    """Rows out of bounds that do not follow from parameters, inputs or nodes (by name) that are blamed already."""
+    explained = following(graph, [node.name for node in graph.nodes if node.name in blamed or node.parameter in blamed])
+    return [(row, one) for row, one in rows if not row.ok and math.isfinite(row.measured) and one.node not in explained]
+
+
+def other_inputs(graph: Graph, rows: Rows, present: Rows, blamed: Sequence[str]) -> list[Finding]:
+    """Inputs to blame where the first row that misses the plan is as predicted for the present parameters and inputs.
+
+    A row on the way from the input that is as planned clears it: what follows is the doing of the model.
+    """
+    row, one = unexplained(graph, rows, blamed)[0]
+    now = next((now for now, other in present if other.node == one.node), None)
+    if now is None or not now.ok or abs(now.z) > 0.5 * abs(row.z):
+        return []
+    inputs = [node for node in graph.nodes if node.kind is NodeKind.INPUT and one.node in following(graph, [node.name])]
+    good = [other.node for row, other in rows if row.ok and other.node in following(graph, [node.name for node in inputs])]
+    if one.node in following(graph, good):
+        return []
+    return [
+        Finding(
+            kind=FindingKind.OTHER_INPUTS,
+            where=node.name,
+            evidence=f"{_call(row)}: second moment {row.measured:.4g}, planned {row.predicted:.4g}; {now.predicted:.4g} is "
+            f"predicted for the parameters as they are and these inputs{_statistics(node.value)}.",
+            remedy="Scale the inputs as when the plan was made, or make the plan with inputs like these.",
+        )
+        for node in inputs[:1]
+    ]
+
+
+def _statistics(values: torch.Tensor | None) -> str:
+    if values is None:
+        return ""
+    variance, mean = torch.var_mean(values.float(), correction=0)
+    return f", of mean {float(mean):.3g} and deviation {float(variance) ** 0.5:.3g}"
+
+
 def level_off(graph: Graph, rows: Rows, blamed: Sequence[str]) -> list[Finding]:
     """The first rows out of bounds, leaving out all that follows from parameters already blamed or from each other."""
-    explained = following(graph, parameter_nodes(graph, blamed))
     settled = {one.node for row, one in rows if row.ok}
-    findings = []
-    for row, one in rows:
-        if row.ok or not math.isfinite(row.measured) or one.node in explained:
-            continue
+    findings: list[Finding] = []
+    while left := unexplained(graph, rows, blamed):
+        row, one = left[0]
         findings.append(
             Finding(
                 kind=FindingKind.LEVEL_OFF,
@@ -54,7 +90,7 @@ def level_off(graph: Graph, rows: Rows, blamed: Sequence[str]) -> list[Finding]:
                 "independently, a scale applied twice or not at all.",
             )
         )
-        explained |= following(graph, [one.node])
+        blamed = [*blamed, one.node]
     return findings
 
 

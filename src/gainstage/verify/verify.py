@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -49,7 +49,15 @@ def _is_input(tensor: torch.Tensor) -> bool:
     return not bool(tensor.isnan().any()) and not bool(tensor.isposinf().any() if tensor.is_floating_point() else False)
 
 
-def verify(graph: Graph, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], expected: Plan | Trace) -> Check:
+def verify(
+    graph: Graph,
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    *,
+    plan: Plan | None,
+    present: Callable[[], Trace],
+) -> Check:
     """Measure a real forward pass and compare it with a plan, or with a trace at the present weights.
 
     Args:
@@ -57,23 +65,26 @@ def verify(graph: Graph, model: nn.Module, args: tuple[Any, ...], kwargs: Mappin
         model: with values; left exactly as it was.
         args: positional arguments of forward.
         kwargs: keyword arguments of forward.
-        expected: where the predictions come from.
+        plan: where the predictions come from, if there is one.
+        present: predicts at the present parameters and inputs; asked for without a plan, or where the plan is not met.
 
     Raises:
         PlanMismatchError: the plan was made for another model, or another mode of it.
         InputError: forward failed.
     """
     findings: list[Finding] = []
-    if isinstance(expected, Plan):
-        findings += _check_plan(expected, graph, model)
+    if plan is not None:
+        findings += _check_plan(plan, graph, model)
     findings += [
         finding for finding in equal_values(model, graph.parameters) if finding.where not in {known.where for known in findings}
     ]
     heads = signals.output_heads(graph)
     found = run_forward(model, args, kwargs, look_at_output=lambda outputs: signals.first_losses(heads, outputs))
-    predicted = predictions(graph, expected)
-    rows = compare(predicted, found)
+    rows = compare(predictions(graph, present() if plan is None else plan), found)
     findings += signals.not_finite(graph, rows)
+    blamed = [finding.where for finding in findings]
+    if plan is not None and signals.unexplained(graph, rows, blamed):
+        findings += signals.other_inputs(graph, rows, compare(predictions(graph, present()), found), blamed)
     findings += signals.level_off(graph, rows, [finding.where for finding in findings])
     symptoms = [
         *signals.saturated(graph, found),
