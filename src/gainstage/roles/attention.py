@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from gainstage.roles.families import ATTENTION, CONCATENATION, CONTRACTIONS, MOVEMENT, NOISE, NORMS, SOFTMAX
+from gainstage.roles.families import ATTENTION, CONCATENATION, CONTRACTIONS, MOVEMENT, NOISE, SOFTMAX
 from gainstage.roles.sites import Site
 from gainstage.roles.walk import Walked, walk_back
 from gainstage.roles.wiring import Wiring
@@ -58,7 +58,7 @@ def products_above(wiring: Wiring, start: int) -> tuple[tuple[int, ...], frozens
             continue
         if name in CONTRACTIONS and _mixes_heads(wiring, i):
             nexts: tuple[int, ...] = (wiring.factors(i)[0],)
-        elif (name in _EASY and name not in NORMS) or (name in CONCATENATION and len(wiring.signals[i]) == 1):
+        elif name in _EASY or name in CONCATENATION:  # blocks of logits, or sinks: logits of keys that are parameters
             nexts = wiring.signals[i]
         else:
             continue

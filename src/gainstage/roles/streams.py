@@ -5,7 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from gainstage.roles.families import ATTENTION, CONTRACTIONS, LOOKUP, MOVEMENT, NOISE, NORMS, POOLING, RECURRENT, SOFTMAX
+from gainstage.roles.families import (
+    ATTENTION,
+    CONCATENATION,
+    CONTRACTIONS,
+    LOOKUP,
+    MOVEMENT,
+    NOISE,
+    NORMS,
+    POOLING,
+    RECURRENT,
+    SOFTMAX,
+)
 from gainstage.roles.model import Role
 from gainstage.roles.sites import Site
 from gainstage.roles.walk import walk_back
@@ -42,10 +53,15 @@ def find_residuals(wiring: Wiring, sites: Mapping[int, tuple[Site, ...]], exclud
         ]
         for distance, skip, branch in sorted(options):
             way = chains[skip][: distance + 1]
-            if changed[branch] & wiring.marks[way[-1]] and not _is_state_space(wiring, sites, way, branch):
+            if _is_changed(wiring, changed[branch], way[-1]) and not _is_state_space(wiring, sites, way, branch):
                 found[i] = Residual(i, skip, branch)
                 break
     return found
+
+
+def _is_changed(wiring: Wiring, changed: int, source: int) -> bool:
+    sources = (source, *(wiring.signals[source] if wiring.names[source] in CONCATENATION else ()))
+    return any(changed & wiring.marks[j] for j in sources)
 
 
 def _is_state_space(wiring: Wiring, sites: Mapping[int, tuple[Site, ...]], way: list[int], branch: int) -> bool:
@@ -72,7 +88,14 @@ def changed_since(wiring: Wiring, sites: Mapping[int, tuple[Site, ...]]) -> list
 
 def _meeting(wiring: Wiring, chain: list[int], branch: int) -> int:
     """How far along a skip's chain the first node stands that the branch is computed from; -1: nowhere."""
-    return next((k for k, node in enumerate(chain) if wiring.is_computed_from(branch, node)), -1)
+    return next((k for k, node in enumerate(chain) if _is_source(wiring, node, branch)), -1)
+
+
+def _is_source(wiring: Wiring, node: int, branch: int) -> bool:
+    """Tell whether a branch is computed from a node, or from all that the node puts together."""
+    if wiring.names[node] in CONCATENATION:
+        return wiring.is_computed_from(branch, node) or all(wiring.is_computed_from(branch, j) for j in wiring.signals[node])
+    return wiring.is_computed_from(branch, node)
 
 
 def skip_chain(wiring: Wiring, start: int, residuals: Mapping[int, Residual]) -> list[int]:

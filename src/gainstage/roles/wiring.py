@@ -219,7 +219,7 @@ def _sweep(
         heavy = name in CONTRACTIONS or name in ATTENTION or name in RECURRENT or name in LOOKUP
         if heavy:
             continue
-        if (len(read) == 1 and name not in JOINING) or (name == "sub" and len(read) == 2 and _is_centred(read, names, main)):
+        if (len(read) == 1 and name not in JOINING) or (name == "sub" and _is_centred(read, names, main)):
             main[i] = read[0]
         elif name in ("mul", "div") and len(read) == 2:
             whole = _normalised_by_hand(read, names, operands, main, is_signal)
@@ -246,7 +246,7 @@ def _sweep(
 
 def _is_centred(read: tuple[int, ...], names: tuple[str, ...], main: list[int]) -> bool:
     """Tell whether a difference is ``x - mean(x)``."""
-    i, met_mean = read[1], False
+    i, met_mean = read[-1], False
     while i >= 0 and i != read[0] and (names[i] in MOVEMENT or names[i] == "mean"):
         met_mean |= names[i] == "mean"
         i = main[i]
