@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
+import torch
 from torch import nn
 
 from gainstage.apply import apply
@@ -22,6 +23,7 @@ from gainstage.propagate import (
     parameter_moments,
     parameter_value,
     propagate,
+    propagate_backward,
 )
 from gainstage.roles import infer_roles
 from gainstage.signal import Value
@@ -33,13 +35,21 @@ from gainstage.verify import verify as compare_with
 __all__ = ["apply", "gain", "initialize", "inspect", "plan", "verify"]
 
 
-def inspect(model: nn.Module, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None) -> Trace:
-    """Predict every tensor of the model at its present parameters; change nothing.
+def inspect(
+    model: nn.Module,
+    args: tuple[Any, ...] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    loss: Callable[[Any], torch.Tensor] | None = None,
+) -> Trace:
+    """Predict every tensor and every gradient of the model at its present parameters; change nothing.
 
     Args:
         model: any module with values in its parameters, in the mode (train or eval) that is to be looked at.
         args: positional example inputs; their statistics are measured.
         kwargs: keyword inputs.
+        loss: the model's output -> a scalar, such as ``lambda y: F.cross_entropy(y, labels)``. Gradients are those of the loss;
+            without it those of the sum of all outputs, each entry with an independent weight of mean 0 and second moment 1.
 
     Returns:
         Signals by module call and by node, statistics of the parameters.
@@ -51,12 +61,15 @@ def inspect(model: nn.Module, args: tuple[Any, ...] = (), kwargs: Mapping[str, A
 
         trace = gs.inspect(model, (x,))
         trace.modules["layer1.0.conv1"][0].second_moment
+        trace.parameters["layer1.0.conv1.weight"].gradient_second_moment
     """
-    return present_trace(capture(model, args, kwargs), model)
+    graph = capture(model, args, kwargs, loss=loss)
+    values = present_values(graph, model)
+    return build_trace(graph, values, propagate_backward(graph, values))
 
 
-def present_trace(graph: Graph, model: nn.Module) -> Trace:
-    """Predict at the present parameters: independent entries with their moments, slice by slice where slices differ."""
+def present_values(graph: Graph, model: nn.Module) -> dict[str, Any]:
+    """Every node at the present parameters: independent entries with their moments, slice by slice where slices differ."""
     tensors = {name: tensor for name, tensor in model.named_parameters() if name in graph.parameters}
     moments = parameter_moments(tensors)
     index = {name: position for position, name in enumerate(graph.parameters)}
@@ -64,7 +77,7 @@ def present_trace(graph: Graph, model: nn.Module) -> Trace:
     def present(info: ParameterInfo) -> Value:
         return parameter_value(info, index[info.name], *moments[info.name], level_profile(tensors[info.name]))
 
-    return build_trace(graph, propagate(graph, present, measured_input))
+    return propagate(graph, present, measured_input)
 
 
 def plan(
@@ -157,7 +170,10 @@ def verify(
     given = dict(kwargs or {})
     check_values(model, args, given)
     graph = capture(model, args, given)
-    return compare_with(graph, model, args, given, plan=plan, present=lambda: present_trace(graph, model))
+    def present() -> Trace:
+        return build_trace(graph, present_values(graph, model))
+
+    return compare_with(graph, model, args, given, plan=plan, present=present)
 
 
 def measured_input(node: Node) -> Value:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import nn
 
 from gainstage.capture.calls import canonical_paths, marks_by_readers, module_calls
@@ -19,13 +20,20 @@ from gainstage.errors import CaptureError, NoSignalError
 from gainstage.graph import Graph, Node, NodeKind, TensorMeta
 
 
-def capture(model: nn.Module, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None) -> Graph:
+def capture(
+    model: nn.Module,
+    args: tuple[Any, ...] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    loss: Callable[[Any], torch.Tensor] | None = None,
+) -> Graph:
     """Capture a model as a graph, in the mode (train or eval) that it is in; the model stays as it is.
 
     Args:
         model: any module; its parameters may lie on the meta device.
         args: positional arguments of forward; tensors, also nested in containers and dataclasses.
         kwargs: keyword arguments of forward.
+        loss: what becomes the only output of the graph: the model's output -> a scalar.
 
     Returns:
         The graph: no writes in place, ties resolved, constants computed.
@@ -33,11 +41,11 @@ def capture(model: nn.Module, args: tuple[Any, ...] = (), kwargs: Mapping[str, A
     Raises:
         CaptureError: torch.export cannot follow the model; the message quotes the line.
         UnsupportedParameterError: parameters that no level can be set for.
-        InputError: arguments that forward does not take, or tensors of size zero.
+        InputError: arguments that forward does not take, tensors of size zero, a loss that returns no scalar.
         NoSignalError: no floating-point output depends on a parameter.
     """
     parameters, canonical_names = parameter_table(model)
-    functional = _functional(export(model, tuple(args), dict(kwargs or {})), canonical_names, canonical_paths(model))
+    functional = _functional(export(model, tuple(args), dict(kwargs or {}), loss), canonical_names, canonical_paths(model))
     nodes, assumptions = fold(_reachable(functional.nodes, functional), functional.outputs)
     nodes = _reachable(nodes, functional)
     _check_sizes(nodes)

@@ -7,7 +7,7 @@ import inspect
 import io
 import sys
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, is_dataclass
 from typing import Any
 
@@ -21,8 +21,10 @@ from torch.utils import _pytree as pytree
 
 from gainstage.capture.provenance import user_frames
 from gainstage.capture.refusal import refusal
-from gainstage.errors import InputError
+from gainstage.errors import GainstageError, InputError
 from gainstage.graph.flatten import tensor_leaves
+
+Loss = Callable[[Any], torch.Tensor]
 
 CALL_MARKS = "gainstage_calls"  # key in the meta of an exported node: which outputs of which module calls it is
 
@@ -44,13 +46,14 @@ class Exported:
     inputs: tuple[torch.Tensor | None, ...]
 
 
-def export(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Exported:
+def export(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], loss: Loss | None = None) -> Exported:
     """Trace a model with torch.export, non-strict, marking what each module call returns.
 
     Args:
         model: on any device, meta included, in the mode that is to be traced.
         args: positional arguments of forward; tensors in any nesting.
         kwargs: keyword arguments of forward.
+        loss: applied to the output, in whose place its result comes.
 
     Returns:
         The program and the inputs.
@@ -61,9 +64,11 @@ def export(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -
     """
     _check_arguments(model, args, kwargs)
     fed_args, fed_kwargs, originals = _on_device_of(model, args, dict(kwargs))
-    with _untouched(model), _marked_calls(model), _plain_attention(), _all_user_frames(), torch.enable_grad(), _quiet():
+    with _untouched(model), _marked_calls(model, loss), _plain_attention(), _all_user_frames(), torch.enable_grad(), _quiet():
         try:
             program = torch.export.export(model, fed_args, fed_kwargs, strict=False)
+        except GainstageError:
+            raise
         except Exception as error:
             raise refusal(error) from error
     leaves = pytree.tree_leaves(program.example_inputs)
@@ -174,7 +179,7 @@ def _all_user_frames() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _marked_calls(model: nn.Module) -> Iterator[None]:
+def _marked_calls(model: nn.Module, loss: Loss | None) -> Iterator[None]:
     """Hook every module while it is traced, so that nodes remember the module calls that returned them.
 
     The hook of the root returns the tensors of the output alone, so that no output class has to be known to export.
@@ -187,7 +192,9 @@ def _marked_calls(model: nn.Module) -> Iterator[None]:
             tensors = tensor_leaves(output)
             for position, tensor in enumerate(tensors):
                 _mark(tensor, CallMark(path, call, position))
-            return None if path else tensors
+            if path:
+                return None
+            return tensors if loss is None else [_scalar(loss(output))]
 
         return hook
 
@@ -197,6 +204,13 @@ def _marked_calls(model: nn.Module) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _scalar(loss: Any) -> torch.Tensor:
+    if isinstance(loss, torch.Tensor) and loss.numel() == 1 and loss.is_floating_point():
+        return loss
+    shown = f"a tensor of shape {tuple(loss.shape)}, {loss.dtype}" if isinstance(loss, torch.Tensor) else type(loss).__name__
+    raise InputError(f"The loss returned {shown}, not a single number; reduce it: loss=lambda y: F.cross_entropy(y, target)")
 
 
 def _mark(tensor: torch.Tensor, mark: CallMark) -> None:

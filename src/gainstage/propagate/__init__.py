@@ -1,11 +1,13 @@
 """From a graph to the statistics of every tensor in it."""
 
+from gainstage.propagate.backward import Backward, propagate_backward
 from gainstage.propagate.build import build_trace
 from gainstage.propagate.interpret import check_supported, evaluate, is_sampled, propagate
 from gainstage.propagate.statistics import input_value, level_profile, parameter_moments, parameter_value
 from gainstage.propagate.trace import CallSignals, ParameterStatistics, Signal, Trace
 
 __all__ = [
+    "Backward",
     "CallSignals",
     "ParameterStatistics",
     "Signal",
@@ -19,4 +21,5 @@ __all__ = [
     "parameter_moments",
     "parameter_value",
     "propagate",
+    "propagate_backward",
 ]

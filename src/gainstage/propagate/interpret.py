@@ -60,12 +60,12 @@ def evaluate(node: Node, values: Mapping[str, Result], parameter: ParameterValue
     if node.kind is NodeKind.INPUT:
         return source(node)
     if node.op is operator.getitem:
-        return _resolve(node.args[0], values)[node.args[1]]
+        return resolve(node.args[0], values)[node.args[1]]
     assert node.op is not None
     if is_free(node.op):
         return None
-    args = [_resolve(argument, values) for argument in node.args]
-    kwargs = {name: _resolve(argument, values) for name, argument in node.kwargs.items()}
+    args = [resolve(argument, values) for argument in node.args]
+    kwargs = {name: resolve(argument, values) for name, argument in node.kwargs.items()}
     call = Call(node.op, _shapes(node))
     found = rule_of(node.op)
     try:
@@ -102,11 +102,12 @@ def _shapes(node: Node) -> tuple[tuple[int, ...] | None, ...]:
     return tuple(meta.shape if isinstance(meta, TensorMeta) else None for meta in metas)
 
 
-def _resolve(argument: Any, values: Mapping[str, Result]) -> Any:
+def resolve(argument: Any, values: Mapping[str, Result]) -> Any:
+    """An argument of a node with results in the place of references."""
     if isinstance(argument, Ref):
         return values[argument.name]
     if isinstance(argument, (list, tuple)):
-        return [_resolve(item, values) for item in argument]
+        return [resolve(item, values) for item in argument]
     return argument
 
 

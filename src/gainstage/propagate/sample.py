@@ -28,7 +28,7 @@ MOST, FEWEST = 32, 4
 
 def sample_node(node: Node, call: Call, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     """Result of an op from draws of its operands; the same for the same node name."""
-    operands = list(_values(args)) + list(_values(list(kwargs.values())))
+    operands = list(operands_of(args)) + list(operands_of(list(kwargs.values())))
     lineage = 0
     for value in operands:
         lineage |= value.lineage
@@ -40,8 +40,8 @@ def sample_node(node: Node, call: Call, args: Sequence[Any], kwargs: Mapping[str
         torch.manual_seed(seed % 2**31)
         for _ in range(count):
             drawn = iter(draw(operands, generator))
-            actual = [_fill(argument, drawn) for argument in args]
-            named = {name: _fill(argument, drawn) for name, argument in kwargs.items()}
+            actual = [filled(argument, drawn) for argument in args]
+            named = {name: filled(argument, drawn) for name, argument in kwargs.items()}
             try:
                 assert node.op is not None
                 result = node.op(*actual, **named)
@@ -52,7 +52,7 @@ def sample_node(node: Node, call: Call, args: Sequence[Any], kwargs: Mapping[str
                 ) from error
             outputs.append(list(result) if isinstance(result, (tuple, list)) else [result])
     stray = max((value.log_variance for value in operands), default=0.0)
-    found = [_pooled_value(list(draws), lineage, stray) for draws in zip(*outputs, strict=True)]
+    found = [pooled_value(list(draws), lineage, stray) for draws in zip(*outputs, strict=True)]
     return tuple(found) if isinstance(node.meta, tuple) else found[0]
 
 
@@ -67,7 +67,7 @@ def constant_value(tensor: torch.Tensor) -> Value:
 
 def is_known(node: Node, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
     """Tell whether an op sees constants and realisations only, and draws nothing itself."""
-    operands = _values([*args, *kwargs.values()])
+    operands = operands_of([*args, *kwargs.values()])
     random = isinstance(node.op, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in node.op.tags
     return bool(operands) and not random and all(value.constant is not None for value in operands)
 
@@ -75,9 +75,9 @@ def is_known(node: Node, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool
 def run_known(node: Node, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     """Result of an op on constants."""
     assert node.op is not None
-    drawn = iter([value.constant for value in _values([*args, *kwargs.values()])])
+    drawn = iter([value.constant for value in operands_of([*args, *kwargs.values()])])
     with torch.no_grad():
-        result = node.op(*(_fill(a, drawn) for a in args), **{name: _fill(a, drawn) for name, a in kwargs.items()})
+        result = node.op(*(filled(a, drawn) for a in args), **{name: filled(a, drawn) for name, a in kwargs.items()})
     if isinstance(result, torch.Tensor):
         return constant_value(result)
     return tuple(constant_value(part) for part in result)
@@ -88,26 +88,29 @@ def _count(call: Call) -> int:
     return min(max(ENTRIES // max(entries, 1), FEWEST), MOST)
 
 
-def _values(arguments: Sequence[Any]) -> list[Value]:
+def operands_of(arguments: Sequence[Any]) -> list[Value]:
+    """All Values among arguments, in order, those inside lists too."""
     found: list[Value] = []
     for argument in arguments:
         if isinstance(argument, Value):
             found.append(argument)
         elif isinstance(argument, list):
-            found += _values(argument)
+            found += operands_of(argument)
     return found
 
 
-def _fill(argument: Any, drawn: Any) -> Any:
+def filled(argument: Any, drawn: Any) -> Any:
+    """An argument with the next drawn tensors in the place of its Values."""
     if isinstance(argument, Value):
         tensor = next(drawn)
         return tensor.to(torch.float32) if tensor.is_floating_point() else tensor
     if isinstance(argument, list):
-        return [_fill(item, drawn) for item in argument]
+        return [filled(item, drawn) for item in argument]
     return argument
 
 
-def _pooled_value(draws: list[Any], lineage: int, stray: float) -> Value | None:
+def pooled_value(draws: list[Any], lineage: int, stray: float) -> Value | None:
+    """Value of a tensor from draws of it."""
     if not isinstance(draws[0], torch.Tensor):
         return None
     if not draws[0].is_floating_point():

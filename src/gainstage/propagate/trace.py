@@ -79,6 +79,7 @@ class Signal:
             "second_moment": self.second_moment,
             "std": self.std,
             "spread": self.spread,
+            "gradient_second_moment": None if self.gradient is None else self.gradient.second_moment,
         }
 
     def __repr__(self) -> str:
@@ -115,6 +116,7 @@ class Trace:
     calls: tuple[CallSignals, ...]
     parameters: Mapping[str, ParameterStatistics]
     sampled: tuple[str, ...] = ()
+    sampled_backward: tuple[str, ...] = ()
     assumptions: tuple[str, ...] = ()
 
     @property
@@ -139,8 +141,12 @@ class Trace:
                 {"path": c.path, "call": c.call, "type": c.module_type, "outputs": [s.to_dict() for s in c.outputs]}
                 for c in self.calls
             ],
-            "parameters": {name: {"second_moment": p.second_moment} for name, p in self.parameters.items()},
+            "parameters": {
+                name: {"second_moment": p.second_moment, "gradient_second_moment": p.gradient_second_moment}
+                for name, p in self.parameters.items()
+            },
             "sampled": list(self.sampled),
+            "sampled_backward": list(self.sampled_backward),
             "assumptions": list(self.assumptions),
         }
 

@@ -73,6 +73,10 @@ def _over(value: Callable[[Signal], float], write: Callable[[Iterable[float]], s
     return lambda block: write(value(signal) for row in block.rows for signal in row.signals)
 
 
+def _gradient(signal: Signal) -> float:
+    return math.nan if signal.gradient is None else signal.gradient.second_moment
+
+
 def _sample_cosine(signal: Signal) -> float:
     return _cosine(signal, 0)
 
@@ -96,6 +100,7 @@ _COLUMNS: tuple[Column[Block[ModuleRow]], ...] = (
     Column(heading="mean", cell=_over(lambda signal: signal.mean), is_number=True, importance=4),
     Column(heading="E[x²]", cell=_over(lambda signal: signal.second_moment), is_number=True),
     Column(heading="std", cell=_over(lambda signal: signal.std), is_number=True, importance=1),
+    Column(heading="E[g²]", cell=_over(_gradient), is_number=True, importance=2),
     Column(heading="cos sample", cell=_over(_sample_cosine, cosine_span), is_number=True),
     Column(heading="cos pos.", cell=_over(_position_cosine, cosine_span), is_number=True, importance=3),
 )

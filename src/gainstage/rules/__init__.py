@@ -4,7 +4,18 @@ Importing this package registers the rules that come with Gainstage.
 """
 
 from gainstage.rules import attention, elementwise, experts, indexing, linear, normalization, random, recurrent, reduction, shapes
-from gainstage.rules.registry import Call, Rule, foreign_rule, is_free, pointwise, rule, rule_of, rules, statistics_free
+from gainstage.rules.registry import (
+    Call,
+    Rule,
+    foreign_rule,
+    is_free,
+    is_pointwise,
+    pointwise,
+    rule,
+    rule_of,
+    rules,
+    statistics_free,
+)
 
 __all__ = [
     "Call",
@@ -15,6 +26,7 @@ __all__ = [
     "foreign_rule",
     "indexing",
     "is_free",
+    "is_pointwise",
     "linear",
     "normalization",
     "pointwise",

@@ -42,19 +42,22 @@ def addmm(call: Call, bias: Value, x: Value, weight: Value, *, beta: float = 1, 
 @rule(aten.matmul.default, aten.mm.default, aten.bmm.default, aten.mv.default)
 def matmul(call: Call, a: Value, b: Value) -> Value:
     """Sum over the last dimension of a and the last but one of b."""
-    if len(a.dims) == 1 and len(b.dims) == 1:
-        return contract(a, b, "y", "y", "")
-    if len(b.dims) == 1:
-        batch = LETTERS[: len(a.dims) - 1]
-        return contract(a, b, batch + "y", "y", batch)
-    if len(a.dims) == 1:
-        batch = LETTERS[: len(b.dims) - 2]
-        return contract(a, b, "y", batch + "yz", batch + "z")
-    rank = max(len(a.dims), len(b.dims)) - 2
+    return contract(a, b, *matmul_labels(len(a.dims), len(b.dims)))
+
+
+def matmul_labels(rank_a: int, rank_b: int) -> tuple[str, str, str]:
+    """Labels of a, b and a @ b: y is summed over, leading dimensions are broadcast."""
+    if rank_a == 1 and rank_b == 1:
+        return "y", "y", ""
+    if rank_b == 1:
+        batch = LETTERS[: rank_a - 1]
+        return batch + "y", "y", batch
+    if rank_a == 1:
+        batch = LETTERS[: rank_b - 2]
+        return "y", batch + "yz", batch + "z"
+    rank = max(rank_a, rank_b) - 2
     batch = LETTERS[:rank]
-    labels_a = batch[rank - (len(a.dims) - 2) :] + "xy"
-    labels_b = batch[rank - (len(b.dims) - 2) :] + "yz"
-    return contract(a, b, labels_a, labels_b, batch + "xz")
+    return batch[rank - (rank_a - 2) :] + "xy", batch[rank - (rank_b - 2) :] + "yz", batch + "xz"
 
 
 @rule(aten.baddbmm.default)
@@ -67,7 +70,7 @@ def baddbmm(call: Call, x: Value, a: Value, b: Value, *, beta: float = 1, alpha:
 @rule(aten.einsum.default)
 def einsum(call: Call, equation: str, operands: Sequence[Value], *, path: Any = None) -> Value:
     """Sum of products, pair after pair from the left."""
-    inputs, output = _expanded(equation.replace(" ", ""), [len(x.dims) for x in operands])
+    inputs, output = einsum_labels(equation, [len(x.dims) for x in operands])
     value, labels = operands[0], inputs[0]
     if len(operands) == 1:
         for label in [c for c in labels if c not in output]:
@@ -87,7 +90,9 @@ def einsum(call: Call, equation: str, operands: Sequence[Value], *, path: Any = 
     return value
 
 
-def _expanded(equation: str, ranks: list[int]) -> tuple[list[str], str]:
+def einsum_labels(equation: str, ranks: list[int]) -> tuple[list[str], str]:
+    """Labels of each operand and of the result, one letter for each dimension: dots written out, the result implied or not."""
+    equation = equation.replace(" ", "")
     left, arrow, output = equation.partition("->")
     inputs = left.split(",")
     free = [c for c in LETTERS.upper() if c not in equation]

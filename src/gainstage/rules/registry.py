@@ -39,6 +39,7 @@ class Call:
 _RULES: dict[Op, Rule] = {}
 _FOREIGN: dict[str, Rule] = {}
 _FREE: set[Op] = set()
+_POINTWISE: set[Op] = set()
 
 
 def rules() -> Mapping[Op, Rule]:
@@ -101,6 +102,7 @@ def pointwise(*ops: Op) -> None:
 
     for op in ops:
         rule(op)(evaluation(op))
+        _POINTWISE.add(op)
 
 
 def elementwise(function: Callable[..., torch.Tensor], *ops: Op) -> None:
@@ -165,3 +167,8 @@ def statistics_free(*ops: Op) -> None:
 def is_free(op: Op) -> bool:
     """Tell whether an op was declared free of statistics."""
     return op in _FREE
+
+
+def is_pointwise(op: Op) -> bool:
+    """Tell whether an op was declared a function of one tensor, entry by entry."""
+    return op in _POINTWISE

@@ -1,22 +1,37 @@
 """The abstract value of a tensor, and its algebra. Knows tensors' shapes and Gaussians; no graph, no operations of torch."""
 
+from gainstage.signal.adjoint import (
+    accumulated,
+    along_weight,
+    largest_gradient,
+    lookup_gradient,
+    normalise_gradient,
+    softmax_gradient,
+    through_slope,
+    times_own,
+    to_summand,
+)
 from gainstage.signal.attention import participation, softmax
 from gainstage.signal.contraction import contract, convolve
+from gainstage.signal.correlation import convolution_weight_gradient
 from gainstage.signal.filters import filter_dim, normalise
 from gainstage.signal.gather import lookup
 from gainstage.signal.linear import affine, cross_table, dropout, mean_over
 from gainstage.signal.maxima import max_over
 from gainstage.signal.movement import expand, join, permute, reorder, reshape, select, take
-from gainstage.signal.pointwise import apply, combine
+from gainstage.signal.pointwise import apply, combine, slope
 from gainstage.signal.value import Value, coins, gaussian, independent, known, measured
 
 __all__ = [
     "Value",
+    "accumulated",
     "affine",
+    "along_weight",
     "apply",
     "coins",
     "combine",
     "contract",
+    "convolution_weight_gradient",
     "convolve",
     "cross_table",
     "dropout",
@@ -26,16 +41,24 @@ __all__ = [
     "independent",
     "join",
     "known",
+    "largest_gradient",
     "lookup",
+    "lookup_gradient",
     "max_over",
     "mean_over",
     "measured",
     "normalise",
+    "normalise_gradient",
     "participation",
     "permute",
     "reorder",
     "reshape",
     "select",
+    "slope",
     "softmax",
+    "softmax_gradient",
     "take",
+    "through_slope",
+    "times_own",
+    "to_summand",
 ]

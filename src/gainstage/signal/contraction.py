@@ -32,7 +32,7 @@ Places = NDArray[np.int64]
 def contract(a: Value, b: Value, labels_a: str, labels_b: str, labels_out: str) -> Value:
     """Sum of products over the labels that are not in ``labels_out``; one letter for each dimension, as in einsum."""
     a, b = match(a, b, labels_a, labels_b)
-    numbers = _Numbers()
+    numbers = Subscripts()
     index_a = [n for label, dim in zip(labels_a, a.dims, strict=True) for n in numbers.of(label, dim)]
     index_b = [n for label, dim in zip(labels_b, b.dims, strict=True) for n in numbers.of(label, dim)]
     dims_of = dict(zip(labels_b, b.dims, strict=True)) | dict(zip(labels_a, a.dims, strict=True))
@@ -77,7 +77,7 @@ def _strayed(y: Value, x: Value, weight: Value, labels: tuple[str, str, str]) ->
     return weighted(y, x, weight, terms, alone=alone)
 
 
-class _Numbers:
+class Subscripts:
     """Integer subscripts for np.einsum: one for each axis of each label."""
 
     def __init__(self) -> None:
@@ -85,11 +85,13 @@ class _Numbers:
         self._next = 0
 
     def of(self, label: str, dim: Dim) -> list[int]:
+        """Subscripts of the axes of a label, the same at every call."""
         if label not in self._of:
             self._of[label] = [self.fresh() for _ in dim]
         return self._of[label]
 
     def fresh(self) -> int:
+        """A subscript that nothing else has."""
         self._next += 1
         return self._next - 1
 
@@ -176,7 +178,7 @@ def _map_table(
     x: Value, weight: Value, labels: tuple[str, str], windows: Sequence[Array], space: Sequence[Dim]
 ) -> tuple[Array, list[int], list[int], list[int]]:
     """Table of a convolution, and the subscripts of the axes of x, of the kernel and of the result."""
-    numbers = _Numbers()
+    numbers = Subscripts()
     index_x, index_w = (
         [n for label, dim in zip(own, v.dims, strict=True) for n in numbers.of(label, dim)]
         for own, v in zip(labels, (x, weight), strict=True)

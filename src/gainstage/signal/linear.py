@@ -17,7 +17,7 @@ from gainstage.signal.axes import Axis
 from gainstage.signal.gram import Gram, factors_of, modulated
 from gainstage.signal.gram import of_sum as gram_of_sum
 from gainstage.signal.neighbours import Neighbours, made, mixed
-from gainstage.signal.quadrature import Array, coarse, expectation, nodes, quantiles, smoothed, weights
+from gainstage.signal.quadrature import Array, coarse, expectation, nodes, quantiles, smoothed, sum_quantiles, weights
 from gainstage.signal.spread import product_stray
 from gainstage.signal.value import Lean, Marginal, Statistic, Value, gaussian, gaussian_marginal, statistic_at
 
@@ -230,11 +230,7 @@ def _sum_marginal(x: Value, y: Value, sign: float, moments: tuple[float, float],
         )
 
     def values() -> Array:
-        points, mass = coarse()
-        u = np.interp(points, nodes(), x.marginal.values)
-        v = sign * np.interp(points, nodes(), y.marginal.values)
-        grid = quantiles(u[:, None] + v[None, :], mass[:, None] * mass[None, :])
-        return standardised(grid, mean, std)
+        return standardised(sum_quantiles(x.marginal.values, sign * y.marginal.values), mean, std)
 
     return Marginal(object(), values)
 

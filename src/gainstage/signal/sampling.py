@@ -24,7 +24,7 @@ def draw(values: Sequence[Value], generator: np.random.Generator) -> list[torch.
         if key not in latents:
             latents[key] = _correlated_normals(value, generator)
         sample = np.interp(latents[key], nodes(), value.marginal.values)
-        tensors.append(torch.from_numpy(sample.reshape(value.shape)))
+        tensors.append(torch.from_numpy(np.asarray(sample).reshape(value.shape)))
     return tensors
 
 

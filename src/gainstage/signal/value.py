@@ -124,6 +124,27 @@ class Largest:
     windows: tuple[tuple[int, NDArray[np.int64]], ...]
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Given:
+    """What a gradient knows of its own tensor, which it met in an activation further down: ``g = g0 r``, g0 independent of it.
+
+    ``mean`` and ``square``: ``E[r | z]`` and ``E[r^2 | z]`` on the grid of the tensor's latent z. ``base``: g0, up to a factor.
+    """
+
+    mean: Array
+    square: Array
+    base: Value | None = None
+
+    def moments(self) -> Array:
+        """``E[r]`` and ``E[r^2]``."""
+        return np.array([expectation(self.mean), expectation(self.square)])
+
+    def scaled(self) -> Given | None:
+        """With ``E[r^2] = 1``; None where the gradient vanishes."""
+        level = expectation(self.square)
+        return Given(self.mean / level**0.5, self.square / level, self.base) if level > 0.0 else None
+
+
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
 class Value:
     """What is known of one tensor. Immutable; made by the functions of this package only.
@@ -139,6 +160,7 @@ class Value:
     each other share beyond the table's average. ``gram``: how the table's average over two positions of a sequence is spread
     over pairs of them. ``tilt``: of the weights that a softmax makes, the table of covariances of its logits. ``largest``:
     what the tensor is the maximum of.
+    ``given``: what a gradient knows of the tensor that it belongs to.
     """
 
     dims: tuple[Dim, ...]
@@ -162,6 +184,7 @@ class Value:
     gram: Gram | None = None
     tilt: Array | None = None
     largest: Largest | None = None
+    given: Given | None = None
 
     def __post_init__(self) -> None:
         """Check that the table has one dimension for each axis."""

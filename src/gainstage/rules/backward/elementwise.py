@@ -1,0 +1,151 @@
+"""Gradients of ops that work entry by entry: times the slope, the other factor, the mask."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from gainstage.rules.backward.linear import bias_gradient
+from gainstage.rules.backward.registry import BackwardCall, Gradient, backward
+from gainstage.rules.backward.sums import to_shape
+from gainstage.rules.elementwise import exclude
+from gainstage.signal import Value, affine, apply, combine, dropout, slope, through_slope, to_summand
+
+aten = torch.ops.aten
+
+
+def times_slope(call: BackwardCall, g: Value, x: Value, *args: Any, **kwargs: Any) -> tuple[Gradient, ...]:
+    """``g f'(x)``: second moment ``E[g^2] E[f'(x)^2]``."""
+    op: Any = call.op
+    return (through_slope(g, slope(lambda t: op(t, *args, **kwargs), x)),)
+
+
+backward(aten.pow.Tensor_Scalar)(times_slope)
+
+
+@backward(
+    aten.alias.default, aten.clone.default, aten.contiguous.default, aten.to.dtype, aten.to.dtype_layout, aten.to.device,
+    aten.to.other, aten._to_copy.default, aten.type_as.default, aten.lift_fresh_copy.default, aten.positive.default,
+)  # fmt: skip
+def unchanged(call: BackwardCall, g: Value, x: Value, *args: Any, **kwargs: Any) -> tuple[Gradient, ...]:
+    """``g``."""
+    return (g,)
+
+
+@backward(aten.detach.default)
+def stopped(call: BackwardCall, g: Value, x: Value) -> tuple[Gradient, ...]:
+    """Nothing: the gradient ends here."""
+    return (None,)
+
+
+@backward(aten.neg.default)
+def negated(call: BackwardCall, g: Value, x: Value) -> tuple[Gradient, ...]:
+    """``-g``."""
+    return (affine(g, -1.0),)
+
+
+def _for(x: Any, g: Value) -> Gradient:
+    return to_shape(g, x.shape) if isinstance(x, Value) else None
+
+
+def _of_sum(call: BackwardCall, g: Value, x: Any, y: Any, factor: float) -> tuple[Gradient, Gradient]:
+    """Gradients of x and y in ``x + factor y``."""
+    if not (isinstance(x, Value) and isinstance(y, Value)):
+        return _for(x, g), _for(y, affine(g, factor))
+    to_x = to_summand(g, call.output, x, y, factor)
+    to_y = to_summand(g, call.output, affine(y, factor), x, 1.0)
+    return to_shape(to_x, x.shape), to_shape(affine(to_y, factor), y.shape)
+
+
+@backward(aten.add.Tensor, aten.add.Scalar)
+def added(call: BackwardCall, g: Value, x: Any, y: Any, alpha: float = 1) -> tuple[Gradient, ...]:
+    """``g`` and ``alpha g``."""
+    return _of_sum(call, g, x, y, float(alpha))
+
+
+@backward(aten.sub.Tensor, aten.sub.Scalar)
+def subtracted(call: BackwardCall, g: Value, x: Any, y: Any, alpha: float = 1) -> tuple[Gradient, ...]:
+    """``g`` and ``-alpha g``."""
+    return _of_sum(call, g, x, y, -float(alpha))
+
+
+@backward(aten.rsub.Scalar)
+def subtracted_from(call: BackwardCall, g: Value, x: Value, other: float, alpha: float = 1) -> tuple[Gradient, ...]:
+    """``-alpha g``."""
+    return (affine(g, -float(alpha)),)
+
+
+def _times(g: Value, factor: Any) -> Value:
+    return combine(torch.mul, g, factor) if isinstance(factor, Value) else affine(g, float(factor))
+
+
+@backward(aten.mul.Tensor, aten.mul.Scalar)
+def multiplied(call: BackwardCall, g: Value, x: Any, y: Any) -> tuple[Gradient, ...]:
+    """``g y`` and ``g x``."""
+    return (_for(x, _times(g, y)) if isinstance(x, Value) else None), (_for(y, _times(g, x)) if isinstance(y, Value) else None)
+
+
+@backward(aten.div.Tensor, aten.div.Scalar)
+def divided(call: BackwardCall, g: Value, x: Any, y: Any) -> tuple[Gradient, ...]:
+    """``g / y`` and ``-g x / y^2``."""
+    if not isinstance(y, Value):
+        return _for(x, affine(g, 1.0 / float(y))), None
+    by_y = combine(torch.div, g, y)
+    to_y = affine(combine(torch.div, _times(by_y, x), y), -1.0)
+    return _for(x, by_y), _for(y, to_y)
+
+
+@backward(aten.addcmul.default)
+def product_added(call: BackwardCall, g: Value, x: Value, a: Value, b: Value, value: float = 1) -> tuple[Gradient, ...]:
+    """``g``, ``value g b`` and ``value g a``."""
+    scaled = affine(g, float(value))
+    return _for(x, g), _for(a, _times(scaled, b)), _for(b, _times(scaled, a))
+
+
+@backward(aten.prelu.default)
+def prelu(call: BackwardCall, g: Value, x: Value, weight: Value) -> tuple[Gradient, ...]:
+    """``g`` where x is positive and ``a g`` elsewhere; the slope gets ``sum g min(x, 0)``."""
+    to_x = through_slope(g, slope(lambda t: torch.where(t > 0, t, weight.mean * t), x))
+    negative = combine(torch.mul, g, _negative_part(x))
+    return to_x, _of_slope(negative, weight)
+
+
+def _negative_part(x: Value) -> Value:
+    return apply(lambda t: t.clamp_max(0), x)
+
+
+def _of_slope(g: Value, weight: Value) -> Gradient:
+    """Sum over all entries that share a slope."""
+    if weight.shape[0] > 1:
+        return bias_gradient(g, weight, 1)
+    return to_shape(to_shape(g, (1,) * len(g.dims)), weight.shape)
+
+
+@backward(aten.masked_fill.Scalar, aten.masked_fill.Tensor)
+def filled(call: BackwardCall, g: Value, x: Value, mask: Value, value: Any) -> tuple[Gradient, ...]:
+    """``g`` where the mask is off."""
+    if mask.constant is None:
+        raise NotImplementedError("masked_fill by a mask that depends on the input")
+    return _for(x, exclude(g, ~mask.constant.bool(), 0.0)), None, None
+
+
+@backward(aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf)
+def chosen(call: BackwardCall, g: Value, condition: Value, x: Any, y: Any) -> tuple[Gradient, ...]:
+    """``g`` to the operand that was taken."""
+    if condition.constant is None:
+        raise NotImplementedError("where by a condition that depends on the input")
+    valid = condition.constant.bool()
+    return None, _for(x, exclude(g, valid, 0.0)), _for(y, exclude(g, ~valid, 0.0))
+
+
+@backward(aten.dropout.default)
+def dropped(call: BackwardCall, g: Value, x: Value, p: float, train: bool) -> tuple[Gradient, ...]:
+    """The same coins, and the same ``1/(1 - p)``."""
+    return (dropout(g, 1.0 - p) if train and 0.0 < p < 1.0 else g,)
+
+
+@backward(aten.feature_dropout.default)
+def channels_dropped(call: BackwardCall, g: Value, x: Value, p: float, train: bool) -> tuple[Gradient, ...]:
+    """The same coins, one for each channel."""
+    return (dropout(g, 1.0 - p, shared=range(2, len(x.dims))) if train and 0.0 < p < 1.0 else g,)

@@ -1,0 +1,171 @@
+"""Gradients of ops that move entries: moved back; copies are summed, parts get zeros around them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
+
+from gainstage.rules.backward.registry import BackwardCall, Gradient, backward
+from gainstage.rules.backward.sums import inside, summed_over, to_shape, zeros
+from gainstage.signal import Value, filter_dim, join, permute, reorder, reshape, select, take
+
+aten = torch.ops.aten
+
+
+@backward(
+    aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.flatten.using_ints, aten.unsqueeze.default,
+    aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims, aten.unflatten.int,
+)  # fmt: skip
+def viewed(call: BackwardCall, g: Value, x: Value, *args: Any, **kwargs: Any) -> tuple[Gradient, ...]:
+    """The view back."""
+    return (reshape(g, x.shape),)
+
+
+@backward(aten.permute.default)
+def permuted(call: BackwardCall, g: Value, x: Value, dims: Sequence[int]) -> tuple[Gradient, ...]:
+    """The inverse permutation."""
+    return (permute(g, np.argsort([d % len(x.dims) for d in dims]).tolist()),)
+
+
+@backward(aten.transpose.int)
+def transposed(call: BackwardCall, g: Value, x: Value, dim0: int, dim1: int) -> tuple[Gradient, ...]:
+    """The same exchange."""
+    order = list(range(len(x.dims)))
+    order[dim0], order[dim1] = order[dim1], order[dim0]
+    return (permute(g, order),)
+
+
+@backward(aten.t.default, aten.numpy_T.default)
+def matrix_transposed(call: BackwardCall, g: Value, x: Value) -> tuple[Gradient, ...]:
+    """All dimensions reversed."""
+    return (permute(g, list(range(len(x.dims)))[::-1]),)
+
+
+@backward(aten.movedim.int)
+def moved(call: BackwardCall, g: Value, x: Value, source: int, destination: int) -> tuple[Gradient, ...]:
+    """Moved back."""
+    order = list(range(len(x.dims)))
+    order.insert(source % len(order), order.pop(destination))
+    return (permute(g, order),)
+
+
+@backward(aten.expand.default, aten.expand_as.default)
+def expanded(call: BackwardCall, g: Value, x: Value, *args: Any, **kwargs: Any) -> tuple[Gradient, ...]:
+    """Sum over the copies."""
+    return (to_shape(g, x.shape),)
+
+
+@backward(aten.repeat.default)
+def repeated(call: BackwardCall, g: Value, x: Value, repeats: Sequence[int]) -> tuple[Gradient, ...]:
+    """Sum over the copies."""
+    shape = (1,) * (len(repeats) - len(x.dims)) + x.shape
+    pairs = [n for count, size in zip(repeats, shape, strict=True) for n in (count, size)]
+    summed = summed_over(reshape(g, pairs), [2 * d for d, count in enumerate(repeats) if count > 1])
+    return (reshape(summed, x.shape),)
+
+
+@backward(aten.repeat_interleave.self_int)
+def interleaved(
+    call: BackwardCall, g: Value, x: Value, repeats: int, dim: int | None = None, **kwargs: Any
+) -> tuple[Gradient, ...]:
+    """Sum over the copies."""
+    flat = dim is None
+    at = 0 if dim is None else dim % len(x.dims)
+    shape = (int(np.prod(x.shape)),) if flat else x.shape
+    wide = [*shape[: at + 1], repeats, *shape[at + 1 :]]
+    return (reshape(summed_over(reshape(g, wide), [at + 1]), x.shape),)
+
+
+@backward(aten.slice.Tensor)
+def sliced(
+    call: BackwardCall, g: Value, x: Value, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1
+) -> tuple[Gradient, ...]:
+    """Zeros around the part."""
+    dim %= len(x.dims)
+    size = x.shape[dim]
+    places = range(size)[slice(start, end, step)]
+    if step == 1:
+        return (inside(g, dim, places.start, size),)
+    matrix = np.zeros((size, len(places)))
+    matrix[list(places), range(len(places))] = 1.0
+    return (filter_dim(g, dim, matrix),)
+
+
+@backward(aten.narrow.default)
+def narrowed(call: BackwardCall, g: Value, x: Value, dim: int, start: int, length: int) -> tuple[Gradient, ...]:
+    """Zeros around the part."""
+    return (inside(g, dim, int(start) % x.shape[dim], x.shape[dim]),)
+
+
+@backward(aten.select.int)
+def selected(call: BackwardCall, g: Value, x: Value, dim: int, index: int) -> tuple[Gradient, ...]:
+    """Zeros at all other indices."""
+    dim %= len(x.dims)
+    one = reshape(g, (*x.shape[:dim], 1, *x.shape[dim + 1 :]))
+    return (inside(one, dim, int(index) % x.shape[dim], x.shape[dim]),)
+
+
+@backward(aten.chunk.default, aten.split.Tensor, aten.split_with_sizes.default, aten.split.sizes, aten.tensor_split.sections)
+def in_pieces(call: BackwardCall, g: Sequence[Gradient], x: Value, *args: Any, dim: int = 0) -> tuple[Gradient, ...]:
+    """The pieces together again."""
+    dim = args[1] if len(args) > 1 else dim
+    parts = [zeros(piece.dims) if part is None else part for part, piece in zip(g, call.output, strict=True)]
+    return (join(parts, dim),)
+
+
+@backward(aten.unbind.int)
+def unbound(call: BackwardCall, g: Sequence[Gradient], x: Value, dim: int = 0) -> tuple[Gradient, ...]:
+    """The parts together again."""
+    dim %= len(x.dims)
+    shape = (*x.shape[:dim], 1, *x.shape[dim + 1 :])
+    parts = [zeros(piece.dims) if part is None else part for part, piece in zip(g, call.output, strict=True)]
+    return (join([reshape(part, shape) for part in parts], dim),)
+
+
+@backward(aten.cat.default, aten.concat.default)
+def concatenated(call: BackwardCall, g: Value, tensors: Sequence[Value], dim: int = 0) -> tuple[Any, ...]:
+    """Each its part."""
+    bounds = np.cumsum([0, *(0 if x.shape == (0,) else x.shape[dim] for x in tensors)])
+    return (tuple(None if a == b else take(g, dim, int(a), int(b)) for a, b in pairwise(bounds)),)
+
+
+@backward(aten.stack.default)
+def stacked(call: BackwardCall, g: Value, tensors: Sequence[Value], dim: int = 0) -> tuple[Any, ...]:
+    """Each its part."""
+    return (tuple(reshape(select(g, dim, i), x.shape) for i, x in enumerate(tensors)),)
+
+
+@backward(aten.roll.default)
+def rolled(call: BackwardCall, g: Value, x: Value, shifts: Sequence[int], dims: Sequence[int] = ()) -> tuple[Gradient, ...]:
+    """Shifted back: the same entries at other places."""
+    for shift, dim in zip(shifts, dims, strict=True):
+        g = reorder(g, dim, ("back", int(shift)))
+    return (g,)
+
+
+@backward(aten.flip.default)
+def flipped(call: BackwardCall, g: Value, x: Value, dims: Sequence[int]) -> tuple[Gradient, ...]:
+    """Reversed again."""
+    for dim in dims:
+        g = reorder(g, dim, "flip")
+    return (g,)
+
+
+@backward(aten.pad.default)
+def padded(
+    call: BackwardCall, g: Value, x: Value, pad: Sequence[int], mode: str = "constant", value: float | None = None
+) -> tuple[Gradient, ...]:
+    """Without the margin."""
+    if mode != "constant":
+        raise NotImplementedError(f"gradient of padding in mode {mode}")
+    for i in range(len(pad) // 2):
+        dim, before, after = len(x.dims) - 1 - i, int(pad[2 * i]), int(pad[2 * i + 1])
+        start, stop = max(before, 0), g.shape[dim] - max(after, 0)
+        g = take(g, dim, start, stop)
+        if before < 0 or after < 0:
+            g = inside(g, dim, max(-before, 0), x.shape[dim])
+    return (g,)

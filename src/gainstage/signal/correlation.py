@@ -1,0 +1,98 @@
+"""Gradient of a kernel: input and gradient multiplied, summed over samples and positions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from gainstage.signal import levels
+from gainstage.signal.axes import Axis, Dim
+from gainstage.signal.contraction import Places, Subscripts, match
+from gainstage.signal.movement import merge_dim, reshape
+from gainstage.signal.quadrature import Array
+from gainstage.signal.value import Value, gaussian
+
+
+def position_pairs(windows: Array) -> Array:
+    """``N[t, g, x]``: pairs of positions that two entries of the kernel's gradient sum over, along one dimension.
+
+    By same or another tap (t), same or another place in the gradient (g) and in the input (x). ``windows`` [outputs, taps] is the
+    product of the levels of output and input where a tap reads inside the map, else 0. Two different taps read different places
+    of the input, up to the few that a stride lets meet.
+    """
+    taps = windows.shape[1]
+    sums, squares = windows.sum(0), (windows**2).sum(0)
+    pairs = np.zeros((2, 2, 2))
+    pairs[1, 1, 1] = squares.mean()
+    pairs[1, 0, 0] = (sums**2 - squares).mean()
+    if taps > 1:
+        together = windows.T @ windows
+        other = taps * (taps - 1.0)
+        same_place = (together.sum() - np.trace(together)) / other
+        pairs[0, 1, 0] = same_place
+        pairs[0, 0, 0] = (sums.sum() ** 2 - (sums**2).sum()) / other - same_place
+    return pairs
+
+
+def convolution_weight_gradient(g: Value, x: Value, shape: Sequence[int], places: Sequence[Places], groups: int) -> Value:
+    """Gradient [out, channel/groups, *taps] from g [batch, out, *outputs] and x [batch, channel, *space].
+
+    ``K_W[S] = sum over pairs of samples and positions of K_g K_x``, g and x independent.
+    """
+    rank = len(places)
+    for d in range(2, 2 + rank):
+        g, x = merge_dim(g, d), merge_dim(x, d)
+    g = reshape(g, (g.shape[0], groups, g.shape[1] // groups, *g.shape[2:]))
+    x = reshape(x, (x.shape[0], groups, x.shape[1] // groups, *x.shape[2:]))
+    outputs, space = "pqr"[:rank], "uvw"[:rank]
+    g, x = match(g, x, "bgo" + outputs, "bgc" + space)
+    even_g, even_x = (
+        levels.evened(v.table, v.levels, range(v.table.ndim - sum(map(bool, v.dims[3:])), v.table.ndim)) for v in (g, x)
+    )
+    numbers = Subscripts()
+    index_g = [n for label, dim in zip("bgo" + outputs, g.dims, strict=True) for n in numbers.of(label, dim)]
+    index_x = [n for label, dim in zip("bgc" + space, x.dims, strict=True) for n in numbers.of(label, dim)]
+    operands: list[object] = [even_g, index_g, even_x, index_x]
+    for axis, number in zip(g.dims[0], numbers.of("b", g.dims[0]), strict=True):
+        operands += [np.array([axis.size * (axis.size - 1.0), float(axis.size)]), [number]]
+    taps: list[Dim] = []
+    tap_index: list[int] = []
+    for d, place in enumerate(places):
+        pairs = position_pairs(_weighted(place, g, x, d - rank))
+        tap = (Axis(place.shape[1]),) if place.shape[1] > 1 else ()
+        subscripts: list[int] = []
+        if tap:
+            subscripts.append(numbers.fresh())
+            tap_index.append(subscripts[0])
+        else:
+            pairs = pairs[1:]
+        for position, (label, dim) in enumerate(((outputs[d], g.dims[3 + d]), (space[d], x.dims[3 + d])), start=1):
+            found = numbers.of(label, dim)
+            subscripts += found
+            if not found:
+                pairs = pairs.sum(axis=position, keepdims=True)
+        taps.append(tap)
+        operands += [pairs.reshape((2,) * len(subscripts)), subscripts]
+    out_index = [*(n for label in "goc" for n in numbers.of(label, ())), *tap_index]
+    table = np.asarray(np.einsum(*operands, out_index), dtype=np.float64)  # type: ignore[call-overload]
+    dims = ((*g.dims[1], *g.dims[2]), x.dims[2], *taps)
+    found_value = gaussian(dims, 0.0, table, lineage=g.lineage | x.lineage)
+    assert found_value.shape == tuple(shape), (found_value.shape, shape)
+    return found_value
+
+
+def _weighted(places: Places, g: Value, x: Value, dim: int) -> Array:
+    """Levels of gradient and input, multiplied, at the pairs of places that one dimension's taps bring together."""
+    dim %= len(g.dims)
+    first_g, first_x = (sum(len(axes) for axes in value.dims[:dim]) for value in (g, x))
+    window = levels.read(x.levels if x.dims[dim] else None, first_x, places)
+    if g.levels is None or not g.dims[dim]:
+        return window
+    return window * levels.over(g.levels, first_g, places.shape[0])[:, None]
+
+
+def _evened(x: Value) -> Array:
+    """Table without the levels along the dimensions of space."""
+    first = x.table.ndim - sum(len(dim) for dim in x.dims[3:])
+    return levels.evened(x.table, x.levels, range(first, x.table.ndim))
