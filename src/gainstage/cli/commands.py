@@ -94,22 +94,39 @@ def plan(choice: ModelChoice, *, output: Path | None, as_json: bool, ungrouped: 
 @click.option(
     "--output",
     type=click.Path(dir_okay=False, path_type=Path),
-    required=True,
     metavar="FILE",
     help="State dict to write: .safetensors, or .pt by torch.save.",
 )
 @model_options(meta=False)
-def apply(choice: ModelChoice, *, plan: Path, output: Path) -> None:
-    """Draw every parameter from a plan, and write the state dict."""
+def apply(choice: ModelChoice, *, plan: Path, output: Path | None) -> None:
+    """Draw every parameter from a plan, and write the state dict.
+
+    MODEL can also be a directory with a checkpoint of safetensors files: then no model is built, and the tensors that the plan
+    names are drawn in place. Interrupted at any point, the directory holds the old checkpoint or the new one.
+    """
     import gainstage as gs
     from gainstage.cli.files import check_state_name, write_state
 
+    if Path(choice.source).is_dir():
+        _apply_to_checkpoint(choice, plan, output)
+        return
+    if output is None:
+        raise InputError("say where to write the state dict: --output FILE")
     check_state_name(output)
     drawn_from = _read_plan(plan)
     loaded = choice.load()
     gs.apply(loaded.model, drawn_from, seed=choice.seed)
     write_state(output, loaded.model)
     click.echo(f"{len(drawn_from.parameters)} parameters drawn with seed {choice.seed}, written to {output}")
+
+
+def _apply_to_checkpoint(choice: ModelChoice, plan: Path, output: Path | None) -> None:
+    from gainstage.apply.checkpoint import apply_to_checkpoint
+
+    if output is not None:
+        raise InputError("a checkpoint directory is written in place; copy it first, and leave out --output")
+    drawn, kept = apply_to_checkpoint(Path(choice.source), _read_plan(plan), seed=choice.seed)
+    click.echo(f"{len(drawn)} tensors drawn with seed {choice.seed}, {len(kept)} left as they were, in {choice.source}")
 
 
 @main.command()
