@@ -100,9 +100,8 @@ def _files(folder: Path) -> tuple[str | None, list[str]]:
     indices = sorted(path.name for path in folder.glob(f"*{_INDEX}"))
     found = sorted(path.name for path in folder.glob(f"*{_TENSORS}"))
     if len(indices) > 1 or (not indices and len(found) != 1):
-        raise InputError(
-            f"{folder} has {len(found)} files *{_TENSORS} and {len(indices)} indices *{_INDEX}; one index is needed."
-        )
+        count = f"{len(found)} files *{_TENSORS} and {len(indices)} indices *{_INDEX}"
+        raise InputError(f"{folder} has {count}; one file, or one index of several, is a checkpoint.")
     if not indices:
         return None, found
     named = sorted(set(_read_index(folder / indices[0])["weight_map"].values()))
@@ -115,8 +114,7 @@ def _files(folder: Path) -> tuple[str | None, list[str]]:
 def _read_index(path: Path) -> dict[str, Any]:
     try:
         read: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        if not all(isinstance(file, str) for file in read["weight_map"].values()):
-            raise TypeError
+        read["weight_map"] = {str(name): Path(file).name for name, file in read["weight_map"].items()}
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise InputError(f"{path} is no index of safetensors files.") from error
     return read
@@ -194,14 +192,8 @@ def _alone(work: Callable[[], str]) -> None:
 
 
 def _whole(tensor: torch.Tensor) -> Holding:
-    return Holding(
-        shape=tuple(tensor.shape),
-        dtype=tensor.dtype,
-        aliases=(),
-        parameter=tensor,
-        memory=tensor,
-        boxes=(whole_box(tensor.shape),),
-    )
+    shape = tuple(tensor.shape)
+    return Holding(shape=shape, dtype=tensor.dtype, aliases=(), parameter=tensor, memory=tensor, boxes=(whole_box(shape),))
 
 
 def _write_index(path: Path, renamed: Mapping[str, str]) -> None:
