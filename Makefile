@@ -12,7 +12,7 @@ help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 24
 
 demo: .venv/installed-demo ## see it work, on a model and data that need no download
-	@$(BIN)/gainstage demo
+	@$(BIN)/gainstage demo --plot demo.png
 
 test: .venv/installed-dev .venv/installed-zoo ## run the tests
 	@OMP_NUM_THREADS=$(THREADS) $(BIN)/pytest -n 2 tests
