@@ -120,14 +120,16 @@ def data_operand(node: Node, values: Mapping[str, Any]) -> tuple[str, Value] | N
 
 def measure(quantity: Quantity, graph: Graph, node: str, values: Mapping[str, Any]) -> float:
     """The quantity at a node; 0 where the node has no statistics."""
-    value = values[node]
+    value = values.get(node)
     if quantity is Quantity.KEY_VARIANCE:
-        logits = _logits(graph.by_name[node], values) if graph.by_name[node].op in _ATTENTIONS else value
+        logits = _logits(graph.by_name[node], values) if is_attention(graph.by_name[node]) else value
         return key_variance(logits) if isinstance(logits, Value) else 0.0
     return value.second_moment if isinstance(value, Value) else 0.0
 
 
-_ATTENTIONS = frozenset({aten.scaled_dot_product_attention.default})
+def is_attention(node: Node) -> bool:
+    """Whether a node is a whole attention, whose logits follow from its operands alone."""
+    return node.op is aten.scaled_dot_product_attention.default
 
 
 def _logits(node: Node, values: Mapping[str, Any]) -> Value:

@@ -15,7 +15,7 @@ from gainstage.graph import Graph, Node, NodeKind
 from gainstage.policies import Fan, FanScaled
 from gainstage.propagate import evaluate, parameter_value
 from gainstage.signal import Value
-from gainstage.solve.constraint import Demand, Kind, Own, data_operand, goal_value, is_lookup, measure
+from gainstage.solve.constraint import Demand, Kind, Own, data_operand, goal_value, is_attention, is_lookup, measure
 from gainstage.solve.demands import Demands
 from gainstage.solve.initial import no_value, nominal_fan_of
 from gainstage.solve.setting import Setting
@@ -74,9 +74,11 @@ class Walk:
         self._demands = {demand: Progress() for demand in demands.levels}
         self._own = {own.use.parameter: Progress() for own in demands.own}
         self._levels_at: dict[int, list[Demand]] = {}
+        self._logits_at: dict[int, list[Demand]] = {}  # met before the attention, which costs most, is evaluated
         for demand in demands.levels:
             place = max(self._position[name] for name in (demand.node, *(name for name, _ in demand.goal.terms)))
-            self._levels_at.setdefault(place, []).append(demand)
+            early = demand.kind is Kind.LOGITS and is_attention(graph.by_name[demand.node])
+            (self._logits_at if early else self._levels_at).setdefault(place, []).append(demand)
         self._own_at: dict[int, list[Own]] = {}
         for own in (own for own in demands.own if own.starts):
             self._own_at.setdefault(self._position[own.use.node], []).append(own)
@@ -94,13 +96,16 @@ class Walk:
         if node.name in self._prepare:
             for name, setting in self._prepare.pop(node.name)(self._values, self._settings).items():
                 self._change(name, setting)
+        for demand in self._logits_at.get(position, ()):
+            if (back := self._meet(demand, list(node.operands()))) is not None:
+                return back
         if self._is_stale(node):
             self._evaluate(node)
         for own in self._own_at.get(position, ()):
             if (back := self._decide(own)) is not None:
                 return back
         for demand in self._levels_at.get(position, ()):
-            if (back := self._meet(demand)) is not None:
+            if (back := self._meet(demand, [demand.node, *(name for name, _ in demand.goal.terms)])) is not None:
                 return back
         return position + 1
 
@@ -154,11 +159,10 @@ class Walk:
             setting = setting.with_part(part, variance=wanted)
         return self._change(own.use.parameter, setting)
 
-    def _meet(self, demand: Demand) -> int | None:
-        """One correction towards the goal, or None where it is met or out of reach."""
+    def _meet(self, demand: Demand, read: Sequence[str]) -> int | None:
+        """One correction towards the goal, or None where it is met or out of reach; ``read``: the nodes that are measured."""
         progress = self._demands[demand]
-        names = (demand.node, *(name for name, _ in demand.goal.terms))
-        stamp = max(self._stamps[name] for name in names)
+        stamp = max(self._stamps[name] for name in read)
         if progress.seen == stamp or progress.has_no_effect or len(progress.tried) > _MOST_STEPS:
             return None
         progress.seen = stamp
