@@ -146,6 +146,8 @@ class _Reader:
             return self.addition()
         if name in ("mul", "div"):
             return self.product()
+        if name == "addcmul":
+            return self.addition() if self.wiring.at(self.node, 0) == self.weight else self.product()
         return self.plain(Role.KEPT, f"enters {self.place} as data; nothing contracts it")
 
     def shape(self) -> tuple[int, ...]:

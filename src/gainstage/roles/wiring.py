@@ -169,7 +169,7 @@ def _roots(names: tuple[str, ...], signals: tuple[tuple[int, ...], ...]) -> tupl
 
 def _is_floating(node: Node) -> bool:
     metas = node.meta if isinstance(node.meta, tuple) else (node.meta,)
-    return any(meta is not None and meta.dtype.is_floating_point for meta in metas)
+    return any(meta is not None and (meta.dtype.is_floating_point or meta.dtype.is_complex) for meta in metas)
 
 
 def _split(
