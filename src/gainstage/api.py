@@ -170,6 +170,7 @@ def verify(
     given = dict(kwargs or {})
     check_values(model, args, given)
     graph = capture(model, args, given)
+
     def present() -> Trace:
         return build_trace(graph, present_values(graph, model))
 

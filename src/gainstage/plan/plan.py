@@ -14,6 +14,7 @@ import torch
 from gainstage.errors import InputError, PlanMismatchError, UnknownNameError, nearest
 from gainstage.plan.distribution import ParameterPlan
 from gainstage.plan.schema import SCHEMA_VERSION, checked, read_fields, write_fields
+from gainstage.plan.script import script_of
 
 
 class ParameterFacts(Protocol):
@@ -135,6 +136,14 @@ class Plan:
     def to_json(self) -> str:
         """The whole plan as JSON text, which :meth:`from_json` reads back exactly."""
         return json.dumps(self.to_dict(), indent=1, allow_nan=False, ensure_ascii=False)
+
+    def to_python(self) -> str:
+        """A script that needs torch alone, and NumPy for the exact values; see its first lines for what it offers.
+
+        It draws the planned distributions into a model, or the very values of ``apply``; it gives Transformers its
+        ``_init_weights`` and torchtitan its ``param_init``.
+        """
+        return script_of(self.policy, self.parameters, self.notes)
 
     @classmethod
     def from_json(cls, text: str) -> Plan:
