@@ -147,8 +147,10 @@ class _Info:
 
 
 def _again(module, name, part):
-    reset = getattr(module, "_reset_parameters", None) or getattr(module, "reset_parameters", None)
-    reset()
+    """Draw a parameter anew, as construction does: parts first, then what nn.MultiheadAttention sets in them."""
+    for each in reversed(list(module.modules())):
+        reset = getattr(each, "_reset_parameters", None) or getattr(each, "reset_parameters", None)
+        reset()
     return dict(part.named_parameters(recurse=False))[name].detach().clone()
 
 
@@ -160,4 +162,4 @@ def test_modules_of_others_are_not_guessed():
     assert module_default(graph.parameters["weight"], (4, 4)) is None
     plan = solved(Linear(4, 4), (torch.randn(2, 4),), "torch")
     assert plan.parameters["weight"].distribution.family is Family.KEEP
-    assert "weight" in plan.notes[0]
+    assert "kept as they are: weight, bias" in plan.notes

@@ -404,6 +404,15 @@ def test_a_tied_head_decides_for_the_embedding(policy):
         assert "the head's demand wins" in plan.explain("embedding.weight")
 
 
+def test_the_row_of_the_padding_stays_zero():
+    model, index = nn.Embedding(20, 16, padding_idx=3), torch.randint(0, 20, (4, 8))
+    plan = solved(model, (index,))
+    assert [(b.start, b.stop, b.distribution.std) for b in plan.parameters["weight"].blocks] == [(0, 3, 1), (3, 4, 0), (4, 20, 1)]
+    apply(model, plan, seed=0)
+    assert not model.weight[3].any()
+    assert model.weight[4].all()
+
+
 # Scales that cancel, recurrent modules, families
 
 

@@ -36,6 +36,9 @@ class Explainer:
             found += self._own(own, setting)
         for demand, parts in answering:
             found += self._demand(demand, own, setting, parts)
+        if own is None and not answering and not setting.lines and setting.variance == 0.0:
+            effect = setting.slope * setting.mean + setting.offset
+            found.append("starts at zero" if effect == 0.0 else "starts as the identity")
         return tuple(found)
 
     def centred(self, setting: Setting) -> Setting:
@@ -161,7 +164,8 @@ class Explainer:
         goal = goal_value(demand.goal, self.solution.values)
         if demand.goal.terms:
             others = ", ".join(self._place(name) for name, _ in demand.goal.terms)
-            return [f"E[branch^2] = {goal:.4g}: as much as its sibling at {others} contributes"]
+            channels = f": n_b E[branch^2] is the same, n_b = {demand.width} here" if demand.width > 1 else ""
+            return [f"E[branch^2] = {goal:.4g}: contributes as much as its sibling at {others}{channels}"]
         if demand.width:
             return [
                 f"n_b E[branch^2] is the same for all {demand.count} branches, and 1 on average over the channels",

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import pairwise
 
+import torch
+
 from gainstage.errors import UnknownNameError, nearest
 from gainstage.graph import Graph
 from gainstage.plan import Block, Distribution, Family
@@ -70,3 +72,17 @@ def blocks_of(setting: Setting, parts: Sequence[Distribution]) -> tuple[Distribu
         else:
             blocks.append(Block(setting.dim, start, stop, distribution))
     return (blocks[0].distribution, ()) if len(blocks) == 1 else (blocks[0].distribution, tuple(blocks))
+
+
+def padding_row(use: Use | None, graph: Graph) -> int | None:
+    """The row of a table that ``nn.Embedding(padding_idx=...)`` holds at zero, and that takes no gradient."""
+    node = None if use is None else graph.by_name[use.node]
+    if node is None or node.op is not torch.ops.aten.embedding.default or len(node.args) < 3:
+        return None
+    return int(node.args[2]) if node.args[2] >= 0 else None
+
+
+def blocks_around(row: int, rows: int, distribution: Distribution) -> tuple[Block, ...]:
+    """All rows but one, which is zero."""
+    spans = ((0, row, distribution), (row, row + 1, Distribution(family=Family.CONSTANT)), (row + 1, rows, distribution))
+    return tuple(Block(0, start, stop, its) for start, stop, its in spans if start < stop)

@@ -15,7 +15,7 @@ from gainstage.signal import Value
 from gainstage.solve.constraint import is_contraction
 from gainstage.solve.demands import collect_demands
 from gainstage.solve.derivation import Explainer
-from gainstage.solve.distributions import blocks_of, distribution_of, fitting_family
+from gainstage.solve.distributions import blocks_around, blocks_of, distribution_of, fitting_family, padding_row
 from gainstage.solve.initial import Present, initial_settings
 from gainstage.solve.recurrent import is_recurrent, unit_gates
 from gainstage.solve.setting import Setting
@@ -54,7 +54,7 @@ def solve(
         training=graph.training,
         predictions=predictions,
         spreads=spreads,
-        notes=_notes(explainer),
+        notes=_notes(policy, explainer),
     )
 
 
@@ -82,6 +82,10 @@ def _parameter_plan(setting: Setting, explainer: Explainer, family: Family) -> P
         distribution, blocks = blocks_of(setting, parts)
         if why and setting.variance > 0.0:
             lines = (*lines, why)
+        row = padding_row(contraction, graph)
+        if row is not None and not blocks and setting.variance > 0.0:
+            blocks = blocks_around(row, info.shape[0], distribution)
+            lines = (*lines, f"row {row} stands for padding: zero")
     return ParameterPlan(
         name=info.name,
         aliases=info.aliases,
@@ -113,12 +117,12 @@ def _predictions(graph: Graph, values: Mapping[str, Any]) -> tuple[dict[str, tup
     return predictions, spreads
 
 
-def _notes(explainer: Explainer) -> tuple[str, ...]:
+def _notes(policy: Policy, explainer: Explainer) -> tuple[str, ...]:
     solution = explainer.solution
     kept = [
         name for name, setting in solution.settings.items() if setting.given is not None and setting.given.family is Family.KEEP
     ]
-    notes = [*explainer.graph.assumptions, *explainer.roles.notes]
+    notes = [f"targets of policy {policy.name!r}: {policy.source}", *explainer.graph.assumptions, *explainer.roles.notes]
     if kept:
         more = f" and {len(kept) - _NAMED} more" if len(kept) > _NAMED else ""
         notes.append(f"kept as they are: {', '.join(kept[:_NAMED])}{more}")
