@@ -397,6 +397,55 @@ class Multitask(nn.Module):
         return {"one": self.one(h).log_softmax(-1), "two": self.two(h).squeeze(-1), "aux": self.aux(h), "hidden": h}
 
 
+class StateSpace(nn.Module):
+    """A scan: the rate's shift and decay are kept, and the skip D around the scan is no residual stream."""
+
+    def __init__(self):
+        super().__init__()
+        self.decay, self.skip, self.shift = (nn.Parameter(torch.zeros(W)) for _ in range(3))
+        self.rate, self.put, self.read, self.out = (nn.Linear(W, W, bias=False) for _ in range(4))
+
+    def forward(self, x):
+        rate = F.softplus(self.rate(x) + self.shift)
+        kept, put, state, states = (-self.decay.exp() * rate).exp(), rate * self.put(x), torch.zeros(x.shape[0], W), []
+        for t in range(x.shape[1]):
+            state = kept[:, t] * state + put[:, t]
+            states.append(state)
+        return x + self.out(torch.stack(states, 1) * self.read(x) + self.skip * x)
+
+
+class Interpolating(nn.Module):
+    """Token shift: w x + (1 - w) y has no scale to set."""
+
+    def __init__(self):
+        super().__init__()
+        self.mix, self.last = nn.Parameter(torch.rand(W)), nn.Linear(W, W)
+
+    def forward(self, x):
+        return self.last(x * self.mix + x.roll(1, 1) * (1 - self.mix)).relu()
+
+
+class SinkAttention(nn.Module):
+    """A parameter stands among the logits, and two layers share a learned bias of them; a GELU is written out."""
+
+    def __init__(self):
+        super().__init__()
+        self.q, self.k, self.v, self.q2, self.k2, self.wide = (nn.Linear(W, W, bias=False) for _ in range(6))
+        self.sink, self.bias = nn.Parameter(torch.zeros(1, HEADS, 1, 1)), nn.Embedding(5, HEADS)
+
+    def forward(self, x):
+        bias = self.bias(torch.arange(5)[:, None] - torch.arange(5).clamp(max=0)).permute(2, 0, 1)[None]
+        bias = bias + torch.ones(5, 5).tril()
+        x = self.attend(self.q(x), self.k(x), self.v(x), bias)
+        h = self.wide(self.attend(self.q2(x), self.k2(x), x, bias))
+        return 0.5 * h * (1.0 + torch.tanh(0.8 * (h + 0.044715 * h.pow(3))))
+
+    def attend(self, q, k, v, bias):
+        logits = split_heads(q) @ split_heads(k).transpose(-1, -2) / 2 + bias
+        weights = torch.cat((logits, self.sink.expand(*logits.shape[:-1], 1)), -1).softmax(-1)
+        return join_heads(weights[..., :-1] @ split_heads(v))
+
+
 def encoder_layer(**options):
     return nn.TransformerEncoderLayer(W, HEADS, 2 * W, batch_first=True, **options)
 
@@ -505,6 +554,13 @@ CASES = [
          {"token": "kept", "table": "kept", "relative.weight": "kept", "temperature": "kept", "slope.weight": "slope",
           "unused": "unused", "q.weight": "query", "last.weight": "hidden"},
          logits=[({"q.weight"}, {"k.weight"}, False)], heads=[]),
+    Case("state-space", StateSpace, sequence,
+         {"decay": "kept", "shift": "kept", "skip": "layer_scale", "out.weight": "residual_end", "read.weight": "hidden"},
+         [[{"out.weight"}]]),
+    Case("interpolating", Interpolating, sequence, {"mix": "kept", "last.weight": "hidden"}),
+    Case("sinks", SinkAttention, sequence,
+         {"sink": "kept", "bias.weight": "kept", "q2.weight": "query", "v.weight": "value", "wide.weight": "hidden"},
+         logits=[({"q.weight"}, {"k.weight"}, False), ({"q2.weight"}, {"k2.weight"}, False)], heads=[]),
     Case("multitask", Multitask, lambda: (torch.randn(4, W),),
          {"trunk.weight": "hidden", "one.weight": "output_head", "two.weight": "output_head", "aux.weight": "output_head"},
          heads=[({"one.weight"}, 3), ({"two.weight"}, 1), ({"aux.weight"}, 5)]),

@@ -12,6 +12,7 @@ from gainstage.graph import NodeKind, TensorMeta
 from gainstage.roles.coordinates import arriving, numbered, thin
 from gainstage.roles.families import ATTENTION as ATTENTION_OPS
 from gainstage.roles.families import (
+    CONCATENATION,
     CONTRACTIONS,
     CONVOLUTIONS,
     LOOKUP,
@@ -88,7 +89,7 @@ def _kept(site: Site, interpolating: set[str]) -> Site:
 def feeding_softmax(wiring: Wiring) -> frozenset[int]:
     """Nodes from which a softmax is reached by scalings, masks and movement alone, and masks of fused attention."""
     found: set[int] = set()
-    easy = MOVEMENT | NOISE | {"add", "sub", "mul", "div", "where", "masked_fill", "tanh", "clamp", "sigmoid"}
+    easy = MOVEMENT | NOISE | CONCATENATION | {"add", "sub", "mul", "div", "where", "masked_fill", "tanh", "clamp", "sigmoid"}
     for i in range(len(wiring.nodes) - 1, -1, -1):
         name = wiring.names[i]
         if name in SOFTMAX or (i in found and name in easy):

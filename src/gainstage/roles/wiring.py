@@ -152,6 +152,11 @@ def _ancestry(
     return tuple(marks), tuple(sources)
 
 
+def _has_zero(nodes: tuple[Node, ...], read: tuple[int, ...]) -> bool:
+    """Tell whether a factor is zero throughout: the state before the first step of a scan."""
+    return any((value := nodes[j].value) is not None and not bool(value.any()) for j in read)
+
+
 _MIXING = (
     (MOVEMENT - {"to", "_to_copy", "contiguous", "clone", "alias", "type_as", "float"})
     | NOISE | POOLING | JOINING | CONTRACTIONS | ATTENTION | RECURRENT | LOOKUP | NORMS.keys()
@@ -194,7 +199,7 @@ def _split(
         elif node.kind is NodeKind.PARAMETER:
             assert node.parameter is not None
             weights[i] = {node.parameter: 1.0}
-        elif node.kind is NodeKind.OP and _is_floating(node):
+        elif node.kind is NodeKind.OP and _is_floating(node) and not (names[i] == "mul" and _has_zero(nodes, operands[i])):
             has_weight = any(j in weights for j in operands[i])
             makes_data = names[i] in PLACED or names[i] in RECURRENT or names[i] in ATTENTION
             makes_data |= not makes_weight[i] and (names[i] in LOOKUP or names[i] in NORMS)
