@@ -154,12 +154,14 @@ def normal_mixture(levels: Array) -> Array:
 
 
 def mapped(levels: Array | None, even: Array, function: Callable[[Array], Array]) -> Array | None:
-    """Profile of f(x): ``E f(s x)^2`` over entries of average level, at a few s, and in between by interpolation."""
+    """Profile of f(x): ``E f(s x)^2`` over entries of average level, at a few s; in between as a power of s (exact for powers)."""
     if levels is None:
         return None
-    sizes = np.linspace(float(levels.min()), float(levels.max()), 7)
-    found = function(even[:, None] * sizes) ** 2
-    return normalised(np.sqrt(np.interp(levels, sizes, weights() @ found)))
+    top = float(levels.max())
+    sizes = np.geomspace(max(float(levels.min()), 1e-3 * top), top, 9)
+    found = np.maximum(weights() @ function(even[:, None] * sizes) ** 2, 1e-300)
+    powers = np.interp(np.log(np.maximum(levels, sizes[0])), np.log(sizes), np.log(found))
+    return normalised(np.exp(0.5 * (powers - powers.max())))
 
 
 def averaged(levels: Array | None, positions: Sequence[int]) -> Array | None:
