@@ -154,7 +154,7 @@ def normal_mixture(levels: Array) -> Array:
 
 
 def mapped(levels: Array | None, even: Array, function: Callable[[Array], Array]) -> Array | None:
-    """Profile of f(x): ``E f(s x)^2`` over entries of average level, at a few s; in between as a power of s (exact for powers)."""
+    """Profile of f(x): ``E f(s x)^2`` over entries of average level, at a few s; between them a power of s."""
     if levels is None:
         return None
     top = float(levels.max())
