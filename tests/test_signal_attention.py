@@ -33,7 +33,7 @@ class SelfAttention(nn.Module):
         return F.scaled_dot_product_attention(self.query(x), self.key(x), self.value(x), attn_mask=self.mask)
 
 
-def draws(module: type[nn.Module] | None, make: object, shape: tuple[int, ...], count: int) -> tuple[float, float]:
+def draws(make: object, shape: tuple[int, ...], count: int) -> tuple[float, float]:
     """Mean over draws of weights and inputs of the second moment, and its relative standard error."""
     assert callable(make)
     found = []
@@ -60,8 +60,13 @@ def test_attention_leans_towards_what_keys_and_values_share(variance: float) -> 
     """96 tokens of 64 channels: without the lean a quarter of the output's second moment is missing."""
     torch.manual_seed(0)
     trace = inspect(SelfAttention(64, variance), (torch.randn(2, 96, 64),))
-    mean, error = draws(None, lambda: SelfAttention(64, variance), (2, 96, 64), 60)
+    mean, error = draws(lambda: SelfAttention(64, variance), (2, 96, 64), 60)
     assert abs(math.log(trace.calls[-1].outputs[0].second_moment / mean)) < 0.03 + 4.0 * error
+
+
+def log_weights(mask: torch.Tensor) -> torch.Tensor:
+    """Nothing known but what is excluded."""
+    return torch.zeros(mask.shape, dtype=torch.float64).masked_fill(~mask, -math.inf)
 
 
 def windows(size: int, reach: int) -> torch.Tensor:
@@ -77,7 +82,7 @@ def test_rows_of_masked_attention_have_their_own_levels_and_pairs_their_own_shar
     size, mask = 48, mask | torch.eye(48, dtype=torch.bool)
     logits = independent((size, size), 0.0, 0.0)
 
-    weights = softmax(replace(logits, mask=mask), -1)
+    weights = softmax(replace(logits, prior=log_weights(mask)), -1)
     value = independent((size, 8), 0.0, 1.0)
     first = contract(weights, value, "qk", "kc", "qc")
     second = contract(weights, first, "qk", "kc", "qc")
@@ -108,7 +113,7 @@ def test_a_long_causal_sequence_is_right_through_groups() -> None:
     size = 2000
 
     mask = torch.ones(size, size, dtype=torch.bool).tril()
-    weights = softmax(replace(independent((size, size), 0.0, 0.0), mask=mask), -1)
+    weights = softmax(replace(independent((size, size), 0.0, 0.0), prior=log_weights(mask)), -1)
     second = contract(weights, contract(weights, independent((size, 4), 0.0, 1.0), "qk", "kc", "qc"), "qk", "kc", "qc")
     pattern = np.tril(np.ones((size, size))) / np.arange(1, size + 1)[:, None]
     exact = float(((pattern @ pattern) ** 2).sum() / size)
@@ -140,7 +145,7 @@ def test_causal_layers_on_causal_layers() -> None:
     """Early rows are loud and alike, so later layers average less away than the mean over all pairs tells."""
     torch.manual_seed(0)
     trace = inspect(Decoder(96, 4, 3), (torch.randn(2, 64, 96),))
-    mean, error = draws(None, lambda: Decoder(96, 4, 3), (2, 64, 96), 40)
+    mean, error = draws(lambda: Decoder(96, 4, 3), (2, 64, 96), 40)
     assert abs(math.log(trace.calls[-1].outputs[0].second_moment / mean)) < 0.04 + 4.0 * error
 
 
@@ -166,7 +171,7 @@ def test_windowed_attention_with_biases_and_a_float_mask() -> None:
     """The axes of the map stand twice in the logits, split as windows."""
     torch.manual_seed(0)
     trace = inspect(Windows(), (torch.randn(2, 8, 8, 32),))
-    mean, error = draws(None, Windows, (2, 8, 8, 32), 60)
+    mean, error = draws(Windows, (2, 8, 8, 32), 60)
     assert abs(math.log(trace.calls[-1].outputs[0].second_moment / mean)) < 0.04 + 4.0 * error
 
 
@@ -229,7 +234,7 @@ def test_parts_of_a_concatenation_are_combined_as_what_they_are() -> None:
     """The rest adds amplitudes: (3 + 1)^2."""
     torch.manual_seed(0)
     trace = inspect(ClassToken(), (torch.randn(2, 9, 48),))
-    mean, error = draws(None, ClassToken, (2, 9, 48), 40)
+    mean, error = draws(ClassToken, (2, 9, 48), 40)
     assert abs(math.log(trace.calls[-1].outputs[0].second_moment / mean)) < 0.01 + 4.0 * error
 
 
@@ -243,3 +248,43 @@ def test_a_cyclic_shift_gives_windows_other_members(shift: int) -> None:
     exact = measured(torch.roll(data.reshape(20, -1), shift, 0).reshape(5, 4, -1))
     assert moved.table == pytest.approx(exact.table, abs=2e-2)  # five windows: their own average over pairs strays by 1 %
     assert roll(moved, 0, -shift).axes == value.axes
+
+
+class Linear(nn.Module):
+    """Attention with linear biases: keys far away are known to count less, head by head."""
+
+    def __init__(self) -> None:
+        """Draw the projections."""
+        super().__init__()
+        self.qkv = nn.Linear(32, 96)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Causal, two heads of different slopes."""
+        q, k, v = self.qkv(x).reshape(2, 24, 3, 2, 16).permute(2, 0, 3, 1, 4)
+        distance = torch.arange(24)[:, None] - torch.arange(24)
+        bias = -torch.tensor([0.5, 0.1])[:, None, None] * distance
+        return ((q @ k.transpose(-2, -1)) / 4.0 + bias.masked_fill(distance < 0, -math.inf)).softmax(-1) @ v
+
+
+class Strangers(nn.Module):
+    """Keys and values that read different tensors have no direction in common."""
+
+    def __init__(self) -> None:
+        """Draw the projections."""
+        super().__init__()
+        self.attention = nn.MultiheadAttention(32, 2, batch_first=True, kdim=48, vdim=16)
+        nn.init.normal_(self.attention.q_proj_weight, std=0.25)  # logits of variance 1 and more
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Queries, keys and values of three thirds of the channels."""
+        result: torch.Tensor = self.attention(*x.split([32, 48, 16], dim=-1), need_weights=False)[0]
+        return result
+
+
+@pytest.mark.parametrize(("model", "shape"), [(Linear, (2, 24, 32)), (Strangers, (2, 64, 96))])
+def test_known_biases_and_keys_that_are_strangers_to_the_values(model: type[nn.Module], shape: tuple[int, ...]) -> None:
+    """Mean over draws of weights and inputs."""
+    torch.manual_seed(0)
+    trace = inspect(model(), (torch.randn(shape),))
+    mean, error = draws(model, shape, 60)
+    assert abs(math.log(trace.calls[-1].outputs[0].second_moment / mean)) < 0.03 + 4.0 * error

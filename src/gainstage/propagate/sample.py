@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,7 @@ from gainstage.signal.value import Marginal
 
 ENTRIES = 2**20  # stop when the draws have this many entries together
 MOST, FEWEST = 32, 4
+LARGE = 1e18  # a mask's minus infinity has no moments
 
 
 def sample_node(node: Node, call: Call, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
@@ -59,7 +61,7 @@ def sample_node(node: Node, call: Call, args: Sequence[Any], kwargs: Mapping[str
 def constant_value(tensor: torch.Tensor) -> Value:
     """Value of a known tensor; integers are carried, not measured."""
     if tensor.is_floating_point():
-        return known(tensor)
+        return replace(known(tensor.clamp(-LARGE, LARGE)), constant=tensor)
     dims = new_dims(tuple(tensor.shape))
     table = np.zeros((2,) * sum(len(dim) for dim in dims))
     return Value(dims=dims, mean=0.0, table=table, marginal=Marginal(object(), lambda: np.zeros(1025)), constant=tensor)

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import torch
 
-from gainstage.rules.elementwise import add_known, exclude
+from gainstage.rules.elementwise import exclude, prefer
 from gainstage.rules.registry import Call, rule
 from gainstage.signal import Value, affine, combine, contract, dropout, expand, reshape, softmax
 
@@ -37,12 +37,12 @@ def repeat_heads(k: Value, heads: int) -> Value:
 
 
 def masked(logits: Value, mask: Value) -> Value:
-    """Logits with a mask: True or 0 where a key may be seen, False or very negative where it may not."""
+    """Logits with a mask: True where a key may be seen, or a number that is added."""
     if mask.constant is None:
         return combine(torch.add, logits, mask)
     if mask.constant.dtype == torch.bool:
         return exclude(logits, mask.constant, float("-inf"))
-    return add_known(logits, mask)
+    return prefer(logits, mask.constant)
 
 
 @rule(aten.scaled_dot_product_attention.default)

@@ -92,18 +92,22 @@ def add(call: Call, x: Any, y: Any, alpha: float = 1.0) -> Value:
 
 
 def add_known(x: Value, y: Value) -> Value:
-    """``x + y`` for a known y. Entries at which a softmax vanishes exclude; the rest is added."""
+    """``x + y`` for a known y. With entries at which a softmax vanishes, it is known beforehand what the softmax prefers."""
     assert y.constant is not None
     data = y.constant
     if not data.is_floating_point() or data.numel() < 2 or float(data.min()) > VANISHES:
         return binary(torch.add, x, y)
     valid = data > VANISHES
-    rest = torch.where(valid, data, torch.zeros_like(data))
-    if not bool(valid.any()) or (float(data.min()) > EXCLUDES and bool((rest != 0).any())):
+    if not bool(valid.any()) or (float(data.min()) > EXCLUDES and bool((data[valid] != 0).any())):
         return binary(torch.add, x, y)
-    shape = np.broadcast_shapes(x.shape, tuple(data.shape))
-    masked = exclude(expand(x, shape), valid, float("-inf"))
-    return combine(torch.add, masked, known(rest)) if bool((rest != 0).any()) else masked
+    return prefer(x, data.masked_fill(~valid, float("-inf")))
+
+
+def prefer(x: Value, prior: torch.Tensor) -> Value:
+    """Add to the known part of logits."""
+    shape = np.broadcast_shapes(x.shape, tuple(prior.shape))
+    prior = prior.to("cpu", torch.float64)
+    return replace(expand(x, shape), prior=prior if x.prior is None else x.prior + prior)
 
 
 @rule(aten.neg.default)
@@ -168,8 +172,7 @@ def masked_fill_tensor(call: Call, x: Value, mask: Value, value: Any) -> Value:
 def exclude(x: Value, valid: torch.Tensor, value: float) -> Value:
     """Replace the entries that are not valid."""
     if value < EXCLUDES:
-        shape = np.broadcast_shapes(x.shape, tuple(valid.shape))
-        return replace(expand(x, shape), mask=valid if x.mask is None else x.mask & valid)
+        return prefer(x, torch.zeros(valid.shape, dtype=torch.float64).masked_fill(~valid.cpu(), float("-inf")))
     share = known(valid.to(torch.float64))
     kept = combine(torch.mul, x, share)
     return kept if value == 0.0 else combine(torch.add, kept, known((~valid).to(torch.float64) * value))

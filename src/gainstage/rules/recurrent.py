@@ -231,7 +231,7 @@ def _cell(kind: Kind, x: Value, states: Sequence[Value], params: Sequence[Value 
 
 
 def _leading(x: Value) -> Value:
-    return replace(x, dims=((), *x.dims), constant=None, mask=None)
+    return replace(x, dims=((), *x.dims), constant=None, prior=None)
 
 
 def _without_leading(x: Value) -> Value:

@@ -24,7 +24,7 @@ from gainstage.signal.value import Marginal, Value, gaussian, measured
 
 
 @lru_cache(maxsize=4096)
-def participation(variance: float, count: int) -> float:
+def participation(variance: float, count: float) -> float:
     """``E sum p^2`` of a softmax over ``count`` independent Gaussian logits: 1/count when they are equal, 1 when one wins."""
     if count <= 1 or variance <= 0.0:
         return 1.0 / max(count, 1)
@@ -43,9 +43,9 @@ def participation(variance: float, count: int) -> float:
 
 
 def softmax(x: Value, dim: int) -> Value:
-    """Probabilities along a dimension, with those entries at 0 that the mask of x excludes.
+    """Probabilities along a dimension, given what is known beforehand of the logits (a mask, a bias).
 
-    Two rows whose logits correlate by rho overlap by ``U (E sum p^2 / U_same)^rho``, U the overlap of their uniform
+    Two rows whose logits correlate by rho overlap by ``U (E sum p^2 / U_same)^rho``, U the overlap of their known
     distributions: exact for rho = 0 and 1, and to first order in the variance of the logits between.
     """
     dim %= len(x.dims)
@@ -79,7 +79,7 @@ def softmax(x: Value, dim: int) -> Value:
 
     return Value(
         dims=x.dims, mean=1.0 / size, table=table, marginal=Marginal(object(), values), source=object(), lineage=x.lineage,
-        levels=profile, tilt=tilt,
+        levels=profile, tilt=tilt, read=x.read,
     )  # fmt: skip
 
 
@@ -89,10 +89,10 @@ def _fit(x: Value, position: int, variance: float) -> Array:
 
 
 def _pattern(x: Value, dim: int) -> Array | None:
-    """Levels of the probabilities, by query and key, as the mask makes them."""
-    if x.mask is None or dim == 0 or not x.dims[dim - 1]:
+    """Levels of the probabilities, by query and key, as the prior makes them."""
+    if x.prior is None or dim == 0 or not x.dims[dim - 1]:
         return None
-    share = _shares(x, dim)[0]
+    share = _shares(x, dim)
     others = tuple(d for d in range(share.dim()) if d not in (dim - 1, dim))
     square = share.square().mean(dim=others) if others else share.square()
     if square.shape[0] == 1:
@@ -101,29 +101,30 @@ def _pattern(x: Value, dim: int) -> Array | None:
     return levels.normalised(square.sqrt().numpy().reshape(shape))
 
 
-def _shares(x: Value, dim: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Uniform distribution over what the mask leaves in each row, and how many entries that is."""
-    assert x.mask is not None
-    mask = x.mask.reshape((1,) * (len(x.dims) - x.mask.dim()) + tuple(x.mask.shape))
-    mask = torch.broadcast_to(mask, [n if d == dim else m for d, (m, n) in enumerate(zip(mask.shape, x.shape, strict=True))])
-    counts = mask.sum(dim, keepdim=True)
-    return mask.to(torch.float64) / counts.clamp(min=1), counts
+def _shares(x: Value, dim: int) -> torch.Tensor:
+    """Softmax of what is known beforehand of each row; nothing for a row without keys."""
+    assert x.prior is not None
+    prior = x.prior.reshape((1,) * (len(x.dims) - x.prior.dim()) + tuple(x.prior.shape))
+    prior = torch.broadcast_to(prior, [n if d == dim else m for d, (m, n) in enumerate(zip(prior.shape, x.shape, strict=True))])
+    return prior.softmax(dim).nan_to_num(0.0)
 
 
 def _uniform(x: Value, dim: int, variance: float) -> tuple[Array | None, float, Value]:
-    """Table of the uniform distribution over what the mask leaves, and how much louder the softmax is than it."""
+    """Table of the distribution that is known beforehand, and how much louder the softmax is than it.
+
+    A softmax of random logits on top of weights a is taken to concentrate like one over ``1 / sum a^2`` equal keys.
+    """
     size = x.shape[dim]
-    if x.mask is None:
+    if x.prior is None:
         return None, participation(round(variance, 9), size) * size, x
-    share, counts = _shares(x, dim)
+    share = _shares(x, dim)
     flat = expand(measured(share), x.shape)
     for d in range(len(x.dims)):
         x, flat = refine(x, flat, d, d)
-    sizes, repeats = np.unique(counts.numpy(), return_counts=True)
-    keep = sizes > 0
-    sizes, repeats = sizes[keep], repeats[keep]
-    picked = sizes if len(sizes) <= 24 else np.unique(np.geomspace(sizes[0], sizes[-1], 24).astype(int))
-    found = np.interp(sizes, picked, [participation(round(variance, 9), int(n)) * float(n) for n in picked])
+    squares = share.square().sum(dim)
+    sizes, repeats = np.unique(np.round(1.0 / squares[squares > 0.0].numpy(), 3), return_counts=True)
+    picked = sizes if len(sizes) <= 24 else np.geomspace(sizes[0], sizes[-1], 24)
+    found = np.interp(sizes, picked, [participation(round(variance, 9), float(n)) * float(n) for n in picked])
     gain = float((found / sizes * repeats).sum() / (repeats / sizes).sum())
     return flat.table, gain, x
 

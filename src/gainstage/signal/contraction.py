@@ -67,14 +67,17 @@ def _strayed(y: Value, x: Value, weight: Value, labels: tuple[str, str, str]) ->
     """A product y, with what its entries stray by for sharing weights, if one of the operands is weights."""
     read, own, out = labels
     if x.is_weight is weight.is_weight:
-        return y
+        return replace(y, read=x.read | weight.read)
     if x.is_weight:
         return _strayed(y, weight, x, (own, read, out))
     starts = [int(start) for start in np.cumsum([0, *(len(dim) for dim in x.dims)])]
     along = {label: range(starts[d], starts[d + 1]) for d, label in enumerate(read)}
     terms = {p: float(x.axes[p].size) for label in read if label not in out for p in along[label]}
     alone = [p for label in read if label in out and label in own for p in along[label]]
-    return weighted(y, x, weight, terms, alone=alone)
+    read_by = (
+        frozenset({(x.marginal.latent, frozenset(x.axes))}) if weight.lineage.bit_count() == 1 else x.read
+    )  # or a learned query's keys
+    return replace(weighted(y, x, weight, terms, alone=alone), read=read_by)
 
 
 class Subscripts:

@@ -157,7 +157,7 @@ def normalise(x: Value, reduced: Sequence[Axis], eps: float, *, centre: bool = T
     table, gram = _evened_pairs(x, profile, table * scale**2)
     result = replace(
         x, mean=mean, table=table, marginal=marginal, rho=x.correlation() if keeps_latent else None,
-        amplitude=amplitude, statistic=None, constant=None, mask=None, levels=profile, gram=gram,
+        amplitude=amplitude, statistic=None, constant=None, prior=None, levels=profile, gram=gram,
         near=without_common(x) if centre else x.near,
     )  # fmt: skip
     return held(result, level * scale**2)

@@ -147,7 +147,7 @@ def _average_marginal(x: Value, result: Value, count: int) -> Marginal:
 
 def add(x: Value, y: Value, sign: float = 1.0) -> Value:
     """``x + sign y`` of aligned values on different latents."""
-    if y.variance <= 0.0 and y.mask is None and y.constant is None and not x.is_weight:
+    if y.variance <= 0.0 and y.prior is None and y.constant is None and not x.is_weight:
         return replace(affine(x, 1.0, sign * y.mean) if y.mean else x, lineage=x.lineage | y.lineage, constant=None)
     cross = cross_table(x, y)
     table = np.array(x.table + y.table + 2.0 * sign * cross)
@@ -163,11 +163,12 @@ def add(x: Value, y: Value, sign: float = 1.0) -> Value:
         marginal=_sum_marginal(x, y, sign, (mean, max(variance, 0.0) ** 0.5), profile),
         source=object(),
         lineage=x.lineage | y.lineage,
+        read=x.read | y.read,
         log_variance=share**2 * x.log_variance + (1.0 - share) ** 2 * y.log_variance,
         overlap=share**2 * x.overlap + (1.0 - share) ** 2 * y.overlap,
         is_weight=x.is_weight and y.is_weight,
         levels=profile,
-        mask=y.mask if x.mask is None else x.mask if y.mask is None else x.mask & y.mask,
+        prior=y.prior if x.prior is None else x.prior if y.prior is None else x.prior + y.prior,
     )
     if x.near is not None or y.near is not None:
         result = replace(result, near=mixed([(x.neighbours(), x.variance), (_on_axes(y, x), y.variance)], x.axes))
@@ -287,7 +288,7 @@ def multiply(x: Value, y: Value) -> Value:
         lineage=x.lineage | y.lineage,
         log_variance=x.log_variance + y.log_variance,
         is_weight=x.is_weight and y.is_weight,
-        mask=x.mask,
+        prior=x.prior,
         levels=levels.product(x.levels, y.levels),
         near=_product_neighbours(x, y),
     )

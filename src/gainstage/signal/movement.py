@@ -25,7 +25,7 @@ def map_tables(x: Value, dims: tuple[Dim, ...], change: Callable[[Array], Array]
         amplitude=None if x.amplitude is None else change(x.amplitude),
         tilt=None if x.tilt is None else change(x.tilt),
         levels=profile,
-        mask=None,
+        prior=None,
         constant=None,
     )
 
@@ -37,13 +37,13 @@ def permute(x: Value, order: Sequence[int]) -> Value:
     axes = [axis for d in order for axis in range(starts[d], starts[d + 1])]
     profile = None if x.levels is None else np.transpose(x.levels, axes)
     moved = map_tables(x, tuple(x.dims[d] for d in order), lambda table: np.transpose(table, axes), profile)
-    return replace(moved, mask=None if x.mask is None else _full_mask(x).permute(order))
+    return replace(moved, prior=None if x.prior is None else _full_prior(x).permute(order))
 
 
-def _full_mask(x: Value) -> torch.Tensor:
-    assert x.mask is not None
-    mask = x.mask
-    return mask.reshape((1,) * (len(x.dims) - mask.dim()) + tuple(mask.shape))
+def _full_prior(x: Value) -> torch.Tensor:
+    assert x.prior is not None
+    prior = x.prior
+    return prior.reshape((1,) * (len(x.dims) - prior.dim()) + tuple(prior.shape))
 
 
 def split_axis(x: Value, axis: Axis, sizes: tuple[int, ...]) -> Value:
@@ -69,7 +69,7 @@ def split_axis(x: Value, axis: Axis, sizes: tuple[int, ...]) -> Value:
     profile = levels.split(x.levels, position, sizes)
     split = map_tables(replace(x, amplitude=None, levels=None), dims, change, profile)
     amplitude = None if x.amplitude is None else change_amplitude(x.amplitude)
-    return replace(split, amplitude=amplitude, mask=x.mask, constant=x.constant)
+    return replace(split, amplitude=amplitude, prior=x.prior, constant=x.constant)
 
 
 def merge_axes(x: Value, axes: tuple[Axis, ...]) -> Value:
@@ -93,7 +93,7 @@ def merge_axes(x: Value, axes: tuple[Axis, ...]) -> Value:
         return np.moveaxis(np.stack([total / (prod(sizes) - 1), same]), 0, position)
 
     merged_x = map_tables(x, dims, change, levels.merge(x.levels, position, sizes))
-    return replace(merged_x, source=object(), amplitude=None, constant=x.constant, mask=x.mask)
+    return replace(merged_x, source=object(), amplitude=None, constant=x.constant, prior=x.prior)
 
 
 def merge_dim(x: Value, dim: int) -> Value:
@@ -130,8 +130,8 @@ def reshape(x: Value, shape: Sequence[int]) -> Value:
     dims = tuple(() if size == 1 else tuple(next(parts)) for size in target)
     moved = map_tables(x, dims, lambda table: table, x.levels)
     constant = None if x.constant is None else x.constant.reshape(target)
-    mask = None if x.mask is None else torch.broadcast_to(_full_mask(x), x.shape).reshape(target)
-    return replace(moved, constant=constant, mask=mask)
+    prior = None if x.prior is None else torch.broadcast_to(_full_prior(x), x.shape).reshape(target)
+    return replace(moved, constant=constant, prior=prior)
 
 
 def _merge_across(x: Value) -> Value:
@@ -169,7 +169,7 @@ def expand(x: Value, shape: Sequence[int]) -> Value:
     profile = None if x.levels is None else np.expand_dims(x.levels, added)
     moved = map_tables(replace(x, amplitude=None, levels=None), new, change, profile)
     amplitude = None if x.amplitude is None else change_amplitude(x.amplitude)
-    return replace(moved, amplitude=amplitude, mask=x.mask)
+    return replace(moved, amplitude=amplitude, prior=x.prior)
 
 
 def select(x: Value, dim: int, index: int) -> Value:

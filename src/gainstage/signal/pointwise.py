@@ -63,7 +63,7 @@ def _alike(x: Value, values: Array, **changes: object) -> Value:
         log_variance=x.log_variance,
         overlap=_overlap_after(x, series, rho),
         is_weight=x.is_weight,
-        mask=x.mask,
+        prior=x.prior,
         gram=x.gram,
     )
     return replace(made, **changes) if changes else made  # type: ignore[arg-type]

@@ -93,7 +93,8 @@ def tilted(
     have in common a softmax does not see: K_v is about the rest, and so is ``E[c^2]`` (the overlap has ``1 + rho^2`` times that).
     """
     keys = [n for n in index_a if n in index_b and n not in kept_index]
-    if a.tilt is None or b.overlap <= 0.0 or len(keys) != 1:
+    strangers = bool(a.read) and bool(b.read) and not a.read & b.read
+    if a.tilt is None or b.overlap <= 0.0 or len(keys) != 1 or strangers:
         return None
     weights = a.table * a.tilt
     np.moveaxis(weights, index_a.index(keys[0]), 0)[1] = 0.0

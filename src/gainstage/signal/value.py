@@ -158,8 +158,9 @@ class Value:
     ``lean``: how each of those coordinates leans on the average over all, where this is not in proportion to its level.
     ``joined``: the tensors that were laid one after the other to make this one. ``near``: what places of a map that lie near
     each other share beyond the table's average. ``gram``: how the table's average over two positions of a sequence is spread
-    over pairs of them. ``tilt``: of the weights that a softmax makes, the table of covariances of its logits. ``largest``:
-    what the tensor is the maximum of.
+    over pairs of them. ``prior``: the known part of logits, apart from the table: minus infinity where a mask excludes. ``tilt``:
+    of the weights that a softmax makes, the table of covariances of its logits. ``read``: the tensors (latent, axes) that weights
+    were multiplied with to make this one, where known. ``largest``: what the tensor is the maximum of.
     ``given``: what a gradient knows of the tensor that it belongs to.
     """
 
@@ -171,7 +172,7 @@ class Value:
     source: object = None
     amplitude: Array | None = None
     statistic: Statistic | None = None
-    mask: torch.Tensor | None = None
+    prior: torch.Tensor | None = None
     lineage: int = 0
     log_variance: float = 0.0
     overlap: float = 0.0
@@ -183,6 +184,7 @@ class Value:
     near: Neighbours | None = None
     gram: Gram | None = None
     tilt: Array | None = None
+    read: frozenset[object] = frozenset()
     largest: Largest | None = None
     given: Given | None = None
 
