@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import torch
 
 from gainstage.rules.attention import attention_logits, repeat_heads
@@ -30,10 +29,9 @@ LETTERS = "abcdefgh"
 
 def evenness(logits: Value, dim: int) -> float:
     """Mean over rows of ``U (1 - U)``, ``U = 1/m`` for m keys in sight, over that of the mean U."""
-    if logits.mask is None:
+    if logits.prior is None:
         return 1.0
-    counts = logits.mask.sum(dim).numpy().astype(float).ravel()
-    seen = 1.0 / np.maximum(counts, 1.0)
+    seen = logits.prior.softmax(dim).nan_to_num(1.0).square().sum(dim).numpy().ravel().clip(max=1.0)
     mean = float(seen.mean())
     return float((seen * (1.0 - seen)).mean()) / (mean * (1.0 - mean)) if 0.0 < mean < 1.0 else 1.0
 
