@@ -121,15 +121,13 @@ def score(name: str, policy: str, most: int) -> Score:
 
 def _inspected(build: Callable[[int], Example]) -> dict[str, tuple[float, float]]:
     """Mean prediction over models that differ by their draw: a small parameter's own moments stray."""
-    traces = []
+    found: dict[str, list[tuple[float, float]]] = {}
     for seed in range(INSPECTED):
         example = build(seed)
-        traces.append(gs.inspect(example.model, example.args, example.kwargs))
-    found: dict[str, list[tuple[float, float]]] = {}
-    for trace in traces:
-        for call in trace.calls:
+        for call in gs.inspect(example.model, example.args, example.kwargs).calls:
             if call.outputs:
-                found.setdefault(f"{call.path}@{call.call}", []).append((call.outputs[0].second_moment, call.outputs[0].spread))
+                signal = call.outputs[0]
+                found.setdefault(f"{call.path}@{call.call}", []).append((signal.second_moment, signal.spread))
     return {key: (float(np.mean([m for m, _ in pairs])), float(np.mean([s for _, s in pairs]))) for key, pairs in found.items()}
 
 
