@@ -238,7 +238,7 @@ BROKEN = {
     "a norm at zero": Broken("convolutional", scaled("4.weight", 0.0), "not drawn as planned", "4.weight", True),
     "shifted": Broken("mlp", lambda m: set_(m[0].weight, m[0].weight + 0.05), "not drawn as planned", "0.weight", True),
     "left as zeros by to_empty": Broken("mlp", scaled("6.weight", 0.0), "not drawn as planned", "6.weight", True),
-    "dependent entries": Broken("mlp", rank_one("2.weight"), "level off", "2.weight", True),
+    "dependent entries": Broken("mlp", rank_one("2.weight"), "not drawn as planned", "2.weight", True),
     "tie lost": Broken("language", untied, "tie lost", "head.weight", True),
     # without
     "dependent entries, no plan": Broken("language", rank_one("blocks.0.up.weight"), "level off", "blocks.0.up.weight", False),
@@ -248,6 +248,9 @@ BROKEN = {
         "language", scaled_rows("blocks.1.qkv.weight", 0, 2 * WIDTH, 8), "saturated attention", "blocks.1.qkv.weight", False
     ),
     "exploding": Broken("mlp", scaled("4.weight", 3e3), "exploding signal", "4.weight", False),
+    "exploding norm": Broken(
+        "language", scaled("blocks.0.norm2.weight", 1e5), "exploding signal", "blocks.0.norm2.weight", False
+    ),
     "loud head": Broken("mlp", scaled("8.weight", 300), "loud head", "8.weight", False),
     "logarithm of a negative number": Broken("mlp", replaced(3, Logarithm()), "not finite", "3", False),
 }
@@ -307,6 +310,8 @@ def test_a_dead_signal_is_found_where_it_dies():
     measured = {row.path: row.measured for row in check.rows}
     layer = int(check.findings[0].where.partition(".")[0])
     assert measured[str(layer + 1)] < 1e-4 <= measured[str(layer - 1)]
+    scaled("4.weight", 0.0)(model)
+    assert faults(gs.verify(model, (torch.randn(64, WIDTH),))) == [("dead signal", "4.weight")]
 
 
 def test_a_row_out_of_bounds_without_a_parameter_names_the_module():
@@ -327,6 +332,13 @@ def test_inputs_unlike_those_of_the_plan_are_blamed(name, scale):
     assert found[0][1] in {node.name for node in capture(model, args).nodes}
     assert len([kind for kind, _ in found if kind in ("other inputs", "level off")]) == 1
     assert faults(gs.verify(model, args, plan=plan)) == []
+
+
+@pytest.mark.parametrize("recurrent", [nn.LSTM, nn.GRU])
+def test_a_model_that_returns_states_is_verified(recurrent):
+    torch.manual_seed(0)
+    check = gs.verify(recurrent(16, 32, 2, batch_first=True), (torch.randn(8, 12, 16),))
+    assert check.ok, check
 
 
 def test_unused_parameters_are_a_note():

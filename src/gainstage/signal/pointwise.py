@@ -72,14 +72,12 @@ def _alike(x: Value, values: Array, **changes: object) -> Value:
 def _overlap_after(x: Value, series: Array, rho: Array) -> float:
     """A cosine that strays is passed on by the slope of the map of cosines, at the largest there is between two places."""
     apart = rho.ravel()[:-1]
-    if x.overlap == 0.0 or not apart.size:
-        return x.overlap
+    before, after = x.marginal.series, series
+    if x.overlap == 0.0 or not apart.size or float(before.sum()) <= 0.0 or float(after.sum()) <= 0.0:
+        return 0.0
     at = float(np.clip(apart.max(), 0.0, 1.0))
-    before, after = (
-        float(np.polynomial.polynomial.polyval(at, s[1:] * np.arange(1, len(s)))) / float(s.sum())
-        for s in (x.marginal.series, series)
-    )
-    return x.overlap * (after / before) ** 2 if before > 0.0 else 0.0
+    slopes = [float(np.polynomial.polynomial.polyval(at, c[1:] * np.arange(1, len(c)))) / float(c.sum()) for c in (before, after)]
+    return x.overlap * (slopes[1] / slopes[0]) ** 2 if slopes[0] > 0.0 else 0.0
 
 
 def _with_neighbours(x: Value, made: Value) -> Value:

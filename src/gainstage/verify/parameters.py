@@ -108,11 +108,30 @@ def _objection(distribution: Distribution, values: torch.Tensor, bound: float) -
         return "" if far <= (bound + 3.0) * planned else found
     if abs(mean - distribution.mean) > bound * planned / count**0.5 + rounding * abs(distribution.mean):
         return found
+    if alike := _dependence(wide, planned, bound) if not distribution.mean else "":
+        return alike
     # A normal's kurtosis of 3 gives the sample deviation the error 1 / sqrt(2 n); uniform and truncated have less. Few
     # entries: the log of a chi-square is skewed, the t-like widening covers its lower tail.
     error = (2.0 * count) ** -0.5
     ratio = std / planned if planned > 0.0 else math.inf
     return "" if abs(math.log(max(ratio, 1e-30))) <= bound * error * (1.0 + bound * error) + rounding else found
+
+
+def _dependence(values: torch.Tensor, std: float, bound: float) -> str:
+    """Rows or columns whose sums show that their entries were not drawn independently.
+
+    ``sum over n entries`` has variance ``n std^2``; over R of them the mean square is a chi-square, whose cube root is normal to
+    a good approximation (Wilson & Hilferty 1931).
+    """
+    for dim in range(min(values.dim(), 2)):
+        sums = values.sum(dim=[d for d in range(values.dim()) if d != dim], dtype=torch.float64) if values.dim() > 1 else None
+        if sums is None or std <= 0.0:
+            return ""
+        ratio = float(sums.square().mean()) / (values.numel() / len(sums) * std**2)
+        width = 2.0 / (9.0 * len(sums))
+        if abs(ratio ** (1.0 / 3.0) - 1.0 + width) > bound * width**0.5:
+            return f"the sums along dimension {dim} have {ratio:.3g} times the variance that independent entries give."
+    return ""
 
 
 def _factor(found: float, planned: float) -> str:

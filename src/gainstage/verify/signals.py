@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from gainstage.graph import Graph, NodeKind, TensorMeta
+from gainstage.graph import Graph, Node, NodeKind, TensorMeta
 from gainstage.verify.blame import first_attention, following, nearest_parameters, unused_parameters
 from gainstage.verify.compare import Prediction
 from gainstage.verify.measure import Pass
@@ -115,14 +115,15 @@ def extreme_levels(graph: Graph, rows: Rows, input_level: float) -> list[Finding
     """
     finite = [(row, one) for row, one in rows if math.isfinite(row.measured)]
     loud = next(((row, one) for row, one in finite if row.measured > EXPLODING * max(input_level, 1.0)), None)
-    findings = [] if loud is None else [_extreme(graph, *loud, FindingKind.EXPLODING)]
+    calm = {one.node for row, one in finite if DEAD <= row.measured <= EXPLODING}
+    findings = [] if loud is None else [_extreme(graph, *loud, FindingKind.EXPLODING, calm)]
     quiet: tuple[CheckRow, Prediction] | None = None
     for row, one in reversed(finite):
         if row.measured >= DEAD:
             break
-        if (row.predicted > 0.0 and not _is_last(graph, one.node)) or quiet is not None:
+        if quiet is not None or not _is_last(graph, one.node):
             quiet = row, one
-    return findings if quiet is None else [*findings, _extreme(graph, *quiet, FindingKind.DEAD)]
+    return findings if quiet is None else [*findings, _extreme(graph, *quiet, FindingKind.DEAD, calm)]
 
 
 def _is_last(graph: Graph, name: str) -> bool:
@@ -132,11 +133,11 @@ def _is_last(graph: Graph, name: str) -> bool:
     return not any(node.kind is NodeKind.PARAMETER for node in read)
 
 
-def _extreme(graph: Graph, row: CheckRow, one: Prediction, kind: FindingKind) -> Finding:
+def _extreme(graph: Graph, row: CheckRow, one: Prediction, kind: FindingKind, calm: set[str]) -> Finding:
     is_dead = kind is FindingKind.DEAD
     return Finding(
         kind=kind,
-        where=_where(graph, one, set()),
+        where=_where(graph, one, calm),
         evidence=f"{_call(row)} has second moment {row.measured:.3g}"
         + (f", and nothing after it comes above {DEAD:g}." if is_dead else ", the first above 1e4 times the input's."),
         remedy="Set the levels of all layers: gs.initialize(model, ...).",
@@ -176,14 +177,18 @@ def output_heads(graph: Graph) -> dict[int, tuple[str, int]]:
     root = next((call for call in graph.calls if not call.path), None)
     for position, name in zip(root.positions, root.outputs, strict=True) if root else ():
         node = graph.by_name[name]
-        while node.kind.value == "op" and node.op_name.split(".")[1] in ("add", "view", "reshape", "float", "to", "_to_copy"):
+        while _short_name(node) in ("add", "view", "reshape", "to", "_to_copy"):
             node = graph.by_name[next(iter(node.operands()))]
-        short = node.op_name.split(".")[1] if node.op_name.startswith("aten.") else ""
+        short = _short_name(node)
         parameters = [graph.by_name[operand].parameter for operand in node.operands()]
         weight = next((parameter for parameter in parameters if parameter), None)
         if short in _CONTRACTIONS and weight and isinstance(node.meta, TensorMeta):
             heads[position] = (weight, 1 if short.startswith("conv") else -1)
     return heads
+
+
+def _short_name(node: Node) -> str:
+    return node.op_name.split(".")[1] if node.op_name.startswith("aten.") else ""
 
 
 def first_losses(heads: Mapping[int, tuple[str, int]], outputs: Sequence[torch.Tensor]) -> dict[int, tuple[float, float]]:
