@@ -15,6 +15,7 @@ from gainstage.api import inspect
 from gainstage.signal import contract, independent, measured, participation, reshape, softmax
 from gainstage.signal.gram import pairs, starts, ungrouped, widths
 from gainstage.signal.rolling import roll
+from gainstage.signal.sampling import draw
 
 
 class SelfAttention(nn.Module):
@@ -33,7 +34,7 @@ class SelfAttention(nn.Module):
         return F.scaled_dot_product_attention(self.query(x), self.key(x), self.value(x), attn_mask=self.mask)
 
 
-def draws(make: object, shape: tuple[int, ...], count: int) -> tuple[float, float]:
+def second_moment_over_draws(make: object, shape: tuple[int, ...], count: int) -> tuple[float, float]:
     """Mean over draws of weights and inputs of the second moment, and its relative standard error."""
     assert callable(make)
     found = []
@@ -60,7 +61,7 @@ def test_attention_leans_towards_what_keys_and_values_share(variance: float) -> 
     """96 tokens of 64 channels: without the lean a quarter of the output's second moment is missing."""
     torch.manual_seed(0)
     trace = inspect(SelfAttention(64, variance), (torch.randn(2, 96, 64),))
-    mean, error = draws(lambda: SelfAttention(64, variance), (2, 96, 64), 60)
+    mean, error = second_moment_over_draws(lambda: SelfAttention(64, variance), (2, 96, 64), 60)
     assert abs(math.log(trace.calls[-1].outputs[0].second_moment / mean)) < 0.03 + 4.0 * error
 
 
@@ -145,7 +146,7 @@ def test_causal_layers_on_causal_layers() -> None:
     """Early rows are loud and alike, so later layers average less away than the mean over all pairs tells."""
     torch.manual_seed(0)
     trace = inspect(Decoder(96, 4, 3), (torch.randn(2, 64, 96),))
-    mean, error = draws(lambda: Decoder(96, 4, 3), (2, 64, 96), 40)
+    mean, error = second_moment_over_draws(lambda: Decoder(96, 4, 3), (2, 64, 96), 40)
     assert abs(math.log(trace.calls[-1].outputs[0].second_moment / mean)) < 0.04 + 4.0 * error
 
 
@@ -171,7 +172,7 @@ def test_windowed_attention_with_biases_and_a_float_mask() -> None:
     """The axes of the map stand twice in the logits, split as windows."""
     torch.manual_seed(0)
     trace = inspect(Windows(), (torch.randn(2, 8, 8, 32),))
-    mean, error = draws(Windows, (2, 8, 8, 32), 60)
+    mean, error = second_moment_over_draws(Windows, (2, 8, 8, 32), 60)
     assert abs(math.log(trace.calls[-1].outputs[0].second_moment / mean)) < 0.04 + 4.0 * error
 
 
@@ -182,6 +183,7 @@ class Experts(nn.Module):
         """Draw the router and the experts."""
         super().__init__()
         self.router = nn.Linear(32, 6, bias=False)
+        nn.init.normal_(self.router.weight, std=32**-0.5)  # logits of variance 1: shares that differ
         self.weight = nn.Parameter(torch.randn(6, 32, 24) * 32**-0.5)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -234,7 +236,7 @@ def test_parts_of_a_concatenation_are_combined_as_what_they_are() -> None:
     """The rest adds amplitudes: (3 + 1)^2."""
     torch.manual_seed(0)
     trace = inspect(ClassToken(), (torch.randn(2, 9, 48),))
-    mean, error = draws(ClassToken, (2, 9, 48), 40)
+    mean, error = second_moment_over_draws(ClassToken, (2, 9, 48), 40)
     assert abs(math.log(trace.calls[-1].outputs[0].second_moment / mean)) < 0.01 + 4.0 * error
 
 
@@ -286,5 +288,14 @@ def test_known_biases_and_keys_that_are_strangers_to_the_values(model: type[nn.M
     """Mean over draws of weights and inputs."""
     torch.manual_seed(0)
     trace = inspect(model(), (torch.randn(shape),))
-    mean, error = draws(model, shape, 60)
+    mean, error = second_moment_over_draws(model, shape, 60)
     assert abs(math.log(trace.calls[-1].outputs[0].second_moment / mean)) < 0.03 + 4.0 * error
+
+
+def test_drawn_probabilities_sum_to_one_and_have_the_table_that_they_are_drawn_from() -> None:
+    """A quarter of a million rows: one in 500."""
+    logits = independent((250_000, 4), 0.0, 1.0)
+    weights = softmax(logits, -1)
+    (sample,) = draw([weights], np.random.default_rng(0))
+    assert sample.sum(-1).numpy() == pytest.approx(np.ones(250_000))
+    assert float(sample.square().mean()) == pytest.approx(weights.second_moment, rel=5e-3)

@@ -20,7 +20,7 @@ from gainstage.signal import levels
 from gainstage.signal.linear import standardised
 from gainstage.signal.movement import expand, merge_dim, refine
 from gainstage.signal.quadrature import Array, nodes, weights
-from gainstage.signal.value import Marginal, Value, gaussian, measured
+from gainstage.signal.value import Logits, Marginal, Value, gaussian, measured
 
 
 @lru_cache(maxsize=4096)
@@ -79,7 +79,7 @@ def softmax(x: Value, dim: int) -> Value:
 
     return Value(
         dims=x.dims, mean=1.0 / size, table=table, marginal=Marginal(object(), values), source=object(), lineage=x.lineage,
-        levels=profile, tilt=tilt, read=x.read,
+        levels=profile, tilt=tilt, read=x.read, logits=Logits(table, x, dim),
     )  # fmt: skip
 
 

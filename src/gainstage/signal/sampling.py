@@ -9,7 +9,7 @@ import torch
 
 from gainstage.signal.linear import spectrum
 from gainstage.signal.quadrature import Array, nodes
-from gainstage.signal.value import Value, measured
+from gainstage.signal.value import Logits, Value, measured
 
 
 def draw(values: Sequence[Value], generator: np.random.Generator) -> list[torch.Tensor]:
@@ -20,12 +20,22 @@ def draw(values: Sequence[Value], generator: np.random.Generator) -> list[torch.
         if value.constant is not None:
             tensors.append(value.constant)
             continue
+        if value.logits is not None and value.logits.table is value.table:
+            tensors.append(_softmax_of(value.logits, generator))
+            continue
         key = (value.marginal.latent, *value.axes)
         if key not in latents:
             latents[key] = _correlated_normals(value, generator)
         sample = np.interp(latents[key], nodes(), value.marginal.values)
         tensors.append(torch.from_numpy(np.asarray(sample).reshape(value.shape)))
     return tensors
+
+
+def _softmax_of(logits: Logits, generator: np.random.Generator) -> torch.Tensor:
+    """Probabilities that sum to 1, from a sample of what they are the softmax of."""
+    (sample,) = draw([logits.of], generator)
+    prior = logits.of.prior
+    return (sample if prior is None else sample + prior).softmax(logits.dim).nan_to_num(0.0)
 
 
 def _correlated_normals(value: Value, generator: np.random.Generator) -> Array:

@@ -116,6 +116,15 @@ class Joined:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class Logits:
+    """What a softmax along a dimension was taken of; void for a tensor with another table."""
+
+    table: Array
+    of: Value
+    dim: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Largest:
     """Maximum of a tensor over windows [outputs, taps] along some dimensions; void for a tensor with another table."""
 
@@ -160,7 +169,8 @@ class Value:
     each other share beyond the table's average. ``gram``: how the table's average over two positions of a sequence is spread
     over pairs of them. ``prior``: the known part of logits, apart from the table: minus infinity where a mask excludes. ``tilt``:
     of the weights that a softmax makes, the table of covariances of its logits. ``read``: the tensors (latent, axes) that weights
-    were multiplied with to make this one, where known. ``largest``: what the tensor is the maximum of.
+    were multiplied with to make this one, where known. ``logits``, ``largest``: what
+    the tensor is the softmax or the maximum of.
     ``given``: what a gradient knows of the tensor that it belongs to.
     """
 
@@ -185,6 +195,7 @@ class Value:
     gram: Gram | None = None
     tilt: Array | None = None
     read: frozenset[object] = frozenset()
+    logits: Logits | None = None
     largest: Largest | None = None
     given: Given | None = None
 
