@@ -119,6 +119,20 @@ POOLS = {
     "strided": lambda: Stack(
         nn.AvgPool2d(5, 1), nn.Conv2d(16, 64, 1, 2, bias=False), nn.AvgPool2d(2), nn.Dropout(0.3), nn.AvgPool2d(2)
     ),
+    "no norms": lambda: Stack(
+        nn.Conv2d(16, 48, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(48, 48, 3, padding=1),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(48, 48, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(48, 48, 3, padding=1),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(48, 48, 3, padding=1),
+    ),
+    "reflected": lambda: Stack(nn.ReflectionPad2d(2), nn.Conv2d(16, 48, 3, padding=1, padding_mode="reflect"), nn.MaxPool2d(2)),
     "one axis": lambda: Stack(nn.AvgPool2d((3, 1), 1), nn.MaxPool2d((2, 1)), nn.AvgPool2d((1, 2)), nn.AvgPool2d((3, 1), 1)),
 }
 

@@ -166,7 +166,8 @@ def padded(call: Call, x: Value, pad: Sequence[int], mode: str = "constant", val
             if before == 0 and after == 0:
                 continue
         places = torch.arange(size, dtype=torch.float64).reshape(1, 1, size)
-        wide = torch.nn.functional.pad(places, (before, after), mode="constant" if mode == "constant" else mode, value=-1.0)
+        nothing = {"value": -1.0} if mode == "constant" else {}
+        wide = torch.nn.functional.pad(places, (before, after), mode=mode, **nothing)
         matrix = (wide.reshape(-1, 1) == torch.arange(size, dtype=torch.float64)).to(torch.float64).numpy()
         x = filter_dim(x, dim, matrix)
     if value:
