@@ -255,6 +255,30 @@ def test_each_branch_adds_one_part_in_n_of_the_stream(kind):
         assert variance(plan, "branches.0.1.weight") == pytest.approx(0.2 * (1 - 0.3) / (64 * norm), rel=1e-3)
 
 
+class Silent(nn.Module):
+    """A stream that starts from zeros, as the queries of a DETR decoder do."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.branch = nn.LayerNorm(64), nn.Linear(64, 64)
+
+    def forward(self, x):
+        stream = self.norm(0.0 * x)
+        return stream + self.branch(x)
+
+
+def test_a_silent_stream_is_filled_to_one():
+    def add(graph, uses):
+        (merge,) = nodes_of(graph, "add")
+        end = as_role(uses, "branch.weight", Role.RESIDUAL_END)
+        branches = (Branch(operand="linear", setters=(Setter(end),)),)
+        return {"streams": (Stream(first="layer_norm", adds=(merge.name,), branches=branches),)}
+
+    plan = solved(Silent(), (torch.randn(4, 64),), add=add)
+    assert plan.predictions["branch@0"] == pytest.approx((1.0,), rel=1e-3)
+    assert "silent" in plan.explain("branch.weight")
+
+
 def test_a_weight_shared_by_all_branches_is_decided_once():
     branch = nn.Sequential(nn.LayerNorm(64), nn.Linear(64, 64))
     model = Stack(lambda d: branch, depth=3)

@@ -160,9 +160,7 @@ def chance_level(width: int, excess: float) -> float:
 
 
 def goal_value(goal: Goal, values: Mapping[str, Any]) -> float:
-    """The number that a goal asks for at present."""
-    total = goal.constant
-    for node, coefficient in goal.terms:
-        value = values[node]
-        total += coefficient * (value.second_moment if isinstance(value, Value) else 0.0)
-    return total
+    """The number that a goal asks for at present; where what it refers to is silent (queries of zeros), as if that were one."""
+    levels = [(values[node].second_moment, share) for node, share in goal.terms if isinstance(values[node], Value)]
+    total = sum(level * share for level, share in levels)
+    return goal.constant + (total if total > 0.0 else sum(share for _, share in levels))

@@ -155,9 +155,12 @@ class Explainer:
         first, _ = demand.goal.terms[0]
         level = self._level(first)
         goal = goal_value(demand.goal, self.solution.values)
+        start = f"E[stream^2] = {level:.4g} at {self._place(first)}"
+        if level == 0.0:
+            start, level = f"the stream is silent at {self._place(first)}, and taken as if it started at 1", 1.0
         return [
             f"E[branch^2] = E[stream^2] / N: each of the N = {demand.count} branches adds an equal share; the stream stays O(1)",
-            f"E[stream^2] = {level:.4g} at {self._place(first)}: each share is {level:.4g} / {demand.count} = {goal:.4g}",
+            f"{start}: each share is {level:.4g} / {demand.count} = {goal:.4g}",
         ]
 
     def _merge(self, demand: Demand) -> list[str]:
