@@ -72,6 +72,8 @@ class Stream:
         Returns:
             [runs, length].
         """
+        if starts.size == 1:
+            return self.uniform_bits(int(starts[0]), int(starts[0]) + length, bits)[np.newaxis]
         out = np.empty((starts.size, length), f"u{bits // 8}")
         breaks = np.flatnonzero(np.diff(starts) > length + _GAP) + 1
         for begin, end in itertools.pairwise([0, *breaks.tolist(), starts.size]):
@@ -80,7 +82,10 @@ class Stream:
                 first = int(starts[row])
                 stop = max(row + 1, int(np.searchsorted(starts[row:end], first + _SPAN - length, "right")) + row)
                 drawn = self.uniform_bits(first, int(starts[stop - 1]) + length, bits)
-                out[row:stop] = np.lib.stride_tricks.sliding_window_view(drawn, length)[starts[row:stop] - first]
+                windows = np.lib.stride_tricks.sliding_window_view(drawn, length)
+                step = int(starts[min(row + 1, stop - 1)]) - first
+                regular = bool((np.diff(starts[row:stop]) == step).all())
+                out[row:stop] = windows[:: max(1, step)] if regular else windows[starts[row:stop] - first]
                 row = stop
         return out
 

@@ -94,20 +94,27 @@ def integer_seed(seed: object) -> int:
         raise InputError(f"The seed is {seed!r}; give an integer.") from error
 
 
-def _shielded(work: Callable[[], None], stop: threading.Event) -> None:
-    """Run in another thread, where no interrupt can hit it halfway; an interrupt of this one asks it to stop and go back."""
+def _shielded(work: Callable[[], None], stop: threading.Event, undo: Callable[[], None]) -> None:
+    """Run in another thread, where no interrupt can hit it halfway; an interrupt of this one asks it to stop and go back.
+
+    An interrupt that comes too late for that, as on a busy machine, has the finished work undone.
+    """
     with ThreadPoolExecutor(max_workers=1) as pool:
         future = pool.submit(work)
         interrupt: KeyboardInterrupt | None = None
-        while not future.done():
+        while True:
             try:
                 wait([future])
+                break
             except KeyboardInterrupt as error:
                 interrupt = error
                 stop.set()
-        if interrupt is not None:
-            raise interrupt
-        future.result()
+        if interrupt is None:
+            future.result()
+            return
+        if future.exception() is None:
+            undo()
+        raise interrupt
 
 
 class _Stopped(Exception):  # noqa: N818  (a request, not an error)
@@ -147,11 +154,15 @@ class Writer:
                 try:
                     perform(lambda: self._write(targets))
                 except BaseException:
-                    for part, old in self._saved:
-                        part.copy_(old)
+                    self._restore()
                     raise
 
-        _shielded(work, self._stop)
+        _shielded(work, self._stop, self._restore)
+
+    @torch.no_grad()
+    def _restore(self) -> None:
+        for part, old in self._saved:
+            part.copy_(old)
 
     def _write(self, targets: Sequence[tuple[ParameterPlan, Holding]]) -> str:
         targets = [
@@ -212,7 +223,7 @@ class Writer:
     @torch.no_grad()
     def _perform(self, task: Task, *, save: bool) -> None:
         if self._stop.is_set():
-            raise _Stopped
+            raise _Stopped("interrupted")
         if save:
             for target in task.targets:
                 part = target.view(torch.uint8)  # NumPy does not know every type; and torch's copy would start more threads
