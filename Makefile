@@ -6,7 +6,7 @@ BIN := .venv/bin
 THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check bench-accuracy bench-speed
+.PHONY: help demo test check bench-accuracy bench-apply bench-speed
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 24
@@ -25,6 +25,9 @@ check: .venv/installed-dev ## lint, format, types, architecture
 
 bench-accuracy: .venv/installed-zoo ## predicted against measured, over the model zoos
 	@$(BIN)/python -m benchmarks.accuracy
+
+bench-apply: .venv/installed-dev ## elements per second of drawing, against torch and against memory
+	@$(BIN)/python -m benchmarks.apply
 
 bench-speed: .venv/installed-zoo ## seconds and memory of every stage
 	@$(BIN)/python -m benchmarks.speed

@@ -15,7 +15,7 @@ from gainstage.apply.stream import Stream
 from gainstage.plan import Distribution, Family
 
 # Entries computed at once: the operands of one step stay in a core's cache.
-_PIECE = 2**17
+_PIECE = 2**16
 
 # Written out, as a library's erf and exp may differ in the last bit from one machine to another.
 _CUT = 2.0  # deviations of the parent normal
