@@ -477,6 +477,28 @@ def test_gates_start_with_unit_pre_activations(kind):
     assert sum(levels) / len(levels) == pytest.approx(0.5, rel=0.05)
 
 
+class TiedRecurrent(nn.Module):
+    """The input of the recurrent module is quiet because a tied head decides so, further down."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Embedding(500, 64)
+        self.recurrent = nn.GRU(64, 64, batch_first=True)
+        self.norm = nn.LayerNorm(64)
+        self.head = nn.Linear(64, 500, bias=False)
+        self.head.weight = self.embedding.weight
+
+    def forward(self, index):
+        return self.head(2.0 * self.norm(self.recurrent(self.embedding(index))[0]))
+
+
+def test_gates_follow_an_input_that_is_decided_later():
+    plan = solved(TiedRecurrent(), (torch.randint(0, 500, (4, 16)),), add=tied_roles)
+    embedded = variance(plan, "embedding.weight")
+    assert embedded == pytest.approx(chance_level(500, 0.01) / 64 / 4.0, rel=2e-3)
+    assert variance(plan, "recurrent.weight_ih_l0") == pytest.approx(0.5 / (64 * embedded), rel=2e-3)
+
+
 @pytest.mark.parametrize("family", ["normal", "truncated_normal", "uniform", "orthogonal"])
 def test_every_family_has_the_level_that_was_planned(family):
     model, args = mlp(nn.ReLU(), width=128)

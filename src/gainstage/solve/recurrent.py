@@ -106,7 +106,7 @@ def unit_gates(
         if setting is not None and not setting.is_fixed:
             fan = setting.info.shape[-1]
             line = f"Var(w) = 1 / n = 1 / {fan}: the projected state has the second moment of the hidden state"
-            changed[setting.info.name] = replace(setting.with_all(mean=0.0, variance=1.0 / fan), is_fixed=True, lines=(line,))
+            changed[setting.info.name] = replace(setting.with_all(mean=0.0, variance=1.0 / fan), lines=(line,))
     return changed
 
 
@@ -117,7 +117,7 @@ def _halved(setting: Setting, level: float, what: str) -> Setting:
         f"Var(w) = 1 / (2 n E[{what}^2]): gates with unit pre-activations, half from the input x, half from the hidden state h",
         f"Var(w) = 1 / (2 x {fan} x {level:.4g}) = {variance:.4g}",
     )
-    return replace(setting.with_all(mean=0.0, variance=variance), is_fixed=True, lines=lines)
+    return replace(setting.with_all(mean=0.0, variance=variance), lines=lines)
 
 
 def _is_cell(node: Node) -> bool:

@@ -26,6 +26,7 @@ _LARGEST_STEP = math.log(1e8)
 _LOUDEST = math.log(100.0)  # queries or keys over a unit level: beyond, keys that are all alike would be told apart by noise
 _NO_EFFECT = 0.02  # d log level / d log variance below which a parameter's scale is said to cancel
 
+# Settings that follow from a node's input, before the node is evaluated.
 Prepare = Callable[[Mapping[str, Any], Mapping[str, Setting]], Mapping[str, Setting]]
 
 
@@ -93,8 +94,8 @@ class Walk:
     def _step(self, position: int) -> int:
         """Evaluate one node if anything that it reads is newer, check what is demanded there; returns where to go on."""
         node = self._graph.nodes[position]
-        if node.name in self._prepare:
-            for name, setting in self._prepare.pop(node.name)(self._values, self._settings).items():
+        if node.name in self._prepare and self._is_stale(node):
+            for name, setting in self._prepare[node.name](self._values, self._settings).items():
                 self._change(name, setting)
         for demand in self._logits_at.get(position, ()):
             if (back := self._meet(demand, list(node.operands()))) is not None:
