@@ -69,6 +69,14 @@ def _copies(index: torch.Tensor, size: int) -> int:
     return int(counts[0]) if bool((counts == counts[0]).all()) else 0
 
 
+def _repetition(equal: Array) -> float:
+    """Variance of the cosine between two places of one sample, 1 where they hold the same row: ``pi (1 - pi)``."""
+    if equal.ndim == 0:
+        return 0.0
+    repeated = float(equal[(1,) * (equal.ndim - 1) + (0,)])
+    return max(repeated * (1.0 - repeated), 0.0)
+
+
 def lookup(weight: Value, dim: int, index: torch.Tensor) -> Value:
     """``weight`` with one dimension replaced by those of ``index``: entries with the same index share the row.
 
@@ -107,6 +115,7 @@ def lookup(weight: Value, dim: int, index: torch.Tensor) -> Value:
         source=object(),
         lineage=weight.lineage,
         log_variance=weight.log_variance,
+        overlap=_repetition(equal),
     )
     # Two look-ups of one row are equal, of two rows are not: on average over pairs that is more than a correlation shows.
     stray = rows.average(picked(weight.square_covariance())) - rows.fluctuation()

@@ -90,14 +90,17 @@ def tilted(
     A query leans its weights towards keys along one direction, and values along it agree. Given two tokens at the cosine c, the
     logits of one query have covariance ``s^2 c`` and the values ``K_v c``, over the weights: to first order two different
     keys add ``p_s p_s' s^2 K_v E[c^2]``, with ``E[c^2]`` one over the number of channels that the weights read. What all keys
-    have in common a softmax does not see: K_v is about the rest, and so is ``E[c^2]`` (the overlap has ``1 + rho^2`` times that).
+    have in common a softmax does not see: K_v is about the rest, and so is ``E[c^2]`` (the overlap has ``1 + rho^2`` times that);
+    of few keys that is their own mean, so that ``1 - sum p^2`` of the lean is left.
     """
     keys = [n for n in index_a if n in index_b and n not in kept_index]
     strangers = bool(a.read) and bool(b.read) and not a.read & b.read
     if a.tilt is None or b.overlap <= 0.0 or len(keys) != 1 or strangers:
         return None
-    weights = a.table * a.tilt
-    np.moveaxis(weights, index_a.index(keys[0]), 0)[1] = 0.0
+    where = index_a.index(keys[0])
+    size = a.axes[where].size
+    weights = a.table * a.tilt * (1.0 - size * a.second_moment)
+    np.moveaxis(weights, where, 0)[1] = 0.0
     place = index_b.index(keys[0])
     full = (1,) * b.table.ndim
     apart = float(b.table[tuple(0 if p == place else 1 for p in range(b.table.ndim))])
