@@ -260,16 +260,6 @@ def multiply(x: Value, y: Value) -> Value:
     mean = x.mean * y.mean + float(shared[full])
     if float(shared[full]) != 0.0:
         table = table + float(shared[full]) * (float(shared[full]) + 2 * x.mean * y.mean)
-    second = float(table[full])
-    std = max(second - mean**2, 0.0) ** 0.5
-
-    def values() -> Array:
-        points, mass = coarse()
-        u = np.interp(points, nodes(), x.marginal.values)
-        v = np.interp(points, nodes(), y.marginal.values)
-        grid = quantiles(u[:, None] * v[None, :], mass[:, None] * mass[None, :])
-        return standardised(grid, mean, std)
-
     if y.variance <= 1e-14 * y.second_moment:
         marginal = Marginal(x.marginal.latent, lambda: x.marginal.values * y.mean, lambda: x.marginal.even * y.mean)
         scaled = amplitude_of(x) * y.mean
@@ -283,7 +273,7 @@ def multiply(x: Value, y: Value) -> Value:
         dims=x.dims,
         mean=mean,
         table=table,
-        marginal=Marginal(object(), values),
+        marginal=_product_marginal(x, y, mean, max(float(table[full]) - mean**2, 0.0) ** 0.5),
         source=object(),
         lineage=x.lineage | y.lineage,
         log_variance=x.log_variance + y.log_variance,
@@ -295,6 +285,18 @@ def multiply(x: Value, y: Value) -> Value:
     if product.is_weight or float(shared[full]) != 0.0:
         return product
     return replace(product, log_variance=product.log_variance + product_stray(x, y, product))
+
+
+def _product_marginal(x: Value, y: Value, mean: float, std: float) -> Marginal:
+    """Every value of x times every value of y, at the mean and deviation that are known exactly."""
+
+    def values() -> Array:
+        points, mass = coarse()
+        u = np.interp(points, nodes(), x.marginal.values)
+        v = np.interp(points, nodes(), y.marginal.values)
+        return standardised(quantiles(u[:, None] * v[None, :], mass[:, None] * mass[None, :]), mean, std)
+
+    return Marginal(object(), values)
 
 
 def _product_neighbours(x: Value, y: Value) -> Neighbours | None:
