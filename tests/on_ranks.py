@@ -20,6 +20,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FullyShardedDataParallel, f
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
+import gainstage as gs
 from gainstage.apply import apply, materialize, param_init_fn
 from gainstage.errors import PlanMismatchError, RankError
 from gainstage.plan import Block, Distribution, Family, ParameterPlan, Plan
@@ -184,6 +185,20 @@ def two_dimensions():
     assert_same_as_reference(model)
 
 
+def planned_on_each_rank():
+    """Nobody sends a plan: it is the same on all ranks, as the exchange of its hash shows."""
+    model = on_meta()
+    plan = gs.plan(model, (torch.zeros(2, 7, dtype=torch.long, device="meta"),))
+    fully_shard(model.mixer)
+    fully_shard(model)
+    gs.materialize(model, plan, seed=SEED)
+    expected = Model()
+    gs.apply(expected, plan, seed=SEED)
+    for name, parameter in expected.named_parameters():
+        assert torch.equal(model.get_parameter(name).full_tensor(), parameter), name
+    assert train_one_step(model) == pytest.approx(train_one_step(expected), rel=1e-5)
+
+
 def flattened(*, use_orig_params):
     def case():
         expected = reference()
@@ -296,6 +311,7 @@ CASES = {
     "fully_shard over tensor parallel": two_dimensions,
     "flattened": flattened(use_orig_params=False),
     "flattened, original parameters": flattened(use_orig_params=True),
+    "planned on each rank": planned_on_each_rank,
     "another plan": another_plan_on_one_rank,
     "another seed": another_seed_on_one_rank,
     "another model": a_model_that_fits_on_all_ranks_but_one,

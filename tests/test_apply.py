@@ -329,7 +329,7 @@ _MEMORY = torch.zeros(8, 8)
 @pytest.mark.parametrize(
     ("make", "error", "message"),
     [
-        (lambda: nn.Linear(2, 2, device="meta"), InputError, r"weight lies on the meta device.*to_empty"),
+        (lambda: nn.Linear(2, 2, device="meta"), InputError, r"weight lies on the meta device.*materialize"),
         (lambda: holder(torch.zeros(1, 3).expand(2, 3)), InputError, "Entries of p0 share memory"),
         (lambda: holder(torch.zeros(16).as_strided((4, 4), (1, 1))), InputError, "Entries of p0 share memory"),
         (lambda: holder(_MEMORY, _MEMORY), InputError, "p0 and p1 are different parameters in the same memory"),

@@ -135,9 +135,26 @@ class Decoder(nn.Module):
             self.angles = self._angles()
 
 
+class Rope(nn.Module):
+    """As torchtitan's newer modules: one method for the buffers of a module alone, which may be told a device."""
+
+    def __init__(self, options):
+        super().__init__()
+        self.angle = options["angle"]
+        self.register_buffer("cache", self._cache(), persistent=False)
+
+    def _cache(self):
+        return torch.arange(6.0) * self.angle
+
+    def _init_self_buffers(self, *, buffer_device=None):
+        with torch.device(buffer_device or self.cache.device):
+            self.cache = self._cache()
+
+
 @pytest.mark.parametrize(
     "build",
     [
+        lambda: nn.Sequential(Rope({"angle": 0.5})),
         lambda: nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.BatchNorm1d(4, affine=False)),
         lambda: nn.InstanceNorm2d(3, track_running_stats=True),
         lambda: nn.Sequential(Rotary(8), nn.Linear(2, 2), Rotary(6, base=5e5)),

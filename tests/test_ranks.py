@@ -19,6 +19,7 @@ _ANY = (
     "tensor parallel",
     "flattened",
     "flattened, original parameters",
+    "planned on each rank",
 )
 _TWO_DIMENSIONS = (
     "rows and rows",

@@ -177,6 +177,9 @@ def _applied(planned: ParameterPlan) -> Iterator[Distribution]:
 @contextmanager
 def _allocated(model: nn.Module, device: torch.device, values: Mapping[int, torch.Tensor]) -> Iterator[None]:
     """The model in memory, with its buffers; on the meta device again where what follows fails."""
+    if not any(tensor.is_meta for tensor in model.parameters()) and not values:
+        yield  # wrappers that have their memory are better left alone
+        return
     before = [(module, dict(module._parameters), dict(module._buffers), dict(vars(module))) for module in model.modules()]
     fresh: dict[int, torch.Tensor] = {}
 

@@ -22,7 +22,7 @@ def check_writable(parameters: Mapping[str, torch.Tensor]) -> None:
         if tensor.is_meta:
             raise InputError(
                 f"{name} lies on the meta device and has no memory to write to. "
-                "Materialise the model first: model.to_empty(device='cpu'), then tie the weights that were tied."
+                "gainstage.materialize(model, plan) gives the model its memory, its parameters and its buffers."
             )
         if tensor.is_inference():
             raise InputError(f"{name} was made in inference mode and cannot be written; build the model outside of it.")

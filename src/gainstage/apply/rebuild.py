@@ -22,7 +22,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.overrides import TorchFunctionMode
 
 # Methods without arguments by which modules compute their buffers anew: timm's, torchtitan's, and torch's own custom.
-_METHODS = ("init_non_persistent_buffers", "reset_buffers", "reset_parameters", "init_weights")
+_METHODS = ("init_non_persistent_buffers", "_init_self_buffers", "reset_buffers", "reset_parameters", "init_weights")
 
 # Arguments that say where and in which precision a module is built, which the rebuilt tensors are told afterwards.
 _FACTORY = frozenset({"device", "dtype"})
