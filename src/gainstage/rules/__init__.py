@@ -3,7 +3,19 @@
 Importing this package registers the rules that come with Gainstage.
 """
 
-from gainstage.rules import attention, elementwise, experts, indexing, linear, normalization, random, recurrent, reduction, shapes
+from gainstage.rules import (
+    attention,
+    conditions,
+    elementwise,
+    experts,
+    indexing,
+    linear,
+    normalization,
+    random,
+    recurrent,
+    reduction,
+    shapes,
+)
 from gainstage.rules.registry import (
     Call,
     Rule,
@@ -21,6 +33,7 @@ __all__ = [
     "Call",
     "Rule",
     "attention",
+    "conditions",
     "elementwise",
     "experts",
     "foreign_rule",

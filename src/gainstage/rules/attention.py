@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import torch
 
-from gainstage.rules.elementwise import exclude, prefer
+from gainstage.rules.conditions import exclude, prefer
 from gainstage.rules.registry import Call, rule
 from gainstage.signal import Value, affine, combine, contract, dropout, expand, reshape, softmax
 
@@ -24,7 +24,7 @@ def attention_logits(
     logits = contract(q, k, batch + "xy", batch + "zy", batch + "xz")
     logits = affine(logits, scale if scale is not None else q.shape[-1] ** -0.5)
     if is_causal:
-        logits = exclude(logits, torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool).tril(), float("-inf"))
+        logits = exclude(logits, torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool).tril())
     return logits if mask is None else masked(logits, mask)
 
 
@@ -41,7 +41,7 @@ def masked(logits: Value, mask: Value) -> Value:
     if mask.constant is None:
         return combine(torch.add, logits, mask)
     if mask.constant.dtype == torch.bool:
-        return exclude(logits, mask.constant, float("-inf"))
+        return exclude(logits, mask.constant)
     return prefer(logits, mask.constant)
 
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 
 from gainstage.rules.registry import Call, rule
-from gainstage.signal import Value, coins, dropout, independent
+from gainstage.signal import Value, coins, combine, dropout, independent
+from gainstage.signal.quadrature import cumulative
+from gainstage.signal.value import Marginal
 
 aten = torch.ops.aten
 
@@ -24,10 +28,16 @@ def channel_dropout(call: Call, x: Value, p: float, train: bool) -> Value:
     return dropout(x, 1.0 - p, shared=range(2, len(x.dims))) if train and 0.0 < p < 1.0 else x
 
 
-@rule(aten.bernoulli.p, aten.bernoulli.default)
+@rule(aten.bernoulli.p)
 def bernoulli(call: Call, x: Value, p: float = 0.5, **kwargs: Any) -> Value:
     """Independent coins: mean p, second moment p."""
     return coins(call.shape, p)
+
+
+@rule(aten.bernoulli.default)
+def bernoulli_of(call: Call, x: Value, **kwargs: Any) -> Value:
+    """Coins that are thrown with the probabilities x: ``1[u < x]`` for a uniform u."""
+    return combine(torch.lt, uniform(call), x)
 
 
 @rule(aten.empty.memory_format, aten.empty_like.default, aten.new_empty.default)
@@ -39,7 +49,26 @@ def empty(call: Call, *args: Any, **kwargs: Any) -> Value:
 @rule(aten.rand.default, aten.rand_like.default)
 def uniform(call: Call, *args: Any, **kwargs: Any) -> Value:
     """Uniform on [0, 1)."""
-    return independent(call.shape, 0.5, 12.0**-0.5)
+    return between(call.shape, 0.0, 1.0)
+
+
+@rule(aten.uniform.default)
+def uniform_between(call: Call, x: Value, low: float = 0.0, high: float = 1.0, **kwargs: Any) -> Value:
+    """Uniform on [low, high)."""
+    return between(call.shape, low, high)
+
+
+def between(shape: tuple[int, ...], low: float, high: float) -> Value:
+    """Independent entries, uniform between two numbers."""
+    x = independent(shape, 0.5 * (low + high), (high - low) * 12.0**-0.5)
+    return replace(x, marginal=Marginal(object(), lambda: low + (high - low) * cumulative()))
+
+
+@rule(aten.exponential.default)
+def exponential(call: Call, x: Value, rate: float = 1.0, **kwargs: Any) -> Value:
+    """Independent entries with density ``rate exp(-rate t)``."""
+    found = independent(call.shape, 1.0 / rate, 1.0 / rate)
+    return replace(found, marginal=Marginal(object(), lambda: -np.log(cumulative()[::-1]) / rate))
 
 
 @rule(aten.randn.default, aten.randn_like.default)

@@ -11,7 +11,8 @@ import torch
 
 from gainstage.rules.linear import per_dim, windows
 from gainstage.rules.registry import Call, rule
-from gainstage.signal import Value, affine, apply, combine, filter_dim, max_over, mean_over, reshape, softmax
+from gainstage.signal import Value, affine, apply, filter_dim, max_over, mean_over, normalise, reshape, softmax
+from gainstage.signal.linear import averaged
 
 aten = torch.ops.aten
 
@@ -53,11 +54,36 @@ def summed_all(call: Call, x: Value, *, dtype: object = None) -> Value:
     return total(x, None, False)
 
 
-@rule(aten.var.correction, aten.var.dim)
-def variance(call: Call, x: Value, dim: Any = None, unbiased: Any = None, keepdim: bool = False, correction: Any = 1) -> Value:
-    """Mean square of what is left when the mean over the dimensions is taken off."""
-    centred = combine(torch.sub, x, average(x, dim, True))
-    return average(apply(torch.square, centred), dim, keepdim)
+@rule(aten.var.correction)
+def variance(call: Call, x: Value, dim: Any = None, *, correction: float | None = 1, keepdim: bool = False) -> Value:
+    """Mean square of what is left when the mean over the dimensions is taken off, times ``n / (n - correction)``."""
+    chosen = [d % len(x.dims) for d in (dim or range(len(x.dims)))]
+    axes = [axis for d in chosen for axis in x.dims[d]]
+    count = prod(axis.size for axis in axes)
+    centred = normalise(x, axes, 0.0)
+    level = x.second_moment - float(averaged(x.table, [x.axes.index(axis) for axis in axes], axes)[(-1,) * x.table.ndim])
+    square = average(apply(torch.square, centred), chosen, keepdim)
+    return affine(square, max(level, 0.0) * count / max(count - (1 if correction is None else correction), 1e-300))
+
+
+@rule(aten.var.dim)
+def variance_unbiased(call: Call, x: Value, dim: Any, unbiased: bool = True, keepdim: bool = False) -> Value:
+    """As :func:`variance`."""
+    found: Value = variance(call, x, dim, correction=int(unbiased), keepdim=keepdim)
+    return found
+
+
+@rule(aten.std.correction)
+def deviation(call: Call, x: Value, dim: Any = None, *, correction: float | None = 1, keepdim: bool = False) -> Value:
+    """Square root of the variance."""
+    return apply(torch.sqrt, variance(call, x, dim, correction=correction, keepdim=keepdim))
+
+
+@rule(aten.std.dim)
+def deviation_unbiased(call: Call, x: Value, dim: Any, unbiased: bool = True, keepdim: bool = False) -> Value:
+    """As :func:`deviation`."""
+    found: Value = deviation(call, x, dim, correction=int(unbiased), keepdim=keepdim)
+    return found
 
 
 @rule(aten.softmax.int, aten._softmax.default)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -10,8 +11,10 @@ import numpy as np
 import torch
 
 from gainstage.rules.registry import Call, rule
-from gainstage.signal import Value, expand, filter_dim, join, permute, reorder, reshape, select, take
+from gainstage.signal import Value, affine, expand, filter_dim, join, permute, reorder, reshape, select, take
+from gainstage.signal.quadrature import Array, quantiles, weights
 from gainstage.signal.rolling import roll
+from gainstage.signal.value import Marginal
 
 aten = torch.ops.aten
 
@@ -153,23 +156,36 @@ def flipped(call: Call, x: Value, dims: Sequence[int]) -> Value:
 
 @rule(aten.pad.default)
 def padded(call: Call, x: Value, pad: Sequence[int], mode: str = "constant", value: float | None = None) -> Value:
-    """Zeros, or copies of entries, around the tensor."""
+    """Copies of entries, or a number, around the tensor: a number v is v plus zeros around ``x - v``."""
+    if value and mode == "constant":
+        around_zero: Value = padded(call, affine(x, 1.0, -float(value)), pad)
+        return affine(around_zero, 1.0, float(value))
+    inside = x
+    share = 1.0
     for i in range(len(pad) // 2):
         dim = len(x.dims) - 1 - i
-        before, after = int(pad[2 * i]), int(pad[2 * i + 1])
-        if before == 0 and after == 0:
-            continue
-        size = x.shape[dim]
-        if before < 0 or after < 0:
-            x = take(x, dim, max(-before, 0), size - max(-after, 0))
-            before, after, size = max(before, 0), max(after, 0), x.shape[dim]
-            if before == 0 and after == 0:
-                continue
-        places = torch.arange(size, dtype=torch.float64).reshape(1, 1, size)
-        nothing = {"value": -1.0} if mode == "constant" else {}
-        wide = torch.nn.functional.pad(places, (before, after), mode=mode, **nothing)
-        matrix = (wide.reshape(-1, 1) == torch.arange(size, dtype=torch.float64)).to(torch.float64).numpy()
-        x = filter_dim(x, dim, matrix)
-    if value:
-        raise NotImplementedError
-    return x
+        before, after, size = int(pad[2 * i]), int(pad[2 * i + 1]), x.shape[dim]
+        x = take(x, dim, max(-before, 0), size - max(-after, 0))
+        if before > 0 or after > 0:
+            matrix = _padding(x.shape[dim], max(before, 0), max(after, 0), mode)
+            share *= matrix.sum() / matrix.shape[0]
+            x = filter_dim(x, dim, matrix)
+    return x if share == 1.0 else replace(x, marginal=_with_zeros(inside, share), rho=None)
+
+
+def _padding(size: int, before: int, after: int, mode: str) -> np.ndarray[Any, Any]:
+    """Coefficients [outputs, size] that pad one dimension."""
+    if mode == "constant":
+        return np.eye(size + before + after, size, -before)
+    places = torch.arange(size, dtype=torch.float64).reshape(1, 1, size)
+    source = torch.nn.functional.pad(places, (before, after), mode=mode).reshape(-1)
+    return np.asarray(np.eye(size)[source.long().numpy()])
+
+
+def _with_zeros(inside: Value, share: float) -> Marginal:
+    """Distribution of an entry that is one of a tensor's with some probability, and else 0."""
+
+    def mixed(values: Array) -> Array:
+        return quantiles(np.append(values, 0.0), np.append(weights() * share, 1.0 - share))
+
+    return Marginal(object(), lambda: mixed(inside.marginal.values), lambda: mixed(inside.marginal.even))

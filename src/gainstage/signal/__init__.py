@@ -16,10 +16,13 @@ from gainstage.signal.contraction import contract, convolve
 from gainstage.signal.correlation import convolution_weight_gradient
 from gainstage.signal.filters import filter_dim, normalise
 from gainstage.signal.gather import lookup
+from gainstage.signal.joining import join
 from gainstage.signal.linear import affine, cross_table, dropout, mean_over
 from gainstage.signal.maxima import max_over
-from gainstage.signal.movement import expand, join, permute, reorder, reshape, select, take
+from gainstage.signal.mixture import mixture
+from gainstage.signal.movement import expand, permute, reorder, reshape, select, take
 from gainstage.signal.pointwise import apply, combine, slope
+from gainstage.signal.selection import gathered, pick
 from gainstage.signal.value import Value, coins, gaussian, independent, known, measured
 
 __all__ = [
@@ -37,6 +40,7 @@ __all__ = [
     "dropout",
     "expand",
     "filter_dim",
+    "gathered",
     "gaussian",
     "independent",
     "join",
@@ -47,10 +51,12 @@ __all__ = [
     "max_over",
     "mean_over",
     "measured",
+    "mixture",
     "normalise",
     "normalise_gradient",
     "participation",
     "permute",
+    "pick",
     "reorder",
     "reshape",
     "select",

@@ -10,8 +10,9 @@ import numpy as np
 from gainstage.signal import levels
 from gainstage.signal.axes import Axis
 from gainstage.signal.gram import Gram, modulated
+from gainstage.signal.joining import join
 from gainstage.signal.linear import amplitude_of, averaged, is_gaussian, standardised, without_common
-from gainstage.signal.movement import join, merge_dim
+from gainstage.signal.movement import merge_dim
 from gainstage.signal.neighbours import Neighbours, cut, far_of, filtered, made
 from gainstage.signal.quadrature import Array, nodes
 from gainstage.signal.spread import held

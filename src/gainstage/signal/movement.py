@@ -1,4 +1,4 @@
-"""Movement: view, permute, expand, slice, join. Entries are relabelled; tables keep all they can."""
+"""Movement: view, permute, expand, slice. Entries are relabelled; tables keep all they can."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from math import prod
 import numpy as np
 import torch
 
-from gainstage.signal import levels, neighbours
+from gainstage.signal import levels
 from gainstage.signal.axes import Axis, Dim, axes_of, shape_of
-from gainstage.signal.quadrature import Array, quantiles, weights
-from gainstage.signal.value import Joined, Marginal, Value
+from gainstage.signal.quadrature import Array
+from gainstage.signal.value import Marginal, Value
 
 
 def map_tables(x: Value, dims: tuple[Dim, ...], change: Callable[[Array], Array], profile: Array | None) -> Value:
@@ -269,84 +269,6 @@ def reorder(x: Value, dim: int, key: object) -> Value:
 def _start(x: Value, dim: int) -> int:
     """Position of the first axis of a dimension."""
     return sum(len(axes) for axes in x.dims[:dim])
-
-
-def join(values: Sequence[Value], dim: int) -> Value:
-    """Concatenate along a dimension: averages over entries and pairs of entries of the parts."""
-    dim %= len(values[0].dims)
-    if len(values) == 1:
-        return values[0]
-    like = values[0]
-    for value in values[1:]:
-        like = align_other_dims(like, value, dim)
-    parts = [align_other_dims(value, like, dim) for value in values]
-    sizes = [part.shape[dim] for part in parts]
-    total = sum(sizes)
-    shape = parts[0].dims
-    position = sum(len(d) for d in shape[:dim])
-    ordered = [_one_axis(part, dim) for part in parts]
-    ready = [np.moveaxis(part.table, position, 0) for part in ordered]
-    means = [part.mean for part in parts]
-    same = sum(n * table[1] for n, table in zip(sizes, ready, strict=True)) / total
-    inside = sum(n * (n - 1) * table[0] for n, table in zip(sizes, ready, strict=True))
-    between = sum(sizes[i] * sizes[j] * means[i] * means[j] for i in range(len(sizes)) for j in range(len(sizes)) if i != j)
-    other = (inside + between) / (total * (total - 1))
-    table = np.moveaxis(np.stack([other, np.asarray(same)]), 0, position)
-    key = ("join", *[axis for part in parts for axis in part.dims[dim]])
-    anchor = next((axis for part in parts for axis in part.dims[dim]), Axis(1))
-    new_axis = anchor.steps.setdefault(key, (Axis(total),))[0]
-    dims = tuple((new_axis,) if d == dim else axes for d, axes in enumerate(shape))
-
-    def mixture() -> Array:
-        sparse = 1 + len(parts) // 4  # of many parts a few points each
-        values_ = np.concatenate([part.marginal.values[::sparse] for part in parts])
-        mass = np.concatenate([weights()[::sparse] * n for n in sizes])
-        return quantiles(values_, mass)
-
-    mean = sum(n * m for n, m in zip(sizes, means, strict=True)) / total
-    latents = {part.marginal.latent for part in parts}
-    one = len(latents) == 1 and len({id(part.marginal) for part in parts}) == 1
-    return Value(
-        dims=dims,
-        mean=mean,
-        table=table,
-        marginal=parts[0].marginal if one else Marginal(object(), mixture),
-        source=object(),
-        lineage=_union(parts),
-        log_variance=max(part.log_variance for part in parts),
-        is_weight=all(part.is_weight for part in parts),
-        levels=levels.of_parts([(part.levels, part.second_moment) for part in ordered], sizes, position, table.ndim),
-        joined=Joined(table, new_axis, tuple(parts)),
-        overlap=sum(n * part.overlap for part, n in zip(parts, sizes, strict=True)) / total,
-        near=neighbours.mixed(
-            [(part.neighbours(), n * part.variance) for part, n in zip(parts, sizes, strict=True)], axes_of(dims)
-        ),
-    )
-
-
-def _union(values: Sequence[Value]) -> int:
-    lineage = 0
-    for value in values:
-        lineage |= value.lineage
-    return lineage
-
-
-def _one_axis(x: Value, dim: int) -> Value:
-    """Exactly one axis in a dimension; a dimension of size 1 gets an axis of its own."""
-    if x.dims[dim]:
-        return merge_dim(x, dim)
-    position = sum(len(d) for d in x.dims[:dim])
-    dims = tuple((Axis(1),) if d == dim else axes for d, axes in enumerate(x.dims))
-    profile = None if x.levels is None else np.expand_dims(x.levels, position)
-    return map_tables(x, dims, lambda table: np.stack([table, table], axis=position), profile)
-
-
-def align_other_dims(x: Value, like: Value, dim: int) -> Value:
-    """Give all dimensions but one the axes of another value, split where either of them is."""
-    for d in range(len(x.dims)):
-        if d != dim:
-            x, like = refine(x, like, d, d)
-    return with_axes(x, tuple(x.dims[d] if d == dim else like.dims[d] for d in range(len(x.dims))))
 
 
 def with_axes(x: Value, dims: tuple[Dim, ...]) -> Value:

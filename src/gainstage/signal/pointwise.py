@@ -10,8 +10,9 @@ import torch
 
 from gainstage.signal import levels
 from gainstage.signal.axes import Dim
+from gainstage.signal.joining import join
 from gainstage.signal.linear import add, affine, amplitude_of, modulate, multiply
-from gainstage.signal.movement import expand, join, refine, with_axes
+from gainstage.signal.movement import expand, refine, with_axes
 from gainstage.signal.neighbours import through
 from gainstage.signal.quadrature import (
     Array,
@@ -268,7 +269,7 @@ def _two_latents(function: Function, x: Value, y: Value) -> Value:
 
     The table follows from the two-dimensional Mehler expansion ``sum_nm a_nm^2 rho_x^n rho_y^m``.
     """
-    points, mass = coarse()
+    points, mass = coarse(4)  # finer: functions with a kink give what is summed up from steps of the grid
     u = np.interp(points, nodes(), x.marginal.values)
     v = np.interp(points, nodes(), y.marginal.values)
     grid_u, grid_v = np.broadcast_arrays(u[:, None], v[None, :])

@@ -70,6 +70,14 @@ def smoothed(values: Array, r: float) -> Array:
     return np.asarray(coefficients @ (_weighted_hermite() / weights()))
 
 
+def covariance_series(f: Array, g: Array, rho: Array) -> Array:
+    """``Cov(f(z), g(z')) = sum_{n>0} a_n b_n rho^n`` from the values of f and g on the grid, for each correlation of z and z'."""
+    products = (_weighted_hermite() @ f) * (_weighted_hermite() @ g)
+    rest = float(weights() @ (f * g)) - float(products.sum())
+    products[0] = 0.0
+    return evaluate_series(np.append(products, rest), rho)
+
+
 def evaluate_series(series: Array, rho: Array) -> Array:
     """``sum_n c_n rho^n`` for each entry of rho."""
     return np.asarray(np.polynomial.polynomial.polyval(rho, series))
@@ -96,9 +104,9 @@ def quantiles(samples: Array, probabilities: Array) -> Array:
 
 
 @cache
-def coarse() -> tuple[Array, Array]:
+def coarse(every: int = 16) -> tuple[Array, Array]:
     """Points and weights of a coarser rule for sums and products of two distributions."""
-    points = nodes()[::16]
+    points = nodes()[::every]
     weight = np.exp(-0.5 * points**2)
     return points, weight / weight.sum()
 

@@ -9,7 +9,7 @@ import torch
 from gainstage.rules.backward.linear import bias_gradient
 from gainstage.rules.backward.registry import BackwardCall, Gradient, backward
 from gainstage.rules.backward.sums import to_shape
-from gainstage.rules.elementwise import exclude
+from gainstage.rules.conditions import kept
 from gainstage.signal import Value, affine, apply, combine, dropout, slope, through_slope, to_summand
 
 aten = torch.ops.aten
@@ -127,7 +127,7 @@ def filled(call: BackwardCall, g: Value, x: Value, mask: Value, value: Any) -> t
     """``g`` where the mask is off."""
     if mask.constant is None:
         raise NotImplementedError("masked_fill by a mask that depends on the input")
-    return _for(x, exclude(g, ~mask.constant.bool(), 0.0)), None, None
+    return _for(x, kept(g, ~mask.constant.bool())), None, None
 
 
 @backward(aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf)
@@ -136,7 +136,7 @@ def chosen(call: BackwardCall, g: Value, condition: Value, x: Any, y: Any) -> tu
     if condition.constant is None:
         raise NotImplementedError("where by a condition that depends on the input")
     valid = condition.constant.bool()
-    return None, _for(x, exclude(g, valid, 0.0)), _for(y, exclude(g, ~valid, 0.0))
+    return None, _for(x, kept(g, valid)), _for(y, kept(g, ~valid))
 
 
 @backward(aten.dropout.default)

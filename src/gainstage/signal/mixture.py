@@ -1,0 +1,47 @@
+"""Mixtures of two tensors: interpolation, masks, conditions."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+
+from gainstage.signal.linear import add, affine, cross_table, multiply, standardised
+from gainstage.signal.pointwise import align
+from gainstage.signal.quadrature import Array, covariance_series, quantiles, weights
+from gainstage.signal.value import Marginal, Value
+
+
+def mixture(share: Value, x: Value, y: Value, *, is_choice: bool) -> Value:
+    """``w x + (1 - w) y`` for a share w that is independent of both.
+
+    ``K = K_w K_x + K_{1-w} K_y + 2 (E[w] - K_w) C_xy``: the weights of the two terms are not independent of each other.
+    ``is_choice``: w is 0 or 1, and an entry is one of x or one of y, never between them.
+    """
+    share, x = align(share, x)
+    share, y = align(share, y)
+    x, y = align(x, y)
+    share, x = align(share, x)
+    rest = affine(share, -1.0, 1.0)
+    summed = add(multiply(x, share), multiply(y, rest))
+    table = share.table * x.table + rest.table * y.table + 2.0 * (share.mean - share.table) * _cross_table(x, y)
+    mean = share.mean * x.mean + rest.mean * y.mean
+    std = max(float(table[(1,) * table.ndim]) - mean**2, 0.0) ** 0.5
+
+    def values() -> Array:
+        if not is_choice:
+            return standardised(summed.marginal.values, mean, std)
+        mass = np.concatenate([weights() * share.mean, weights() * rest.mean])
+        return standardised(quantiles(np.concatenate([x.marginal.values, y.marginal.values]), mass), mean, std)
+
+    return replace(
+        summed, mean=mean, table=table, marginal=Marginal(object(), values), rho=None, source=object(), amplitude=None,
+        statistic=None, constant=None,
+    )  # fmt: skip
+
+
+def _cross_table(x: Value, y: Value) -> Array:
+    """``E[x_i y_j]``, also of two functions of one latent."""
+    if x.marginal.latent == y.marginal.latent and x.axes == y.axes:
+        return x.mean * y.mean + covariance_series(x.marginal.values, y.marginal.values, x.correlation())
+    return cross_table(x, y)
