@@ -1,0 +1,78 @@
+"""Cases of the ops that move entries."""
+
+import torch
+from rule_cases.operands import LINE, MAP, MORE_TOKENS, TOKENS
+
+from gainstage.testing import RuleCase, constant, correlated, entries
+
+aten = torch.ops.aten
+WIDE = correlated((4, 6, 12), mean=0.3, shares={(0, 1): 0.2, (2,): 0.15})
+ONES = correlated((4, 1, 5), mean=0.3, shares={(0,): 0.2, (2,): 0.15})
+MATRIX = correlated((6, 5), mean=0.3, shares={(0,): 0.3})
+INDEX = torch.tensor([[0, 2, 2], [5, 0, 2]])
+PLACES = (torch.arange(60).reshape(4, 3, 5) ** 2) % 6
+
+CUTS = "a view that cuts across two axes takes all entries of the tensor for exchangeable"
+
+CASES = [
+    RuleCase(op=aten.view.default, args=(WIDE, [4, 6, 3, 4])),
+    RuleCase(op=aten.view.default, args=(WIDE, [24, 12])),
+    RuleCase(op=aten.reshape.default, args=(WIDE, [4, 8, 9]), model_error=0.12, reason=CUTS),
+    RuleCase(op=aten.reshape.default, args=(WIDE, [2, 12, 12])),
+    RuleCase(op=aten._unsafe_view.default, args=(WIDE, [4, 72])),
+    RuleCase(op=aten.flatten.using_ints, args=(MAP, 1)),
+    RuleCase(op=aten.unflatten.int, args=(WIDE, 2, [2, 6])),
+    RuleCase(op=aten.unsqueeze.default, args=(TOKENS, -2)),
+    RuleCase(op=aten.squeeze.default, args=(ONES,)),
+    RuleCase(op=aten.squeeze.dim, args=(ONES, 1)),
+    RuleCase(op=aten.squeeze.dims, args=(ONES, [1, 2])),
+    RuleCase(op=aten.view_as.default, args=(WIDE, entries(4, 6, 2, 6))),
+    RuleCase(op=aten.reshape_as.default, args=(WIDE, entries(24, 12))),
+    RuleCase(op=aten.permute.default, args=(TOKENS, [2, 0, 1])),
+    RuleCase(op=aten.transpose.int, args=(TOKENS, 1, -1)),
+    RuleCase(op=aten.t.default, args=(MATRIX,)),
+    RuleCase(op=aten.numpy_T.default, args=(TOKENS,)),
+    RuleCase(op=aten.movedim.int, args=(TOKENS, -1, 1)),
+    RuleCase(op=aten.movedim.int, args=(TOKENS, 0, -1)),
+    RuleCase(op=aten.expand.default, args=(ONES, [3, 4, 6, -1])),
+    RuleCase(op=aten.expand_as.default, args=(ONES, TOKENS)),
+    RuleCase(op=aten.repeat.default, args=(TOKENS, [2, 1, 3, 2])),
+    RuleCase(op=aten.repeat_interleave.self_int, args=(TOKENS, 3, 1)),
+    RuleCase(op=aten.repeat_interleave.self_int, args=(MATRIX, 2)),
+    RuleCase(op=aten.slice.Tensor, args=(TOKENS, 1, 1, 5)),
+    RuleCase(op=aten.slice.Tensor, args=(TOKENS, -1, 0, 9223372036854775807, 2)),
+    RuleCase(op=aten.slice.Tensor, args=(TOKENS, 1, -1, 9223372036854775807)),
+    RuleCase(op=aten.narrow.default, args=(TOKENS, 1, 2, 3)),
+    RuleCase(op=aten.select.int, args=(TOKENS, 1, -2)),
+    RuleCase(op=aten.chunk.default, args=(WIDE, 5, 2)),
+    RuleCase(op=aten.split.Tensor, args=(WIDE, 5, -1)),
+    RuleCase(op=aten.split.sizes, args=(WIDE, [3, 9], 2)),
+    RuleCase(op=aten.split_with_sizes.default, args=(WIDE, [2, 4], 1)),
+    RuleCase(op=aten.tensor_split.sections, args=(WIDE, 5, 2)),
+    RuleCase(op=aten.unbind.int, args=(TOKENS, -1)),
+    RuleCase(op=aten.cat.default, args=([TOKENS, WIDE, MORE_TOKENS], -1)),
+    RuleCase(op=aten.cat.default, args=([TOKENS, TOKENS], 1)),
+    RuleCase(op=aten.concat.default, args=([TOKENS, ONES], 1)),
+    RuleCase(op=aten.stack.default, args=([TOKENS, TOKENS], 1)),
+    RuleCase(op=aten.stack.default, args=([TOKENS, MORE_TOKENS], 1)),
+    RuleCase(op=aten.roll.default, args=(MAP, [2, -1], [2, 3])),
+    RuleCase(op=aten.flip.default, args=(TOKENS, [1, 2])),
+    RuleCase(op=aten.pad.default, args=(LINE, [2, 1])),
+    RuleCase(op=aten.pad.default, args=(MAP, [2, 1, 0, 3])),
+    RuleCase(op=aten.pad.default, args=(MAP, [1, 2, 1, 1], "reflect", None)),
+    RuleCase(op=aten.pad.default, args=(MAP, [1, 2, 1, 1], "replicate")),
+    RuleCase(op=aten.pad.default, args=(MAP, [-1, 2, 1, -2])),
+    RuleCase(op=aten.pad.default, args=(TOKENS, [1, 1, 2, 0], "constant", 1.5)),
+    RuleCase(op=aten.embedding.default, args=(MATRIX, constant(INDEX))),
+    RuleCase(op=aten.index_select.default, args=(TOKENS, 1, constant(INDEX[0]))),
+    RuleCase(op=aten.index_select.default, args=(TOKENS, 1, constant(torch.tensor([3, 1, 0, 5, 2, 4])))),
+    RuleCase(op=aten.index.Tensor, args=(TOKENS, [None, constant(INDEX)])),
+    RuleCase(op=aten.index.Tensor, args=(TOKENS, [constant(torch.tensor([[0], [1]])), constant(INDEX)])),
+    RuleCase(op=aten.index.Tensor, args=(TOKENS, [constant(torch.tensor([True, False, True, True]))])),
+    RuleCase(op=aten.index.Tensor, args=(TOKENS, [constant(INDEX % 4), None, constant(INDEX % 5)])),
+    RuleCase(op=aten.index.Tensor, args=(TOKENS, [None, constant(INDEX[:, :1]), constant(INDEX % 5 - 5)])),
+    RuleCase(op=aten._unsafe_index.Tensor, args=(TOKENS, [None, constant(INDEX), None])),
+    RuleCase(op=aten.gather.default, args=(TOKENS, 1, constant(PLACES))),
+    RuleCase(op=aten.gather.default, args=(TOKENS, -1, constant(PLACES[:, :3, :2] % 5))),
+    RuleCase(op=aten.take_along_dim.default, args=(TOKENS, constant(PLACES[:1, :2]), 1)),
+]

@@ -1,0 +1,48 @@
+"""Several rules in a row: what two results of one tensor have in common is kept, or seen to be."""
+
+import pytest
+import torch
+
+from gainstage.signal import affine, apply, combine, join, known, mixture, reshape, take
+from gainstage.testing import RuleCase, assert_rule, correlated
+
+X = correlated((4, 6, 8), mean=0.3, shares={(0, 1): 0.3, (2,): 0.15})
+
+# name: what tensors do, and what values do
+COMPOSITIONS = {
+    "half of the channels, the other half negated (rotary embeddings)": (
+        lambda t: torch.cat([-t[..., 4:], t[..., :4]], -1),
+        lambda call, x: join([affine(take(x, 2, 4, 8), -1.0), take(x, 2, 0, 4)], 2),
+    ),
+    "a tensor beside a function of it": (
+        lambda t: torch.cat([t, torch.relu(t)], 1),
+        lambda call, x: join([x, apply(torch.relu, x)], 1),
+    ),
+    "even and odd channels, interleaved anew": (
+        lambda t: torch.stack([-t[..., 1::2], t[..., ::2]], -1).flatten(-2),
+        lambda call, x: reshape(
+            join([reshape(affine(take(x, 2, 1, 8, 2), -1.0), (4, 6, 4, 1)), reshape(take(x, 2, 0, 8, 2), (4, 6, 4, 1))], 3),
+            (4, 6, 8),
+        ),
+    ),
+    "a tensor where it is positive, else a part of it": (
+        lambda t: torch.where(t > 0.2, t, 0.1 * t),
+        lambda call, x: combine(
+            torch.add,
+            combine(torch.mul, indicator := apply(lambda t: (t > 0.2).double(), x), x),
+            combine(torch.mul, affine(indicator, -1.0, 1.0), affine(x, 0.1)),
+        ),
+    ),
+    "a mask along positions": (
+        lambda t: torch.where(torch.arange(6)[:, None] > 1, t, -t.relu()),
+        lambda call, x: mixture(
+            known((torch.arange(6)[:, None] > 1).double()), x, affine(apply(torch.relu, x), -1.0), is_choice=True
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", COMPOSITIONS)
+def test_values_do_what_tensors_do(name):
+    operation, rule = COMPOSITIONS[name]
+    assert_rule(RuleCase(op=operation, args=(X,)), rule)
