@@ -119,6 +119,17 @@ CASES = [
     RuleCase(op=aten.where.Scalar, args=(TRUTH, 2.0, -1.0), stand_in=lambda c, x, y: c * x + (1.0 - c) * y),
     *(RuleCase(op=op, args=(TOKENS, TOKENS)) for op in OF_TWO),
     RuleCase(op=aten.div.Tensor, args=(TOKENS, AMOUNTS)),
+    RuleCase(op=aten.multiply.Tensor, args=(TOKENS, AMOUNTS)),
+    RuleCase(op=aten.subtract.Tensor, args=(TOKENS, AMOUNTS)),
+    RuleCase(op=aten.divide.Tensor, args=(TOKENS, AMOUNTS)),
+    RuleCase(op=aten.true_divide.Tensor, args=(TOKENS, AMOUNTS)),
+    *(
+        RuleCase(op=op, args=(TOKENS, MORE_TOKENS))
+        for op in (aten.max.other, aten.min.other, aten.fmax.default, aten.fmin.default)
+    ),
+    RuleCase(op=aten.pow.Scalar, args=(1.5, TOKENS)),
+    RuleCase(op=aten.clamp.Tensor, args=(TOKENS, None, constant(torch.tensor(0.4).double()))),
+    RuleCase(op=aten.clamp.Tensor, args=(TOKENS, MORE_TOKENS)),
     RuleCase(op=aten.pow.Tensor_Tensor, args=(AMOUNTS, MORE_TOKENS)),
     RuleCase(op=aten.add.Tensor, args=(TOKENS, MORE_TOKENS), kwargs={"alpha": -0.5}),
     RuleCase(op=aten.sub.Tensor, args=(TOKENS, MORE_TOKENS), kwargs={"alpha": 2.0}),

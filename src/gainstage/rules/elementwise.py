@@ -67,11 +67,11 @@ pointwise(
 )
 
 elementwise(torch.add, aten.add.Scalar)
-elementwise(torch.sub, aten.sub.Tensor, aten.sub.Scalar)
-elementwise(torch.mul, aten.mul.Tensor, aten.mul.Scalar)
-elementwise(torch.div, aten.div.Tensor, aten.div.Scalar)
-elementwise(torch.maximum, aten.maximum.default)
-elementwise(torch.minimum, aten.minimum.default)
+elementwise(torch.sub, aten.sub.Tensor, aten.sub.Scalar, aten.subtract.Tensor)
+elementwise(torch.mul, aten.mul.Tensor, aten.mul.Scalar, aten.multiply.Tensor)
+elementwise(torch.div, aten.div.Tensor, aten.div.Scalar, aten.divide.Tensor, aten.true_divide.Tensor)
+elementwise(torch.maximum, aten.maximum.default, aten.max.other, aten.fmax.default)
+elementwise(torch.minimum, aten.minimum.default, aten.min.other, aten.fmin.default)
 elementwise(torch.pow, aten.pow.Tensor_Tensor)
 
 identity(
@@ -111,6 +111,19 @@ def negate(call: Call, x: Value) -> Value:
 def reverse_subtract(call: Call, x: Value, other: float, alpha: float = 1.0) -> Value:
     """``other - alpha x``."""
     return affine(x, -float(alpha), float(other))
+
+
+@rule(aten.pow.Scalar)
+def power_of(call: Call, base: float, x: Value) -> Value:
+    """``b^x``, entry by entry."""
+    return apply(lambda t: torch.pow(float(base), t), x)
+
+
+@rule(aten.clamp.Tensor)
+def clamp_between(call: Call, x: Value, low: Value | None = None, high: Value | None = None) -> Value:
+    """``min(max(x, low), high)`` for limits that are tensors."""
+    x = x if low is None else binary(torch.maximum, x, low)
+    return x if high is None else binary(torch.minimum, x, high)
 
 
 @rule(aten.pow.Tensor_Scalar)

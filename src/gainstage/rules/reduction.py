@@ -149,6 +149,20 @@ def max_pool(
     return max_over(x, range(len(x.dims) - rank, len(x.dims)), [windows(*args) for args in each])
 
 
+@rule(aten.amax.default)
+def largest(call: Call, x: Value, dim: Sequence[int] = (), keepdim: bool = False) -> Value:
+    """Largest entry along some dimensions."""
+    chosen = sorted(d % len(x.dims) for d in (dim or range(len(x.dims))))
+    return reshape(max_over(x, chosen, [np.arange(x.shape[d])[None, :] for d in chosen]), call.shape)
+
+
+@rule(aten.amin.default)
+def smallest(call: Call, x: Value, dim: Sequence[int] = (), keepdim: bool = False) -> Value:
+    """``-max(-x)``."""
+    found: Value = largest(call, affine(x, -1.0), dim, keepdim)
+    return affine(found, -1.0)
+
+
 @rule(aten.upsample_nearest1d.vec, aten.upsample_nearest2d.vec, aten.upsample_nearest3d.vec)
 def upsample_nearest(call: Call, x: Value, output_size: Any = None, scale_factors: Any = None) -> Value:
     """Each entry repeated."""

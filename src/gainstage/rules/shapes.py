@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from gainstage.rules.conditions import choose
 from gainstage.rules.registry import Call, rule
-from gainstage.signal import Value, affine, expand, filter_dim, join, permute, reorder, reshape, select, take
+from gainstage.signal import Value, affine, expand, filter_dim, join, known, permute, reorder, reshape, select, take
 from gainstage.signal.quadrature import Array, quantiles, weights
 from gainstage.signal.rolling import roll
 from gainstage.signal.value import Marginal
@@ -35,7 +36,7 @@ def permuted(call: Call, x: Value, dims: Sequence[int]) -> Value:
     return permute(x, dims)
 
 
-@rule(aten.transpose.int)
+@rule(aten.transpose.int, aten.swapaxes.default, aten.swapdims.default)
 def transposed(call: Call, x: Value, dim0: int, dim1: int) -> Value:
     """Two dimensions exchanged."""
     order = list(range(len(x.dims)))
@@ -57,15 +58,16 @@ def moved(call: Call, x: Value, source: int, destination: int) -> Value:
     return permute(x, order)
 
 
-@rule(aten.expand.default, aten.expand_as.default)
+@rule(aten.expand.default, aten.expand_as.default, aten.broadcast_to.default)
 def expanded(call: Call, x: Value, *args: Any, **kwargs: Any) -> Value:
     """Broadcast: copies are equal."""
     return expand(x, call.shape)
 
 
-@rule(aten.repeat.default)
+@rule(aten.repeat.default, aten.tile.default)
 def repeated(call: Call, x: Value, repeats: Sequence[int]) -> Value:
     """Tiled copies: a new outer axis of equal entries in each repeated dimension."""
+    repeats = [1] * (len(x.dims) - len(repeats)) + list(repeats)
     x = reshape(x, (1,) * (len(repeats) - len(x.dims)) + x.shape)
     pairs = [n for count, size in zip(repeats, x.shape, strict=True) for n in (1, size)]
     tiled = [n for count, size in zip(repeats, x.shape, strict=True) for n in (count, size)]
@@ -123,11 +125,24 @@ def unbound(call: Call, x: Value, dim: int = 0) -> tuple[Value, ...]:
     return tuple(reshape(select(x, dim, i), call.shape) for i in range(x.shape[dim]))
 
 
-@rule(aten.cat.default, aten.concat.default)
+@rule(aten.cat.default, aten.concat.default, aten.concatenate.default)
 def concatenated(call: Call, tensors: Sequence[Value], dim: int = 0) -> Value:
     """Parts one after the other."""
     parts = [x for x in tensors if x.shape != (0,)]
     return join(parts, dim)
+
+
+@rule(aten.broadcast_tensors.default)
+def broadcast(call: Call, tensors: Sequence[Value]) -> tuple[Value, ...]:
+    """Each expanded to the shape of all."""
+    return tuple(expand(x, call.shape) for x in tensors)
+
+
+@rule(aten.tril.default, aten.triu.default)
+def triangle(call: Call, x: Value, diagonal: int = 0) -> Value:
+    """Zeros on one side of a diagonal."""
+    op: Any = call.op
+    return choose(known(op(torch.ones(x.shape[-2:], dtype=torch.float64), diagonal)), x, 0.0)
 
 
 @rule(aten.stack.default)
