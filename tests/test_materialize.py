@@ -103,6 +103,21 @@ class Configured(nn.Module):
         self.blocks = nn.ModuleList(Masked(config) for _ in range(2))
 
 
+class Inside(nn.Module):
+    def __init__(self, doubled):
+        super().__init__()
+        self.register_buffer("multiples", doubled * torch.arange(3.0))
+
+
+class Around(nn.Module):
+    """Can be built again, where the module in it cannot be alone."""
+
+    def __init__(self, base):
+        super().__init__()
+        self.base = base
+        self.inside = Inside(2 * base)
+
+
 class Resetting(nn.Module):
     """Keeps nothing by the name of its argument, but can be reset."""
 
@@ -159,6 +174,7 @@ class Rope(nn.Module):
         lambda: nn.InstanceNorm2d(3, track_running_stats=True),
         lambda: nn.Sequential(Rotary(8), nn.Linear(2, 2), Rotary(6, base=5e5)),
         lambda: Configured(Config(5)),
+        lambda: Around(3.0),
         lambda: nn.Sequential(Resetting(3), Resetting(4)),
         lambda: Decoder(4, 6),
         lambda: nn.Sequential(nn.Linear(3, 4), Rotary(8)).double(),
@@ -234,6 +250,30 @@ class Changed(nn.Module):
         self.register_buffer("steps", torch.arange(self.size))
 
 
+class Scaled(nn.Module):
+    """The same, where only the number tells: the shape would be right."""
+
+    def __init__(self, base):
+        super().__init__()
+        self.base = 2 * base
+        self.register_buffer("powers", self.base ** torch.arange(3.0))
+
+
+class Borrowing(nn.Module):
+    """Keeps no size; that of the model around it is another one, by chance of the same shape."""
+
+    def __init__(self, base):
+        super().__init__()
+        self.register_buffer("multiples", base * torch.arange(3.0))
+
+
+class Lending(nn.Module):
+    def __init__(self, other):
+        super().__init__()
+        self.base = 5.0
+        self.inner = Borrowing(7.0)
+
+
 class Random(nn.Module):
     def __init__(self, size):
         super().__init__()
@@ -268,6 +308,8 @@ class Partial(nn.Module):
         (lambda: Positions(4), "table (Positions)"),
         (lambda: Default(3, base=3.0), "powers (Default)"),
         (lambda: Changed(8), "steps (Changed)"),
+        (lambda: Scaled(3.0), "powers (Scaled)"),
+        (lambda: Lending(0), "inner.multiples (Borrowing)"),
         (lambda: Random(3), "projection (Random)"),
         (lambda: Dependent(3), "start (Dependent)"),
         (lambda: Partial(0), "state (Partial)"),
