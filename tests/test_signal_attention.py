@@ -299,3 +299,27 @@ def test_drawn_probabilities_sum_to_one_and_have_the_table_that_they_are_drawn_f
     (sample,) = draw([weights], np.random.default_rng(0))
     assert sample.sum(-1).numpy() == pytest.approx(np.ones(250_000))
     assert float(sample.square().mean()) == pytest.approx(weights.second_moment, rel=5e-3)
+
+
+class MapThenToken(nn.Module):
+    """A smooth map becomes tokens, and a class token is put before them."""
+
+    def __init__(self) -> None:
+        """Token, projection and head."""
+        super().__init__()
+        self.token = nn.Parameter(torch.randn(1, 1, 24))
+        self.conv = nn.Conv2d(3, 24, 3, padding=1)
+        self.head = nn.Linear(24, 24)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Tokens of a pooled map."""
+        tokens = F.avg_pool2d(self.conv(x).relu(), 3, 1).flatten(2).transpose(1, 2)
+        return self.head(torch.cat([self.token.expand(2, -1, -1), tokens], dim=1))
+
+
+def test_a_map_that_is_smooth_can_be_joined_as_tokens() -> None:
+    """What near places share ends with the map."""
+    torch.manual_seed(0)
+    trace = inspect(MapThenToken(), (torch.randn(2, 3, 8, 8),))
+    mean, error = second_moment_over_draws(MapThenToken, (2, 3, 8, 8), 60)
+    assert abs(math.log(trace.calls[-1].outputs[0].second_moment / mean)) < 0.05 + 4.0 * error

@@ -127,8 +127,14 @@ def through(near: Neighbours, own: float, far: float, function: Callable[[Array]
     return made(near.axes, (after - distant) / top), distant
 
 
+def _on(near: Neighbours | None, axes: Sequence[Axis]) -> Neighbours | None:
+    """What is left of it on these axes: a map that was flattened and joined to something else has none."""
+    return near if near is not None and all(axis in axes for axis in near.axes) else None
+
+
 def mixed(terms: Sequence[tuple[Neighbours | None, float]], axes: Sequence[Axis]) -> Neighbours | None:
     """e(d) of a sum or a concatenation: the average of the terms' by what each has of ``own - far``."""
+    terms = [(_on(near, axes), weight) for near, weight in terms]
     present = [near for near, _ in terms if near is not None]
     total = sum(weight for _, weight in terms)
     if not present or total <= 0.0:
