@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from gainstage.signal import levels
-from gainstage.signal.axes import Axis, axes_of
+from gainstage.signal.axes import Axis
 from gainstage.signal.contraction import Places
 from gainstage.signal.linear import standardised
 from gainstage.signal.movement import merge_dim
@@ -107,16 +107,12 @@ def _pooled(x: Value, read: Sequence[tuple[int, Places]], rho: Array, distant: f
     out: dict[int, tuple[Axis, ...]] = {d: (Axis(len(place)),) if len(place) > 1 else () for d, place in read}
     profile = _pooled_levels(x, read, out, louder)
     marginal, mean, second = _marginal(surface, louder, profile)
+    table = evaluate_series(marginal.series, x.correlation())
     gone = {x.dims[d][0] for d in out if not out[d]}
-    table = _table(x, [x.axes.index(x.dims[d][0]) for d, _ in read], window, surface) * second
-    table = table[tuple(1 if axis in gone else slice(None) for axis in x.axes)]
-    dims = tuple(out.get(d, axes) for d, axes in enumerate(x.dims))
-    for axis in (axis for axes in out.values() for axis in axes) if profile is not None else ():
-        position = axes_of(dims).index(axis)
-        np.moveaxis(table, position, 0)[0] *= levels.pair_factor(levels.over(profile, position, axis.size))
     result = Value(
-        dims=dims, mean=mean, table=table, marginal=marginal, source=object(), lineage=x.lineage,
-        log_variance=x.log_variance, levels=profile,
+        dims=tuple(out.get(d, axes) for d, axes in enumerate(x.dims)), mean=mean,
+        table=np.asarray(table[tuple(1 if axis in gone else slice(None) for axis in x.axes)]), marginal=marginal,
+        source=object(), lineage=x.lineage, log_variance=x.log_variance, levels=profile,
     )  # fmt: skip
     spans = tuple(axis for d, _ in read for axis in out[d])
     excess, apart = _excess(read, _Correlations(counts, rho, distant), window, surface)
@@ -124,28 +120,6 @@ def _pooled(x: Value, read: Sequence[tuple[int, Places]], rho: Array, distant: f
     if spans:
         result = result.with_neighbours(near, second, apart * second)
     return replace(result, near=made(near.axes, near.excess), largest=Largest(result.table, x, tuple(read)))
-
-
-def _table(x: Value, positions: Sequence[int], window: _Window, surface: Array) -> Array:
-    """Table of the maxima over their second moment, at equal levels, by the correlations of the places.
-
-    Windows at the same place of two samples hold the same places, which share more than different ones: what that is of the part
-    that places have for themselves is passed on in proportion.
-    """
-    mass = coarse()[1]
-    own, alike = float(mass @ surface**2 @ mass), float(window.apart(surface, np.array([window.shared]))[0])
-    series = x.marginal.even_series
-    rho = np.asarray(invert_series(series, levels.evened(x.table, x.levels, positions) - series[0]))
-    elsewhere = rho.copy()
-    for position in positions:
-        np.moveaxis(elsewhere, position, 0)[1] = np.moveaxis(elsewhere, position, 0)[0]
-    here = np.ones(rho.shape, dtype=bool)
-    for position in positions:
-        np.moveaxis(here, position, 0)[0] = False
-    extra = np.clip((rho - elsewhere) / max(1.0 - window.shared, 1e-9), 0.0, 1.0) * (own - alike)
-    table = window.apart(surface, np.where(here, elsewhere, rho)) + np.where(here, extra, 0.0)
-    table[(1,) * table.ndim] = own
-    return table / own if own > 0.0 else table
 
 
 def _louder(x: Value, read: Sequence[tuple[int, Places]], window: _Window) -> list[Array]:
