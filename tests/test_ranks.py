@@ -39,36 +39,27 @@ _CASES = {
 _KILLED = {"a killed rank": 1}  # has nothing to say
 
 
-@pytest.fixture(scope="module")
-def outcomes(tmp_path_factory):
-    """What each rank reports of each case; one start of the processes for all cases of their number."""
-    known = {}
-
-    def run(processes):
-        if processes not in known:
-            folder = tmp_path_factory.mktemp(f"ranks{processes}")
-            script = Path(__file__).with_name("on_ranks.py")
-            subprocess.run(
-                [
-                    *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)),
-                    *(str(script), str(folder), *_CASES[processes]),
-                ],
-                env={**os.environ, "OMP_NUM_THREADS": "1"},
-                check=False,
-                capture_output=True,
-                timeout=120,
-            )
-            files = [folder / f"{rank}.json" for rank in range(processes)]
-            known[processes] = [json.loads(file.read_text()) if file.exists() else {} for file in files]
-        return known[processes]
-
-    return run
+def run(processes, folder):
+    """What each rank reports of each case; one start of the processes for all cases, as the imports take longest."""
+    script = Path(__file__).with_name("on_ranks.py")
+    launch = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes))
+    subprocess.run(
+        [*launch, str(script), str(folder), *_CASES[processes]],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        check=False,
+        capture_output=True,
+        timeout=120,
+    )
+    files = [folder / f"{rank}.json" for rank in range(processes)]
+    return [json.loads(file.read_text()) if file.exists() else {} for file in files]
 
 
-@pytest.mark.parametrize(("processes", "case"), [(processes, case) for processes, cases in _CASES.items() for case in cases])
-def test_on_ranks(outcomes, processes, case):
-    for rank, found in enumerate(outcomes(processes)):
-        if _KILLED.get(case) == rank:
-            assert case not in found
-        else:
-            assert found.get(case, "no report") == "passed", f"rank {rank}:\n{found.get(case)}"
+@pytest.mark.parametrize("processes", _CASES)
+def test_on_ranks(processes, tmp_path):
+    wrong = []
+    for rank, found in enumerate(run(processes, tmp_path)):
+        for case in _CASES[processes]:
+            outcome = found.get(case, "no report")
+            if outcome != ("no report" if _KILLED.get(case) == rank else "passed"):
+                wrong.append(f"{case}, rank {rank}:\n{outcome}")
+    assert not wrong, "\n".join(wrong)
