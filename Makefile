@@ -6,7 +6,7 @@ BIN := .venv/bin
 THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check bench-accuracy bench-apply bench-speed
+.PHONY: help demo test check bench-accuracy bench-apply bench-speed docs
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 24
@@ -31,6 +31,9 @@ bench-apply: .venv/installed-dev ## elements per second of drawing, against torc
 
 bench-speed: .venv/installed-zoo ## seconds and memory of every stage
 	@$(BIN)/python -m benchmarks.speed
+
+docs: .venv/installed-dev ## fill the tables of README.md and docs/ from the measurements
+	@$(BIN)/python -m docs.build
 
 # The stamp of an extra: newer than what it was installed from, or it is installed again.
 .venv/installed-%: pyproject.toml constraints.txt | $(BIN)/python

@@ -1,0 +1,192 @@
+"""Fills the generated blocks of README.md and docs/*.md, so that no figure in them is typed by hand.
+
+python -m docs.build [--check]
+
+A block stands between <!-- begin:NAME --> and <!-- end:NAME -->. Figures come from benchmarks/results/*.json, the rest from the
+package itself. With --check nothing is written; the exit code is 1 where a block is out of date.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from benchmarks.speed import fills_table, large_table, stages_table
+from torch import nn
+
+import gainstage as gs
+from gainstage.policies import (
+    EqualContribution,
+    FanScaled,
+    FixedStd,
+    KeyVariance,
+    Level,
+    NearChance,
+    StreamShare,
+    Target,
+    find_policy,
+)
+from gainstage.policies.registry import POLICIES
+from gainstage.roles import Role
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+NOT_MEASURED = "*Not measured yet.*"
+
+_BLOCK = re.compile(r"(<!-- begin:(?P<name>[a-z]+) -->\n).*?(<!-- end:(?P=name) -->)", re.DOTALL)
+
+
+def built(page: str) -> str:
+    """A page with all its blocks filled."""
+    return _BLOCK.sub(lambda match: f"{match[1]}{BLOCKS[match['name']]().strip()}\n{match[3]}", page)
+
+
+def stale() -> list[Path]:
+    """Pages with a block that is out of date."""
+    return [page for page in PAGES if (text := page.read_text(encoding="utf-8")) != built(text)]
+
+
+def results(name: str) -> dict[str, Any]:
+    """Figures of a benchmark; nothing where it was not run."""
+    path = RESULTS / f"{name}.json"
+    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
+
+
+def table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Markdown, figures to the right."""
+    marks = ["---" if index == 0 else "---:" for index in range(len(headings))]
+    return "\n".join("| " + " | ".join(row) + " |" for row in (headings, marks, *rows))
+
+
+def speed_table(name: str, layout: Callable[[Any], tuple[Sequence[str], Sequence[Sequence[str]]]]) -> str:
+    """One of the tables of the speed benchmark."""
+    measured = results("speed").get(name)
+    return table(*layout(measured)) if measured else NOT_MEASURED
+
+
+def machine() -> str:
+    """What was measured on."""
+    found = results("speed").get("machine")
+    if not found:
+        return NOT_MEASURED
+    return (
+        f"{found['processor']}, {found['cores']} cores, torch {found['torch']}, {found['threads']} thread(s), "
+        f"other load at the start {found['load']}."
+    )
+
+
+def percent(value: float) -> str:
+    """``1.4``."""
+    return f"{100 * value:.1f}"
+
+
+def accuracy() -> str:
+    """A table for each initialization, a row for each model."""
+    parts = []
+    for policy, found in results("accuracy").items():
+        rows = [
+            (model["model"], model["failure"] or str(model["draws"]), str(model["modules"]), *_quantiles(model))
+            for model in found["models"]
+        ]
+        total = ("**all**", "", str(sum(model["modules"] for model in found["models"])), *_quantiles(found["all"]))
+        headings = ("model", "draws", "outputs", "p50 %", "p90 %", "p99 %")
+        parts.append(f"Initialization: `{policy}`.\n\n{table(headings, [*rows, total])}")
+    return "\n\n".join(parts) or NOT_MEASURED
+
+
+def _quantiles(found: Mapping[str, float]) -> tuple[str, ...]:
+    return tuple(percent(found[key]) for key in ("p50", "p90", "p99"))
+
+
+def summary() -> str:
+    """The overall figures in a few lines."""
+    lines = []
+    for policy, found in results("accuracy").items():
+        p50, p90, p99 = _quantiles(found["all"])
+        lines.append(
+            f"- Error of predicted second moments over {len(found['models'])} reference models, initialization `{policy}`: "
+            f"p50 {p50} %, p90 {p90} %, p99 {p99} %."
+        )
+    lines += [
+        f"- A plan for {plan['model']} ({plan['parameters'] / 1e9:.0f} billion parameters) without weights: "
+        f"{plan['processor_seconds']:.0f} processor seconds, {plan['peak_megabytes']:.0f} MB."
+        for plan in results("speed").get("large", ())
+    ]
+    return "\n".join(lines) or NOT_MEASURED
+
+
+def policies() -> str:
+    """A column for each policy, a row for each role."""
+    rows = [
+        (f"`{role.value}`", *(_target(policy.targets[role]) for policy in POLICIES.values() if policy.name != "torch"))
+        for role in Role
+    ]
+    names = [f"`{name}`" for name in POLICIES if name != "torch"]
+    sources = "\n".join(f"- `{policy.name}`: {policy.source}" for policy in POLICIES.values())
+    marks = ["---"] * (len(names) + 1)
+    lines = ["| " + " | ".join(row) + " |" for row in (("role", *names), marks, *rows)]
+    return "\n".join([*lines, "", "`torch` leaves every role to the module's own `reset_parameters`. Sources:", "", sources])
+
+
+def _target(target: Target) -> str:
+    """A target as one would write it in a table."""
+    match target:
+        case Level(second_moment=level):
+            return f"level {level:g}"
+        case KeyVariance(variance=variance):
+            return f"variance {variance:g} over keys"
+        case StreamShare(total=total):
+            return f"{total:g}/N of the stream"
+        case EqualContribution(second_moment=level):
+            return f"equal shares of {level:g}"
+        case NearChance(excess=excess):
+            return f"chance + {excess:.0%}"
+        case FanScaled(gain=gain, fan=fan):
+            return f"{gain:g} / {fan.value}"
+        case FixedStd(std=std, divided=divided):
+            return f"std {std:g}" + (" / sqrt(N)" if divided else "")
+    return re.sub(r"(?<!^)([A-Z])", lambda match: f" {match[1]}", type(target).__name__).lower()
+
+
+def explanation() -> str:
+    """What the example of the README prints."""
+    layer = nn.TransformerEncoderLayer(64, 4, 256, batch_first=True, norm_first=True, activation=nn.functional.silu)
+    model = nn.TransformerEncoder(layer, 6, enable_nested_tensor=False)
+    generator = torch.Generator().manual_seed(0)
+    plan = gs.plan(model, (torch.randn(8, 32, 64, generator=generator),), policy=find_policy("unit"))
+    return f"```text\n{plan.explain('layers.0.linear2.weight')}\n```"
+
+
+BLOCKS: Mapping[str, Callable[[], str]] = {
+    "accuracy": accuracy,
+    "explanation": explanation,
+    "fills": lambda: speed_table("fills", fills_table),
+    "large": lambda: speed_table("large", large_table),
+    "machine": machine,
+    "policies": policies,
+    "stages": lambda: speed_table("stages", stages_table),
+    "summary": summary,
+}
+
+
+def main() -> int:
+    """Write, or look."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true")
+    pages = stale()
+    for page in pages:
+        print(f"{page.relative_to(ROOT)} is out of date")
+        if not parser.parse_args().check:
+            page.write_text(built(page.read_text(encoding="utf-8")), encoding="utf-8")
+    return 1 if pages and parser.parse_args().check else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
