@@ -28,6 +28,7 @@ if TYPE_CHECKING:
         UnsupportedOpError,
         UnsupportedParameterError,
     )
+    from gainstage.optim import FirstUpdate, param_groups
     from gainstage.plan import Distribution, Family, Plan
     from gainstage.policies import Policy
     from gainstage.propagate.trace import ParameterStatistics, Signal, Trace
@@ -38,6 +39,7 @@ __all__ = [
     "CaptureError",
     "Distribution",
     "Family",
+    "FirstUpdate",
     "GainstageError",
     "InputError",
     "NoSignalError",
@@ -60,6 +62,7 @@ __all__ = [
     "initialize",
     "inspect",
     "materialize",
+    "param_groups",
     "param_init_fn",
     "plan",
     "verify",
@@ -69,6 +72,7 @@ __all__ = [
 _HOMES = {
     "gainstage.api": ("apply", "gain", "initialize", "inspect", "plan", "verify"),
     "gainstage.apply": ("materialize", "param_init_fn"),
+    "gainstage.optim": ("FirstUpdate", "param_groups"),
     "gainstage.plan": ("Distribution", "Family", "Plan"),
     "gainstage.policies": ("Policy",),
     "gainstage.propagate.trace": ("ParameterStatistics", "Signal", "Trace"),

@@ -1,0 +1,92 @@
+"""The size that a parameter's updates are compared with."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+
+from gainstage.apply.parts import Holding
+from gainstage.errors import InputError
+from gainstage.plan import Distribution, Family, ParameterPlan, Plan
+from gainstage.roles import Role
+
+# Weights that something is contracted with, where they have the shape of one.
+_CONTRACTED = frozenset(
+    {
+        Role.OUTPUT_HEAD,
+        Role.QUERY,
+        Role.KEY,
+        Role.VALUE,
+        Role.ROUTER,
+        Role.RESIDUAL_END,
+        Role.MERGE_END,
+        Role.GATE,
+        Role.RECURRENT,
+        Role.DEPTHWISE,
+        Role.HIDDEN,
+    }
+)
+
+
+def is_matrix(planned: ParameterPlan) -> bool:
+    """A weight that something is contracted with: neither bias nor norm, table, slope or vector, and no tied head."""
+    return Role(planned.role) in _CONTRACTED and len(planned.shape) > 1
+
+
+def is_hidden_matrix(planned: ParameterPlan) -> bool:
+    """A matrix of two dimensions that is not the output head."""
+    return is_matrix(planned) and len(planned.shape) == 2 and Role(planned.role) is not Role.OUTPUT_HEAD
+
+
+def starting_rms(planned: ParameterPlan, holding: Holding) -> float:
+    """sqrt(E[p^2]) over draws and entries, blocks of different distributions in proportion; of the values where they are kept.
+
+    Raises:
+        InputError: a parameter that is kept has no values yet, or is not finite.
+    """
+    if any(distribution.family is Family.KEEP for distribution in planned.distributions):
+        return _present_rms(planned.name, holding)
+    if not planned.blocks:
+        return math.sqrt(_second_moment(planned.distribution))
+    size = planned.shape[planned.blocks[0].dim]
+    shares = [((block.stop - block.start) / size, block.distribution) for block in planned.blocks]
+    elsewhere = max(0.0, 1.0 - sum(share for share, _ in shares))
+    shares.append((elsewhere, planned.distribution))
+    return math.sqrt(sum(share * _second_moment(distribution) for share, distribution in shares))
+
+
+def _second_moment(distribution: Distribution) -> float:
+    return distribution.mean**2 + distribution.std**2
+
+
+def _present_rms(name: str, holding: Holding) -> float:
+    if holding.parameter.is_meta:
+        raise InputError(f"{name} is kept as it is, and has no values on the meta device to compare its updates with")
+    norm: Any = torch.linalg.vector_norm(holding.parameter.detach(), dtype=torch.float64)
+    if holding.ranks:  # a DTensor: the sum over its shards
+        norm = norm.full_tensor()
+    rms = float(norm) / math.sqrt(math.prod(holding.shape))
+    if not math.isfinite(rms):
+        raise InputError(f"{name} is kept as it is, but has values that are not finite")
+    return rms
+
+
+def reached_scale(planned: ParameterPlan, plan: Plan) -> float:
+    """The rms that a parameter which starts from zeros is meant to reach.
+
+    1 / sqrt(fan-in) for a weight that is contracted: it then passes a unit level on. For the bias or shift of a module that has
+    one other parameter and no children: the planned rms of that module's output, since the bias is added there. 1 for all else:
+    norm scales and slopes multiply, biases inside a larger module and learned tokens are added to, what is planned at unit level.
+    """
+    if is_matrix(planned):
+        outputs = math.prod(planned.shape[dim] for dim in planned.output_dims)
+        return math.sqrt(outputs / math.prod(planned.shape))
+    if Role(planned.role) in (Role.BIAS, Role.NORM_SHIFT):
+        path = planned.name.rpartition(".")[0]
+        inside = [name for name in plan.parameters if name.startswith(f"{path}.")] if path else list(plan.parameters)
+        outputs_at = plan.predictions.get(f"{path}@0", ())
+        if len(inside) == 2 and len(outputs_at) == 1 and outputs_at[0] > 0.0:
+            return math.sqrt(outputs_at[0])
+    return 1.0
