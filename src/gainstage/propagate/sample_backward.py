@@ -36,7 +36,7 @@ def sample_backward(node: Node, g: Any, args: Sequence[Any], kwargs: Mapping[str
             pairs = [
                 (out, part) for out, part in zip(outputs, g if isinstance(g, list) else [g], strict=False) if part is not None
             ]
-            weights = [tensor.to(torch.float32) for tensor in draw([part for _, part in pairs], generator)]
+            weights = [_cotangent(part, generator) for _, part in pairs]
             wanted = [leaf for leaf in leaves if leaf.requires_grad]
             reached = [(out, weight) for (out, _), weight in zip(pairs, weights, strict=True) if out.requires_grad]
             if not reached or not wanted:
@@ -46,6 +46,13 @@ def sample_backward(node: Node, g: Any, args: Sequence[Any], kwargs: Mapping[str
             found.append([next(by_leaf) if leaf.requires_grad else None for leaf in leaves])
     pooled_values = iter([_pooled_gradient(list(draws)) for draws in zip(*found, strict=True)])
     return tuple(_fill_gradients(argument, pooled_values) for argument in args)
+
+
+def _cotangent(g: Value, generator: np.random.Generator) -> torch.Tensor:
+    """A draw of the gradient of a result; of a single number its size, since only its square matters."""
+    if not g.axes:
+        return torch.full(g.shape, g.second_moment**0.5)
+    return draw([g], generator)[0].to(torch.float32)
 
 
 def _leaf(tensor: torch.Tensor) -> torch.Tensor:

@@ -169,9 +169,13 @@ def upsample_nearest(call: Call, x: Value, output_size: Any = None, scale_factor
     for d in range(2, len(x.dims)):
         size, outputs = x.shape[d], call.shape[d]
         if size != outputs:
-            source = np.minimum(np.arange(outputs) * size // outputs, size - 1)
-            x = filter_dim(x, d, np.eye(size)[source])
+            x = filter_dim(x, d, repeating(size, outputs))
     return x
+
+
+def repeating(size: int, outputs: int) -> np.ndarray[Any, Any]:
+    """Coefficients [outputs, size] of nearest-neighbour interpolation along one dimension."""
+    return np.asarray(np.eye(size)[np.minimum(np.arange(outputs) * size // outputs, size - 1)])
 
 
 @rule(aten.upsample_bilinear2d.vec, aten.upsample_bicubic2d.vec, aten.upsample_linear1d.vec)
@@ -181,13 +185,18 @@ def upsample_smooth(call: Call, x: Value, output_size: Any, align_corners: bool,
         size, outputs = x.shape[d], call.shape[d]
         if size != outputs:
             cubic = call.op is aten.upsample_bicubic2d.vec
-            image = torch.eye(size, dtype=torch.float64).reshape(1, size, size, 1)
-            image = image.expand(1, size, size, 2).contiguous() if cubic else image
-            scaled = torch.nn.functional.interpolate(
-                image, (outputs, image.shape[-1]), mode="bicubic" if cubic else "bilinear", align_corners=align_corners
-            )
-            x = filter_dim(x, d, scaled[0, :, :, 0].T.contiguous().numpy())
+            x = filter_dim(x, d, interpolating(size, outputs, cubic=cubic, align_corners=align_corners))
     return x
+
+
+def interpolating(size: int, outputs: int, *, cubic: bool, align_corners: bool) -> np.ndarray[Any, Any]:
+    """Coefficients [outputs, size] of smooth interpolation along one dimension, read off the op itself."""
+    image = torch.eye(size, dtype=torch.float64).reshape(1, size, size, 1)
+    image = image.expand(1, size, size, 2).contiguous() if cubic else image
+    scaled = torch.nn.functional.interpolate(
+        image, (outputs, image.shape[-1]), mode="bicubic" if cubic else "bilinear", align_corners=align_corners
+    )
+    return np.asarray(scaled[0, :, :, 0].T.contiguous().numpy())
 
 
 @rule(aten.cumsum.default)

@@ -88,14 +88,13 @@ def softmax_gradient(g: Value, p: Value, dim: int, evenness: float = 1.0) -> Val
     return gaussian(g.dims, 0.0, table, lineage=g.lineage | p.lineage, log_variance=g.log_variance)
 
 
-def lookup_gradient(g: Value, index: Value, rows: int) -> Value:
+def lookup_gradient(g: Value, index: torch.Tensor, rows: int) -> Value:
     """Gradient [rows, ...] of a table from that of the entries looked up: sums over equal indices.
 
     ``K[same row] = (1/rows) sum over pairs of entries of P(equal) K_g``; the sum over all pairs is that of g.
     """
-    assert index.constant is not None
-    rank = len(index.constant.shape)
-    probability, dims = same_index_table(index.constant)
+    rank = index.dim()
+    probability, dims = same_index_table(index)
     equal = gaussian(dims, 0.0, probability)
     for d in range(rank):
         g, equal = refine(g, equal, d, d)

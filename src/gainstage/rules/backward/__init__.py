@@ -1,6 +1,6 @@
 """Backward rules: what each operation does to the statistics of gradients. Public: importing registers those of Gainstage."""
 
-from gainstage.rules.backward import attention, elementwise, linear, loss, reduction, shapes
+from gainstage.rules.backward import attention, elementwise, indexing, linear, loss, reduction, shapes
 from gainstage.rules.backward.elementwise import times_slope
 from gainstage.rules.backward.registry import BackwardCall, BackwardRule, Gradient, backward, backward_rules
 from gainstage.rules.backward.sums import zeros
@@ -13,6 +13,7 @@ __all__ = [
     "backward",
     "backward_rules",
     "elementwise",
+    "indexing",
     "linear",
     "loss",
     "reduction",

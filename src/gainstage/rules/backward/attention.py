@@ -16,7 +16,6 @@ from gainstage.signal import (
     contract,
     dropout,
     expand,
-    lookup_gradient,
     mean_over,
     reshape,
     softmax,
@@ -88,9 +87,3 @@ def _of_group(g: Value, like: Value) -> Value:
     group = g.shape[-3] // heads
     split = reshape(g, (*g.shape[:-3], heads, group, *g.shape[-2:]))
     return reshape(summed_over(split, [len(split.dims) - 3]), like.shape)
-
-
-@backward(aten.embedding.default)
-def embedding(call: BackwardCall, g: Value, weight: Value, index: Value, *args: Any) -> tuple[Gradient, ...]:
-    """Sum over the tokens of a row."""
-    return lookup_gradient(g, index, weight.shape[0]), None

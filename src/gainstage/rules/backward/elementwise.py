@@ -10,7 +10,7 @@ from gainstage.rules.backward.linear import bias_gradient
 from gainstage.rules.backward.registry import BackwardCall, Gradient, backward
 from gainstage.rules.backward.sums import to_shape
 from gainstage.rules.conditions import kept
-from gainstage.signal import Value, affine, apply, combine, dropout, slope, through_slope, to_summand
+from gainstage.signal import Value, affine, apply, combine, dropout, join, slope, take, through_slope, to_summand
 
 aten = torch.ops.aten
 
@@ -64,7 +64,7 @@ def added(call: BackwardCall, g: Value, x: Any, y: Any, alpha: float = 1) -> tup
     return _of_sum(call, g, x, y, float(alpha))
 
 
-@backward(aten.sub.Tensor, aten.sub.Scalar)
+@backward(aten.sub.Tensor, aten.sub.Scalar, aten.subtract.Tensor)
 def subtracted(call: BackwardCall, g: Value, x: Any, y: Any, alpha: float = 1) -> tuple[Gradient, ...]:
     """``g`` and ``-alpha g``."""
     return _of_sum(call, g, x, y, -float(alpha))
@@ -80,13 +80,13 @@ def _times(g: Value, factor: Any) -> Value:
     return combine(torch.mul, g, factor) if isinstance(factor, Value) else affine(g, float(factor))
 
 
-@backward(aten.mul.Tensor, aten.mul.Scalar)
+@backward(aten.mul.Tensor, aten.mul.Scalar, aten.multiply.Tensor)
 def multiplied(call: BackwardCall, g: Value, x: Any, y: Any) -> tuple[Gradient, ...]:
     """``g y`` and ``g x``."""
     return (_for(x, _times(g, y)) if isinstance(x, Value) else None), (_for(y, _times(g, x)) if isinstance(y, Value) else None)
 
 
-@backward(aten.div.Tensor, aten.div.Scalar)
+@backward(aten.div.Tensor, aten.div.Scalar, aten.divide.Tensor, aten.true_divide.Tensor)
 def divided(call: BackwardCall, g: Value, x: Any, y: Any) -> tuple[Gradient, ...]:
     """``g / y`` and ``-g x / y^2``."""
     if not isinstance(y, Value):
@@ -101,6 +101,21 @@ def product_added(call: BackwardCall, g: Value, x: Value, a: Value, b: Value, va
     """``g``, ``value g b`` and ``value g a``."""
     scaled = affine(g, float(value))
     return _for(x, g), _for(a, _times(scaled, b)), _for(b, _times(scaled, a))
+
+
+@backward(aten.lerp.Scalar)
+def interpolated(call: BackwardCall, g: Value, x: Value, y: Value, weight: float) -> tuple[Gradient, ...]:
+    """``(1 - w) g`` and ``w g``."""
+    return _for(x, affine(g, 1.0 - float(weight))), _for(y, affine(g, float(weight)))
+
+
+@backward(aten.glu.default)
+def gated(call: BackwardCall, g: Value, x: Value, dim: int = -1) -> tuple[Gradient, ...]:
+    """``g sigmoid(b)`` to the first half, ``g a sigmoid'(b)`` to the second."""
+    half = x.shape[dim] // 2
+    a, b = take(x, dim, 0, half), take(x, dim, half, 2 * half)
+    to_b = through_slope(combine(torch.mul, g, a), slope(torch.sigmoid, b))
+    return (join([combine(torch.mul, g, apply(torch.sigmoid, b)), to_b], dim),)
 
 
 @backward(aten.prelu.default)

@@ -11,7 +11,7 @@ import torch
 from gainstage.rules.backward.registry import BackwardCall, Gradient, backward
 from gainstage.rules.backward.sums import to_shape
 from gainstage.rules.linear import per_dim
-from gainstage.rules.reduction import adaptive_windows, averaging
+from gainstage.rules.reduction import adaptive_windows, averaging, interpolating, repeating
 from gainstage.signal import (
     Value,
     affine,
@@ -180,3 +180,43 @@ def instance_norm(
     """As layer norm, over the positions of each sample and channel."""
     shape = [x.shape[1] if d == 1 else 1 for d in range(len(x.dims))]
     return _through(g, x, range(2, len(x.dims)), eps, weight, bias, shape)
+
+
+@backward(aten.linalg_vector_norm.default)
+def vector_norm(
+    call: BackwardCall, g: Value, x: Value, order: float = 2, dim: Sequence[int] | None = None, keepdim: bool = False,
+    dtype: object = None,
+) -> tuple[Gradient, ...]:  # fmt: skip
+    """``g x / |x|``."""
+    if order != 2:
+        raise NotImplementedError("gradient of a norm that is not Euclidean")
+    ratio = combine(torch.div, g, call.output)
+    return (combine(torch.mul, spread_out(ratio, x, dim, keepdim, 1.0), x),)
+
+
+@backward(aten.upsample_nearest1d.vec, aten.upsample_nearest2d.vec, aten.upsample_nearest3d.vec)
+def upsample_nearest(call: BackwardCall, g: Value, x: Value, *args: Any) -> tuple[Gradient, ...]:
+    """Sum over the copies."""
+    for d in range(2, len(x.dims)):
+        if x.shape[d] != g.shape[d]:
+            g = filter_dim(g, d, repeating(x.shape[d], g.shape[d]).T)
+    return (g,)
+
+
+@backward(aten.upsample_bilinear2d.vec, aten.upsample_bicubic2d.vec, aten.upsample_linear1d.vec)
+def upsample_smooth(
+    call: BackwardCall, g: Value, x: Value, output_size: Any, align_corners: bool, scale_factors: Any = None
+) -> tuple[Gradient, ...]:
+    """The transposed interpolation."""
+    cubic = call.op is aten.upsample_bicubic2d.vec
+    for d in range(2, len(x.dims)):
+        if x.shape[d] != g.shape[d]:
+            g = filter_dim(g, d, interpolating(x.shape[d], g.shape[d], cubic=cubic, align_corners=align_corners).T)
+    return (g,)
+
+
+@backward(aten.cumsum.default)
+def cumulative_sum(call: BackwardCall, g: Value, x: Value, dim: int, *, dtype: object = None) -> tuple[Gradient, ...]:
+    """Sum over all later entries."""
+    size = x.shape[dim]
+    return (filter_dim(g, dim % len(x.dims), np.triu(np.ones((size, size)))),)

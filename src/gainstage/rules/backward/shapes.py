@@ -11,6 +11,7 @@ import torch
 
 from gainstage.rules.backward.registry import BackwardCall, Gradient, backward
 from gainstage.rules.backward.sums import inside, summed_over, to_shape, zeros
+from gainstage.rules.conditions import kept
 from gainstage.signal import Value, filter_dim, join, permute, reorder, reshape, select, take
 
 aten = torch.ops.aten
@@ -18,7 +19,7 @@ aten = torch.ops.aten
 
 @backward(
     aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.flatten.using_ints, aten.unsqueeze.default,
-    aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims, aten.unflatten.int,
+    aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims, aten.unflatten.int, aten.view_as.default, aten.reshape_as.default,
 )  # fmt: skip
 def viewed(call: BackwardCall, g: Value, x: Value, *args: Any, **kwargs: Any) -> tuple[Gradient, ...]:
     """The view back."""
@@ -31,7 +32,7 @@ def permuted(call: BackwardCall, g: Value, x: Value, dims: Sequence[int]) -> tup
     return (permute(g, np.argsort([d % len(x.dims) for d in dims]).tolist()),)
 
 
-@backward(aten.transpose.int)
+@backward(aten.transpose.int, aten.swapaxes.default, aten.swapdims.default)
 def transposed(call: BackwardCall, g: Value, x: Value, dim0: int, dim1: int) -> tuple[Gradient, ...]:
     """The same exchange."""
     order = list(range(len(x.dims)))
@@ -53,13 +54,13 @@ def moved(call: BackwardCall, g: Value, x: Value, source: int, destination: int)
     return (permute(g, order),)
 
 
-@backward(aten.expand.default, aten.expand_as.default)
+@backward(aten.expand.default, aten.expand_as.default, aten.broadcast_to.default)
 def expanded(call: BackwardCall, g: Value, x: Value, *args: Any, **kwargs: Any) -> tuple[Gradient, ...]:
     """Sum over the copies."""
     return (to_shape(g, x.shape),)
 
 
-@backward(aten.repeat.default)
+@backward(aten.repeat.default, aten.tile.default)
 def repeated(call: BackwardCall, g: Value, x: Value, repeats: Sequence[int]) -> tuple[Gradient, ...]:
     """Sum over the copies."""
     shape = (1,) * (len(repeats) - len(x.dims)) + x.shape
@@ -126,7 +127,7 @@ def unbound(call: BackwardCall, g: Sequence[Gradient], x: Value, dim: int = 0) -
     return (join([reshape(part, shape) for part in parts], dim),)
 
 
-@backward(aten.cat.default, aten.concat.default)
+@backward(aten.cat.default, aten.concat.default, aten.concatenate.default)
 def concatenated(call: BackwardCall, g: Value, tensors: Sequence[Value], dim: int = 0) -> tuple[Any, ...]:
     """Each its part."""
     bounds = np.cumsum([0, *(0 if x.shape == (0,) else x.shape[dim] for x in tensors)])
@@ -169,3 +170,17 @@ def padded(
         if before < 0 or after < 0:
             g = inside(g, dim, max(-before, 0), x.shape[dim])
     return (g,)
+
+
+@backward(aten.broadcast_tensors.default)
+def broadcast(call: BackwardCall, g: Sequence[Gradient], tensors: Sequence[Value]) -> tuple[Any, ...]:
+    """Sums over the copies."""
+    return (tuple(None if part is None else to_shape(part, x.shape) for part, x in zip(g, tensors, strict=True)),)
+
+
+@backward(aten.tril.default, aten.triu.default)
+def triangle(call: BackwardCall, g: Value, x: Value, diagonal: int = 0) -> tuple[Gradient, ...]:
+    """The same triangle."""
+    op: Any = call.op
+    inside_it = op(torch.ones(x.shape[-2:]), diagonal).bool()
+    return (kept(g, inside_it),)
