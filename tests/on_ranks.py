@@ -199,6 +199,31 @@ def planned_on_each_rank():
     assert train_one_step(model) == pytest.approx(train_one_step(expected), rel=1e-5)
 
 
+def learning_rates():
+    """Sizes of what is kept, and gradients, are those of whole parameters."""
+    tokens = torch.arange(14).view(2, 7) % 11
+    expected, model = Model(), Model()
+    model.load_state_dict(expected.state_dict())
+    plan = gs.plan(expected, (tokens,), keep=["mixer.weight"])
+    kept = expected.mixer.weight.detach().clone().fill_(0.1)
+    kept[0] = 3.0  # on one rank only
+    for each in (expected, model):
+        gs.apply(each, plan, seed=SEED)
+        each.mixer.weight.data.copy_(kept)
+    fully_shard(model)
+    found = []
+    for each in (expected, model):
+        nn.functional.cross_entropy(each(tokens).flatten(0, 1), tokens.flatten()).backward()
+        gradients = {name: parameter.grad for name, parameter in each.named_parameters()}
+        for optimizer in ("adam", "sgd", "adafactor", "muon"):
+            groups = gs.param_groups(each, plan, optimizer=optimizer, weight_decay=0.1, gradients=gradients)
+            rates = {name: group["lr"] for group in groups for name, _ in group["params"]}
+            found.append([rates[name] for name in plan.parameters])
+    # bfloat16 rounds what is the same up to the order of sums.
+    assert found[:3] == [pytest.approx(rates, rel=1e-4) for rates in found[4:7]]
+    assert found[3] == pytest.approx(found[7], rel=0.02)
+
+
 def flattened(*, use_orig_params):
     def case():
         expected = reference()
@@ -312,6 +337,7 @@ CASES = {
     "flattened": flattened(use_orig_params=False),
     "flattened, original parameters": flattened(use_orig_params=True),
     "planned on each rank": planned_on_each_rank,
+    "learning rates": learning_rates,
     "another plan": another_plan_on_one_rank,
     "another seed": another_seed_on_one_rank,
     "another model": a_model_that_fits_on_all_ranks_but_one,

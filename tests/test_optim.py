@@ -157,6 +157,14 @@ def test_without_a_gradient_muon_is_taken_as_orthogonal():
     assert_as_requested({name: value for name, value in found.items() if name not in {"0.weight", "3.weight"}})
 
 
+def test_muon_on_gradients_of_low_rank():
+    """Here the exact singular values fall short by a tenth: bfloat16's rounding errors are orthogonalised as well."""
+    model, _, plan, gradients = prepared(lambda: (mlp()[0], torch.randn(6, 64)))
+    assert torch.linalg.matrix_rank(gradients["3.weight"]) <= 6
+    groups = gs.param_groups(model, plan, relative_update=REQUEST, optimizer="muon", gradients=gradients)
+    assert_as_requested(realised(model, plan, groups, gradients))
+
+
 OPTIONS = {
     "sgd": [{"momentum": 0.9}, {"momentum": 0.9, "nesterov": True}],
     "adam": [{"eps": 1e-3}],

@@ -20,6 +20,7 @@ _ANY = (
     "flattened",
     "flattened, original parameters",
     "planned on each rank",
+    "learning rates",
 )
 _TWO_DIMENSIONS = (
     "rows and rows",

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -157,6 +158,14 @@ def _gradient_sizes(plan: Plan, trace: Trace | None, gradients: Mapping[str, tor
     return {name: size if size > floor else 0.0 for name, size in sizes.items()}
 
 
+def _whole(tensor: torch.Tensor) -> torch.Tensor:
+    """All entries, gathered from the processes that share them."""
+    sharded: Any = sys.modules.get("torch.distributed.tensor")  # a tensor can only be of a type that was imported
+    if sharded is not None and isinstance(tensor, sharded.DTensor):
+        return cast("torch.Tensor", tensor.full_tensor())
+    return tensor
+
+
 def _rms(tensor: torch.Tensor) -> float:
     return float(tensor.square().mean().sqrt())
 
@@ -169,7 +178,7 @@ def _start(
         dtype=holding.dtype,
         rms=starting_rms(planned, holding),
         gradient_rms=size,
-        gradient=gradient.detach().double() if gradient is not None and size else None,
+        gradient=_whole(gradient.detach()).double() if gradient is not None and size else None,
         settings=settings,
     )
 
@@ -186,7 +195,7 @@ def _member(law: FirstUpdate, start: Start, *, name: str, parameter: torch.Tenso
     if decay and size is not None and not law.is_decay_decoupled:
         size = math.hypot(size, decay * start.rms)
         if gradient is not None:
-            gradient = gradient + decay * parameter.detach()
+            gradient = gradient + decay * _whole(parameter.detach())
             size = _rms(gradient)
     start = replace(start, gradient_rms=size or None, gradient=gradient)
     start = replace(start, settings=law.settings_for(start))
