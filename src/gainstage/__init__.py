@@ -11,8 +11,9 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from gainstage.api import apply, gain, initialize, inspect, plan, verify
+    from gainstage.api import apply, calibrate, gain, initialize, inspect, plan, verify
     from gainstage.apply import materialize, param_init_fn
+    from gainstage.calibrate import Calibration, CalibrationRow
     from gainstage.errors import (
         CaptureError,
         GainstageError,
@@ -36,6 +37,8 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "Calibration",
+    "CalibrationRow",
     "CaptureError",
     "Distribution",
     "Family",
@@ -58,6 +61,7 @@ __all__ = [
     "UnsupportedOpError",
     "UnsupportedParameterError",
     "apply",
+    "calibrate",
     "gain",
     "initialize",
     "inspect",
@@ -70,8 +74,9 @@ __all__ = [
 
 # Where each public name lives; what stands in neither tuple is an exception of gainstage.errors.
 _HOMES = {
-    "gainstage.api": ("apply", "gain", "initialize", "inspect", "plan", "verify"),
+    "gainstage.api": ("apply", "calibrate", "gain", "initialize", "inspect", "plan", "verify"),
     "gainstage.apply": ("materialize", "param_init_fn"),
+    "gainstage.calibrate": ("Calibration", "CalibrationRow"),
     "gainstage.optim": ("FirstUpdate", "param_groups"),
     "gainstage.plan": ("Distribution", "Family", "Plan"),
     "gainstage.policies": ("Policy",),

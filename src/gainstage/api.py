@@ -10,6 +10,8 @@ import torch
 from torch import nn
 
 from gainstage.apply import apply
+from gainstage.calibrate import Calibration
+from gainstage.calibrate import calibrate as calibrate_to
 from gainstage.capture import capture
 from gainstage.errors import UnknownNameError, nearest
 from gainstage.graph import Graph, Node, ParameterInfo
@@ -28,11 +30,11 @@ from gainstage.propagate import (
 from gainstage.roles import infer_roles
 from gainstage.signal import Value
 from gainstage.signal.gain import gain
-from gainstage.solve import Present, find_family, solve
-from gainstage.verify import Check, check_values
+from gainstage.solve import Present, find_family, planned_values, solve
+from gainstage.verify import Check, check_mode, check_operations, check_values
 from gainstage.verify import verify as compare_with
 
-__all__ = ["apply", "gain", "initialize", "inspect", "plan", "verify"]
+__all__ = ["apply", "calibrate", "gain", "initialize", "inspect", "plan", "verify"]
 
 
 def inspect(
@@ -175,6 +177,42 @@ def verify(
         return build_trace(graph, present_values(graph, model))
 
     return compare_with(graph, model, args, given, plan=plan, present=present)
+
+
+def calibrate(model: nn.Module, plan: Plan, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None) -> Calibration:
+    """Scale the parameters of a drawn model so that its levels on these data are those planned, in one forward pass.
+
+    In execution order, each contraction (and each norm or layer scale that ends a branch) is measured and its parameter
+    multiplied by ``sqrt(planned / measured)``, rows of a fused projection one by one; what follows sees the scaled output. A
+    parameter that is used again keeps the scale of its first use; what the plan keeps is kept. The result depends on the data.
+
+    Args:
+        model: drawn from the plan, in its mode; only scaled parameters change, all of them or none.
+        plan: what the model was drawn from.
+        args: positional arguments of forward: real data, a batch as it will be trained on.
+        kwargs: keyword arguments of forward.
+
+    Returns:
+        A row for each level: what was scaled by how much, the level before and after, the planned one, and what is out of reach.
+
+    Raises:
+        NonFiniteError: NaN or infinity in a parameter, an input, or on the way.
+        PlanMismatchError: the plan was made for another model, or another mode of it.
+        InputError: a model on the meta device, or a pass that fails.
+
+    Example::
+
+        plan = gs.initialize(model, (x,), seed=0)
+        print(gs.calibrate(model, plan, (x,)))
+    """
+    given = dict(kwargs or {})
+    check_values(model, args, given)
+    graph = capture(model, args, given)
+    plan.check_fits(graph.parameters)
+    check_mode(plan, graph)
+    check_operations(plan, graph)
+    planned = planned_values(graph, plan, moments=moments_of(model), source=measured_input)
+    return calibrate_to(graph, infer_roles(graph), plan, planned, model)
 
 
 def measured_input(node: Node) -> Value:

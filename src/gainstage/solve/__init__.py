@@ -2,6 +2,7 @@
 
 from gainstage.solve.distributions import find_family
 from gainstage.solve.initial import Present
+from gainstage.solve.planned import planned_values
 from gainstage.solve.solve import solve
 
-__all__ = ["Present", "find_family", "solve"]
+__all__ = ["Present", "find_family", "planned_values", "solve"]

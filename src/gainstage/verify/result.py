@@ -21,11 +21,12 @@ class FindingKind(StrEnum):
     SATURATED = "saturated attention"
     LOUD_HEAD = "loud head"  # first loss far above chance
     UNUSED = "unused parameters"  # they reach no output
+    LARGE_SPREAD = "large spread"  # levels are within a band that is wide, and this draw is not near its middle
 
     @property
     def is_fault(self) -> bool:
         """Tell faults from notes."""
-        return self is not FindingKind.UNUSED
+        return self not in (FindingKind.UNUSED, FindingKind.LARGE_SPREAD)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -14,6 +14,7 @@ from gainstage.verify.measure import Pass
 from gainstage.verify.result import CheckRow, Finding, FindingKind
 
 DEAD, EXPLODING = 1e-4, 1e4  # second moments: float16 loses the squares of the one, and a softmax saturates on the other
+SPREAD, FAR = math.log(2.0), math.log(1.25)  # of log levels: a wide band, and a level that is away from its middle
 SATURATED = 0.5  # of the attention goes to one key, on average over queries
 _CONTRACTIONS = ("linear", "addmm", "mm", "matmul", "bmm", "einsum", "convolution", "conv1d", "conv2d", "conv3d")
 
@@ -92,6 +93,29 @@ def level_off(graph: Graph, rows: Rows, blamed: Sequence[str]) -> list[Finding]:
         )
         blamed = [*blamed, one.node]
     return findings
+
+
+def large_spread(graph: Graph, rows: Rows) -> list[Finding]:
+    """The first contraction within a wide band but away from its middle: no fault of any parameter, but of this draw."""
+    wide = (
+        (row, one)
+        for row, one in rows
+        if _short_name(graph.by_name[one.node]) in _CONTRACTIONS
+        and row.ok
+        and row.spread > SPREAD
+        and row.ratio > 0.0
+        and abs(math.log(row.ratio)) > FAR
+    )
+    return [
+        Finding(
+            kind=FindingKind.LARGE_SPREAD,
+            where=_where(graph, one, set()),
+            evidence=f"{_call(row)}: second moment {row.measured:.4g}, predicted {row.predicted:.4g}, which is {_factor(row)}. So "
+            f"deep and narrow a network varies that much: by a factor of {math.exp(row.spread):.2g} (one deviation) between draws.",
+            remedy="Bring this draw to its planned levels with one pass over real data: gs.calibrate(model, plan, args).",
+        )
+        for row, one in list(wide)[:1]
+    ]
 
 
 def _factor(row: CheckRow) -> str:

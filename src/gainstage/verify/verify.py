@@ -30,7 +30,7 @@ def check_values(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, A
     on_meta = [name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if tensor.is_meta]
     if on_meta:
         raise InputError(
-            f"{on_meta[0]} and {len(on_meta) - 1} more lie on the meta device: there are no values to verify. "
+            f"{on_meta[0]} and {len(on_meta) - 1} more lie on the meta device: there are no values to measure. "
             "Materialise the model (model.to_empty(device='cpu')) and gs.apply(model, plan) first, or use gs.inspect."
         )
     if any(leaf.is_meta for leaf in leaves):
@@ -40,7 +40,7 @@ def check_values(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, A
     bad += [f"input {position}" for position, leaf in enumerate(leaves) if not _is_input(leaf)]
     if bad:
         raise NonFiniteError(
-            f"NaN or infinity in {', '.join(bad[:8])}{' and more' if len(bad) > 8 else ''}: initialise them before verifying."
+            f"NaN or infinity in {', '.join(bad[:8])}{' and more' if len(bad) > 8 else ''}: initialise them first."
         )
 
 
@@ -93,21 +93,41 @@ def verify(
     ]
     findings += [finding for finding in symptoms if not findings or finding.where not in {known.where for known in findings}]
     findings += signals.unused(graph, found)
+    findings += signals.large_spread(graph, rows) if plan is not None else []
     return Check(rows=tuple(row for row, _ in rows), findings=tuple(findings), bound=z_bound(len(rows)), model_error=MODEL_ERROR)
 
 
 def _check_plan(plan: Plan, graph: Graph, model: nn.Module) -> list[Finding]:
     findings, facts = lost_ties(plan, graph.parameters)
     plan.check_fits(facts)
+    check_mode(plan, graph)
+    if not findings:
+        check_operations(plan, graph)
+    return findings + not_as_planned(plan, model)
+
+
+def check_mode(plan: Plan, graph: Graph) -> None:
+    """Refuse a plan that was made for the other mode of the model.
+
+    Raises:
+        PlanMismatchError: it was.
+    """
     if plan.training != graph.training:
         made, now = ("train", "eval") if plan.training else ("eval", "train")
         raise PlanMismatchError(
             f"The plan was made for {made} mode, the model is in {now} mode, where other levels are to be expected. "
             f"Call model.{'train' if plan.training else 'eval'}() first, or make a plan for this mode."
         )
-    if not findings and plan.fingerprint and plan.fingerprint != fingerprint(graph):
+
+
+def check_operations(plan: Plan, graph: Graph) -> None:
+    """Refuse a plan that was made for other operations on the same parameters.
+
+    Raises:
+        PlanMismatchError: it was.
+    """
+    if plan.fingerprint and plan.fingerprint != fingerprint(graph):
         raise PlanMismatchError("The model has the plan's parameters, but other operations read them. Make a plan of this model.")
-    return findings + not_as_planned(plan, model)
 
 
 def _input_level(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> float:

@@ -1,0 +1,58 @@
+"""The stage itself: a model with its plan in, the model with planned levels and a report out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from gainstage.apply.memory import check_writable
+from gainstage.calibrate.amend import amended
+from gainstage.calibrate.result import Calibration
+from gainstage.calibrate.scaling import Scaling
+from gainstage.calibrate.sites import collect_sites
+from gainstage.errors import NonFiniteError
+from gainstage.graph import Graph
+from gainstage.plan import Plan
+from gainstage.roles import Roles
+
+
+def calibrate(graph: Graph, roles: Roles, plan: Plan, planned: Mapping[str, Any], model: nn.Module) -> Calibration:
+    """Scale parameters so that the levels that they set are those planned: in one pass, all of them or none.
+
+    Args:
+        graph: of this model at the data to calibrate on.
+        roles: what its parameters are for.
+        plan: which parameters may be scaled.
+        planned: node -> what the plan predicts there.
+        model: has the parameters; nothing else of it is touched.
+
+    Raises:
+        NonFiniteError: NaN or infinity arises in the pass, or in a parameter that is scaled.
+        InputError: the pass fails, or a parameter cannot be written.
+    """
+    present = {name: tensor.detach() for name, tensor in model.named_parameters() if name in graph.parameters}
+    devices = sorted({tensor.device.index or 0 for tensor in present.values() if tensor.is_cuda})
+    scaling = Scaling(graph, collect_sites(graph, roles), plan, planned, dict(present))
+    with torch.no_grad(), torch.random.fork_rng(devices=devices):
+        rows = scaling.run()
+        _write({name: (old, scaling.tensors[name]) for name, old in present.items() if scaling.tensors[name] is not old})
+    return Calibration(rows=tuple(rows), plan=amended(plan, scaling.scales))
+
+
+def _write(changed: Mapping[str, tuple[torch.Tensor, torch.Tensor]]) -> None:
+    """All of them, or none where anything goes wrong."""
+    check_writable({name: old for name, (old, _) in changed.items()})
+    bad = [name for name, (_, new) in changed.items() if not bool(new.isfinite().all())]
+    if bad:
+        raise NonFiniteError(f"Scaled as planned, {', '.join(bad[:8])} would not be finite. The model is unchanged.")
+    saved = [(old, old.clone()) for old, _ in changed.values()]
+    try:
+        for old, new in changed.values():
+            old.copy_(new)
+    except BaseException:
+        for old, values in saved:
+            old.copy_(values)
+        raise

@@ -1,0 +1,230 @@
+"""The pass itself: measure each level where it arises, scale the parameter that sets it, go on with what it then gives."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, final
+
+import torch
+
+from gainstage.calibrate.amend import Scale
+from gainstage.calibrate.execution import Execution
+from gainstage.calibrate.levels import channels_of, indices_of, level, planned_level, solve_factor, spread_out, without_padding
+from gainstage.calibrate.result import CalibrationRow
+from gainstage.calibrate.sites import Ranges, Site, channel_dim, gaps, overlap
+from gainstage.errors import NonFiniteError
+from gainstage.graph import Graph, Node
+from gainstage.plan import Family, ParameterPlan, Plan
+from gainstage.signal import Value
+from gainstage.solve.constraint import is_contraction, is_lookup
+
+
+@dataclass(frozen=True, slots=True)
+class _Block:
+    """Rows of a parameter and the channels of the output that they make; empty for all of them."""
+
+    rows: Ranges = ()
+    channels: Ranges = ()
+
+
+@dataclass(frozen=True, slots=True)
+class _Output:
+    """What an operation returned, what of it no scale acts on (None: nothing), and where its channels are."""
+
+    whole: torch.Tensor
+    rest: torch.Tensor | None
+    dim: int
+
+    def channels(self, block: _Block) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Both for the channels of one block."""
+        rest = None if self.rest is None else channels_of(self.rest.expand_as(self.whole), self.dim, block.channels)
+        return channels_of(self.whole, self.dim, block.channels), rest
+
+
+@final
+@dataclass(slots=True)
+class Scaling:
+    """State of one pass.
+
+    Args:
+        graph: the captured model, with its inputs.
+        sites: by node, where levels are set.
+        plan: which parameters may be scaled.
+        planned: node -> what the plan predicts there.
+        tensors: parameters as they are by now; those that are scaled are replaced, never written to.
+    """
+
+    graph: Graph
+    sites: Mapping[str, Sequence[Site]]
+    plan: Plan
+    planned: Mapping[str, Any]
+    tensors: dict[str, torch.Tensor]
+    scales: dict[str, list[Scale]] = field(default_factory=dict, init=False)  # what was done to each parameter
+    execution: Execution = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Make the pass ready to run."""
+        self.execution = Execution(self.graph, self.tensors, self.sites)
+
+    def run(self) -> list[CalibrationRow]:
+        """The whole pass.
+
+        Raises:
+            NonFiniteError: NaN or infinity at a level to be set.
+            InputError: an operation fails.
+        """
+        rows: list[CalibrationRow] = []
+        for node, result in self.execution.run():
+            rows += self._settle(node, result)
+        return rows
+
+    def _settle(self, node: Node, result: Any) -> list[CalibrationRow]:
+        """Of the parameters that act on one node, the first whose scale has an effect."""
+        expected, output = self.planned.get(node.name), result
+        if isinstance(result, (tuple, list)):
+            output, expected = result[0], expected[0] if isinstance(expected, (tuple, list)) else None
+        if not isinstance(expected, Value) or not isinstance(output, torch.Tensor):
+            return []
+        tried: list[CalibrationRow] = []
+        for site in self.sites.get(node.name, ()):
+            blocks = self._blocks(site, node, output)
+            found = [self._row(site, node, block, output, expected) for block in blocks]
+            now, found = self._attempt(site, node, output, list(zip(blocks, found, strict=True)))
+            if now is not output:
+                self.execution.replace(node, now)
+                return found
+            tried += found
+        return tried
+
+    def _blocks(self, site: Site, node: Node, output: torch.Tensor) -> list[_Block]:
+        if not site.blocks or not is_contraction(node) or is_lookup(node):
+            return [_Block()]
+        size, width = self.tensors[site.parameter].shape[site.dim], output.shape[channel_dim(node, output.dim())]
+        if width != size:  # the operation reads a part of the parameter
+            return [_Block(tuple(span for rows in site.blocks for span in rows))]
+        left = gaps(site.blocks, size)
+        return [_Block(rows, rows) for rows in (*site.blocks, left) if rows]
+
+    def _row(self, site: Site, node: Node, block: _Block, output: torch.Tensor, expected: Value) -> CalibrationRow:
+        dim = channel_dim(node, output.dim())
+        found = self._level(node, output, block)
+        if not math.isfinite(found):
+            raise NonFiniteError(f"{node.op_name} returns NaN or infinity, in {node.provenance}. The model is unchanged.")
+        return CalibrationRow(
+            parameter=site.parameter,
+            rows=block.rows,
+            node=node.name,
+            module=node.provenance.module_path,
+            call=node.provenance.call,
+            factor=1.0,
+            before=found,
+            after=found,
+            planned=planned_level(expected, dim, block.channels),
+        )
+
+    def _level(self, node: Node, output: torch.Tensor, block: _Block) -> float:
+        part = channels_of(output, channel_dim(node, output.dim()), block.channels)
+        indices = indices_of(node)
+        return level(part if indices is None else without_padding(node, part, self.execution.read(indices)))
+
+    def _attempt(
+        self, site: Site, node: Node, output: torch.Tensor, blocks: Sequence[tuple[_Block, CalibrationRow]]
+    ) -> tuple[torch.Tensor, list[CalibrationRow]]:
+        """The output with the parameter scaled, and what was done; the output itself where nothing was."""
+        offset = self._offset(site, node)
+        open_blocks = any(not self._obstacle(site, block, row) for block, row in blocks)
+        rest = self._rest(site, node, offset) if open_blocks and not site.is_tied else None
+        parts = _Output(output, rest, channel_dim(node, output.dim()))
+        rows = [self._decide(site, block, row, parts) for block, row in blocks]
+        if all(row.factor == 1.0 for row in rows):
+            return output, rows
+        before = self.tensors[site.parameter]
+        factors = spread_out(before.shape, site.dim, [(b.rows, r.factor) for (b, _), r in zip(blocks, rows, strict=True)], before)
+        self.tensors[site.parameter] = ((before + offset) * factors - offset).to(before.dtype)
+        now = self._scaled(site, node, output, rest, [(b, r) for (b, _), r in zip(blocks, rows, strict=True)])
+        found = [replace(row, after=self._level(node, now, block)) for (block, _), row in zip(blocks, rows, strict=True)]
+        if any(not row.is_met and not row.note for row in found):
+            self.tensors[site.parameter] = before
+            return output, [replace(row, factor=1.0, note=row.note or "its scale cancels on the way here") for row in rows]
+        for (block, _), row in zip(blocks, found, strict=True):
+            if row.factor != 1.0:
+                self.scales.setdefault(site.parameter, []).append(Scale(site.dim, block.rows, row.factor, offset))
+        return now, found
+
+    def _scaled(
+        self,
+        site: Site,
+        node: Node,
+        output: torch.Tensor,
+        rest: torch.Tensor | None,
+        rows: Sequence[tuple[_Block, CalibrationRow]],
+    ) -> torch.Tensor:
+        """``s (y - c) + c`` where the operation reads the parameter itself; computed again where something lies between."""
+        is_direct = any(self.graph.by_name[name].parameter == site.parameter for name in node.operands())
+        if not is_direct or any(block.rows and not block.channels for block, _ in rows):
+            again = self.execution.compute(node)
+            assert isinstance(again, torch.Tensor)
+            return again
+        dim = channel_dim(node, output.dim())
+        along = spread_out(output.shape, dim, [(block.channels, row.factor) for block, row in rows], output)
+        moved = output * along if rest is None else (output - rest) * along + rest
+        return moved.to(output.dtype)
+
+    def _obstacle(self, site: Site, block: _Block, row: CalibrationRow) -> str:
+        """Why the parameter is not to be scaled here, or ""."""
+        if self.plan.parameters[site.parameter].distribution.family is Family.KEEP:
+            return "kept by the plan"
+        if site.is_recurrent:
+            return "recurrent weights act through gates, not as a scale"
+        done = self.scales.get(site.parameter, ())
+        if any(not block.rows or not scale.rows or overlap(block.rows, scale.rows) for scale in done):
+            return "read again: its first use decided its scale"
+        if row.planned <= 0.0:
+            return "" if row.before == 0.0 else "planned to be silent"
+        return "its output is zero: there is nothing to scale" if row.before == 0.0 else ""
+
+    def _decide(self, site: Site, block: _Block, row: CalibrationRow, output: _Output) -> CalibrationRow:
+        """The row with its factor, or with the reason why it has none."""
+        why = self._obstacle(site, block, row)
+        if why or row.planned <= 0.0:
+            return replace(row, note=why)
+        if site.is_tied:
+            factor = math.sqrt(_planned_square(self.plan.parameters[site.parameter]) / level(self.tensors[site.parameter]))
+            return replace(row, factor=factor, note="tied to a head: the whole table is made as planned, as the head reads it")
+        factor = solve_factor(row.before, row.planned, *output.channels(block))
+        if not math.isfinite(factor):
+            return replace(row, note="what is added to it (a bias) is louder than planned, or its scale does nothing")
+        return replace(row, factor=factor)
+
+    def _offset(self, site: Site, node: Node) -> float:
+        """``o`` where the operation multiplies by ``slope (w + o)``: 1 for a norm written as ``1 + w``, 0 for a contraction."""
+        between = [name for name in node.operands() if self.execution.depends(name, site.parameter)]
+        if is_contraction(node) or not between or self.graph.by_name[between[0]].parameter is not None:
+            return 0.0
+        tensor = self.tensors[site.parameter]
+        zero, one = (
+            float(self.execution.read(between[0], {site.parameter: torch.full_like(tensor, number)}).float().mean())
+            for number in (0.0, 1.0)
+        )
+        return zero / (one - zero) if one != zero else 0.0
+
+    def _rest(self, site: Site, node: Node, offset: float) -> torch.Tensor | None:
+        """What of the output no scale of the parameter acts on, such as a bias; None where there is nothing."""
+        others = [name for name in node.operands() if not self.execution.depends(name, site.parameter)]
+        data = next((name for name in others if not self.execution.is_weight(name)), None)
+        if offset == 0.0 and not any(bool(self.execution.read(name).any()) for name in others if name != data):
+            return None
+        silent = torch.full_like(self.tensors[site.parameter], -offset)
+        rest = self.execution.compute(node, {site.parameter: silent})
+        assert isinstance(rest, torch.Tensor)
+        return rest
+
+
+def _planned_square(planned: ParameterPlan) -> float:
+    """Mean square of all entries, as planned."""
+    spans = [(block.stop - block.start, block.distribution) for block in planned.blocks]
+    size = planned.shape[planned.blocks[0].dim] if planned.blocks else 1
+    spans.append((size - sum(count for count, _ in spans), planned.distribution))
+    return sum(count * (part.mean**2 + part.std**2) for count, part in spans) / size
