@@ -104,8 +104,8 @@ class Scaling:
         size, width = self.tensors[site.parameter].shape[site.dim], output.shape[channel_dim(node, output.dim())]
         if width != size:  # the operation reads a part of the parameter
             return [_Block(tuple(span for rows in site.blocks for span in rows))]
-        left = gaps(site.blocks, size)
-        return [_Block(rows, rows) for rows in (*site.blocks, left) if rows]
+        groups = [rows for rows in (*site.blocks, gaps(site.blocks, size)) if rows]
+        return [_Block(rows, rows) for rows in _matrices_whole(self.plan.parameters[site.parameter], groups)]
 
     def _row(self, site: Site, node: Node, block: _Block, output: torch.Tensor, expected: Value) -> CalibrationRow:
         dim = channel_dim(node, output.dim())
@@ -220,6 +220,20 @@ class Scaling:
         rest = self.execution.compute(node, {site.parameter: silent})
         assert isinstance(rest, torch.Tensor)
         return rest
+
+
+def _matrices_whole(planned: ParameterPlan, groups: Sequence[Ranges]) -> list[Ranges]:
+    """Groups of rows, joined where they are of one orthogonal matrix, which would not be one with rows scaled differently."""
+    if not any(distribution.family.is_matrix for distribution in planned.distributions):
+        return list(groups)
+    pieces = [(block.start, block.stop) for block in planned.blocks] or [(0, max(stop for rows in groups for _, stop in rows))]
+    joined: list[Ranges] = []
+    for rows in groups:
+        own = [piece for piece in pieces if overlap(rows, [piece])]
+        together = [other for other in joined if any(overlap(other, [piece]) for piece in own)]
+        joined = [other for other in joined if other not in together]
+        joined.append(tuple(sorted(span for some in (*together, rows) for span in some)))
+    return joined
 
 
 def _planned_square(planned: ParameterPlan) -> float:

@@ -110,8 +110,8 @@ def large_spread(graph: Graph, rows: Rows) -> list[Finding]:
         Finding(
             kind=FindingKind.LARGE_SPREAD,
             where=_where(graph, one, set()),
-            evidence=f"{_call(row)}: second moment {row.measured:.4g}, predicted {row.predicted:.4g}, which is {_factor(row)}. So "
-            f"deep and narrow a network varies that much: by a factor of {math.exp(row.spread):.2g} (one deviation) between draws.",
+            evidence=f"{_call(row)}: second moment {row.measured:.4g}, predicted {row.predicted:.4g}, which is {_factor(row)}. "
+            f"From draw to draw that level varies by a factor of {math.exp(row.spread):.2g} (one deviation).",
             remedy="Bring this draw to its planned levels with one pass over real data: gs.calibrate(model, plan, args).",
         )
         for row, one in list(wide)[:1]
