@@ -14,12 +14,11 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import lsuv
 import torch
 from benchmarks.measure import one_thread
 from rich.console import Console
@@ -59,25 +58,34 @@ def plain() -> nn.Module:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
-    """One method on one network; errors are relative, of second moments or variances."""
+    """One method on one network; errors are relative, of second moments or variances. None: not finite."""
 
     network: str
     method: str
     seconds: float
     passes: float
-    first_calls: float  # worst error where a layer is called for the first time
-    all_calls: float  # worst error anywhere
-    levels: tuple[float, ...]  # second moments of all contractions, in order
+    first_calls: float | None  # worst error where a layer is called for the first time
+    all_calls: float | None  # worst error anywhere
+    levels: tuple[float | None, ...]  # second moments of all contractions, in order
 
 
 def main() -> None:
     """Measure, print the table, write the results."""
+    import lsuv  # noqa: F401  (not while the clock runs)
+
     one_thread()
     networks = {f"{DEPTH} layers": plain, f"one layer, {CALLS} calls": Repeated}
     rows = [row_of(network, build, method) for network, build in networks.items() for method in METHODS]
     RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n", encoding="utf-8")
-    Console(width=110).print(table(rows))
+    found = {"width": WIDTH, "samples": BATCH, "threads": torch.get_num_threads(), "rows": [asdict(row) for row in rows]}
+    RESULTS.write_text(json.dumps(found, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    headings, lines = calibration_table(found["rows"])
+    shown = Table(title=f"Calibration of {WIDTH}-wide ReLU networks on {BATCH} samples, {found['threads']} thread")
+    for heading in headings:
+        shown.add_column(heading, justify="left" if heading in {"network", "method"} else "right")
+    for line in lines:
+        shown.add_row(*line)
+    Console(width=110).print(shown)
 
 
 def ours(model: nn.Module, plan: gs.Plan, x: torch.Tensor) -> Sequence[float] | None:
@@ -89,6 +97,8 @@ def theirs(tolerance: float) -> Method:
     """LSUV at this tolerance; its goal is variance 1 everywhere."""
 
     def run(model: nn.Module, _plan: gs.Plan, x: torch.Tensor) -> Sequence[float] | None:
+        import lsuv
+
         lsuv.lsuv_with_singlebatch(model, x, std_tol=tolerance, do_orthonorm=False, verbose=False)
         return None
 
@@ -119,15 +129,20 @@ def row_of(network: str, build: Callable[[], nn.Module], method: str) -> Row:
         method=method,
         seconds=seconds,
         passes=spent.count / len(levels),
-        first_calls=max(one for one, first in zip(errors, is_first, strict=True) if first),
-        all_calls=max(errors),
-        levels=tuple(levels),
+        first_calls=finite(max(one for one, first in zip(errors, is_first, strict=True) if first)),
+        all_calls=finite(max(errors)),
+        levels=tuple(finite(level) for level in levels),
     )
 
 
 def error(level: float, goal: float) -> float:
     """Relative error; infinite for what is no number."""
     return abs(level / goal - 1.0) if math.isfinite(level) else math.inf
+
+
+def finite(number: float) -> float | None:
+    """None for what JSON cannot say."""
+    return number if math.isfinite(number) else None
 
 
 def achieved(model: nn.Module, x: torch.Tensor) -> tuple[list[float], list[float], list[bool]]:
@@ -164,16 +179,19 @@ class Contractions(TorchDispatchMode):
         return result
 
 
-def table(rows: Sequence[Row]) -> Table:
-    """One line for each method."""
-    shown = Table(title=f"Calibration of {WIDTH}-wide ReLU networks on {BATCH} samples, {torch.get_num_threads()} thread")
-    for column in ("network", "method", "seconds", "passes", "worst error", "with repeats", "last level"):
-        shown.add_column(column, justify="left" if column in {"network", "method"} else "right")
-    for row in rows:
-        hidden = f"{row.levels[-2]:.3g}"
-        errors = [f"{one:.2%}" if math.isfinite(one) else "not finite" for one in (row.first_calls, row.all_calls)]
-        shown.add_row(row.network, row.method, f"{row.seconds:.2f}", f"{row.passes:.1f}", *errors, hidden)
-    return shown
+def calibration_table(rows: Sequence[Mapping[str, Any]]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Headings and rows."""
+    return ("network", "method", "seconds", "passes", "worst error", "with repeated calls", "last hidden level"), [
+        (
+            row["network"],
+            row["method"],
+            f"{row['seconds']:.2f}",
+            f"{row['passes']:.0f}",
+            *("not finite" if row[name] is None else f"{row[name]:.2%}" for name in ("first_calls", "all_calls")),
+            "not finite" if row["levels"][-2] is None else f"{row['levels'][-2]:.3g}",
+        )
+        for row in rows
+    ]
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from benchmarks.calibrate import calibration_table
 from benchmarks.speed import fills_table, large_table, stages_table
 from torch import nn
 
@@ -164,8 +165,15 @@ def explanation() -> str:
     return f"```text\n{plan.explain('layers.0.linear2.weight')}\n```"
 
 
+def calibration() -> str:
+    """Calibration against LSUV."""
+    found = results("calibrate")
+    return table(*calibration_table(found["rows"])) if found else NOT_MEASURED
+
+
 BLOCKS: Mapping[str, Callable[[], str]] = {
     "accuracy": accuracy,
+    "calibration": calibration,
     "explanation": explanation,
     "fills": lambda: speed_table("fills", fills_table),
     "large": lambda: speed_table("large", large_table),

@@ -3,7 +3,6 @@
 import copy
 import re
 from collections import Counter
-from pathlib import Path
 
 import pytest
 import torch
@@ -326,9 +325,3 @@ def test_the_report_is_readable_and_plain_data():
     assert data["rows"][0]["parameter"] == "layer.weight"
     assert gs.Plan.from_json(calibration.plan.to_json()) == calibration.plan
     assert data["plan"] == calibration.plan.to_dict()
-
-
-def test_the_page_runs():
-    page = (Path(__file__).parents[1] / "docs" / "calibrate.md").read_text(encoding="utf-8")
-    code = "\n".join(re.findall(r"```python\n(.*?)```", page, re.DOTALL))
-    exec(compile(code, "calibrate.md", "exec"), {})  # noqa: S102
