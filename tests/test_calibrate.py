@@ -1,6 +1,7 @@
 """Calibration: levels measured with hooks on the real model are those planned, after one pass; and nothing else has changed."""
 
 import copy
+import dataclasses
 import re
 from collections import Counter
 
@@ -12,6 +13,9 @@ from torch._subclasses import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import gainstage as gs
+from gainstage.api import measured_input, moments_of
+from gainstage.capture import capture
+from gainstage.solve import planned_values
 
 WIDTH = 48
 ROUNDING = 1e-4  # of second moments in float32, through fifty layers
@@ -325,3 +329,17 @@ def test_the_report_is_readable_and_plain_data():
     assert data["rows"][0]["parameter"] == "layer.weight"
     assert gs.Plan.from_json(calibration.plan.to_json()) == calibration.plan
     assert data["plan"] == calibration.plan.to_dict()
+
+
+@pytest.mark.parametrize("build", [plain, transformer, convolutional, Language, Shifted])
+def test_signals_of_a_plan_are_those_that_it_was_solved_for(build):
+    torch.manual_seed(0)
+    x = {convolutional: torch.randn(8, 3, 12, 12), Language: torch.randint(0, 97, (8, 12))}.get(build, torch.randn(4, 12, WIDTH))
+    model = build()
+    plan = gs.plan(model, (x,))
+    graph = capture(model, (x,))
+    silent = dataclasses.replace(plan, predictions={}, spreads={})  # nothing to be read off
+    values = planned_values(graph, silent, moments=moments_of(model), source=measured_input)
+    for call in graph.calls:
+        found = [values[name].second_moment for name in call.outputs]
+        assert found == pytest.approx(plan.predictions[f"{call.path}@{call.call}"], rel=1e-3)  # the solver's tolerance
