@@ -53,6 +53,12 @@ number = 3
 """
 
 
+@pytest.fixture(autouse=True)
+def _same_import_path(monkeypatch):
+    """Loading a file lets it import its neighbours, for good; other tests' processes would inherit that."""
+    monkeypatch.setattr(sys, "path", list(sys.path))
+
+
 @pytest.fixture
 def model_file(tmp_path):
     path = tmp_path / "small_model.py"
