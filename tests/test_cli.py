@@ -334,7 +334,8 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
 # Commands
 
 
-def test_inspect_groups_repeated_layers_and_json_has_each(model_file):
+def test_inspect_groups_repeated_layers_and_json_has_each(model_file, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")  # test runners set their own
     table = run("inspect", f"{model_file}:with_inputs")
     assert table.exit_code == 0
     assert "{0..4..2}" in table.stdout
