@@ -48,12 +48,33 @@ def filter_dim(x: Value, dim: int, matrix: Array) -> Value:
     if not is_gaussian(x):
         result = replace(result, marginal=_filtered_marginal(x, result, _terms(weighted)), rho=None)
     if same_axes:
-        rest = (float(np.trace(matrix)) - float(matrix.sum()) / inputs) / (inputs - 1)
-        factors = np.array([float(matrix.sum()) / inputs, rest])
+        factors = _kept_components(x, even, position, matrix)
         shape = [1] * table.ndim
         shape[position] = 2
         result = replace(result, source=x.source, amplitude=amplitude_of(x) * factors.reshape(shape))
     return result
+
+
+def _kept_components(x: Value, even: Array, position: int, matrix: Array) -> Array:
+    """What is left of x in M x along an axis: of the mean over it the average row sum, of the rest so much that
+
+    ``E[x_p (M x)_p] = sum far + (own - far) mean_p sum_j M[p, j] e(p - j)``, e the excess that places near each other share.
+    """
+    inputs = matrix.shape[1]
+    near = x.neighbours() or Neighbours((x.axes[position],), np.ones(1))
+    near = near.with_axis(x.axes[position])
+    own, far = far_of(near, even, x.axes)
+    at = near.axes.index(x.axes[position])
+    excess = near.excess[tuple(slice(None) if p == at else 0 for p in range(near.excess.ndim))]
+    distance = np.abs(np.subtract.outer(np.arange(inputs), np.arange(inputs)))
+    e = np.where(distance < excess.size, excess[np.minimum(distance, excess.size - 1)], 0.0)
+    total = float(matrix.sum()) / inputs
+    other = float(even[tuple(0 if p == position else 1 for p in range(even.ndim))])
+    apart = own - other
+    if apart <= 1e-12 * abs(own):
+        return np.array([total, 0.0])
+    shared = total * far + (own - far) * float((matrix * e).sum()) / inputs
+    return np.array([total, (shared - total * (other + apart / inputs)) / (apart * (1.0 - 1.0 / inputs))])
 
 
 def _mixing(matrix: Array) -> Array:

@@ -154,6 +154,8 @@ def add(x: Value, y: Value, sign: float = 1.0) -> Value:
     mean = x.mean + sign * y.mean
     table[(1,) * table.ndim] = max(float(table[(1,) * table.ndim]), mean**2)
     variance = float(table[(1,) * table.ndim]) - mean**2
+    # Where x and y cancel, what is left of two entries carries the errors of both: no pair shares more than an entry has.
+    table = mean**2 + np.clip(table - mean**2, -variance, variance)
     share = 0.0 if variance <= 0.0 else min(max(x.variance / variance, 0.0), 1.0)
     profile = levels.of_sum([(x.levels, x.second_moment), (y.levels, y.second_moment)], table.ndim)
     result = Value(
