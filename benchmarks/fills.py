@@ -1,10 +1,11 @@
-"""Time to draw one large weight in place: Gainstage against ``torch.nn.init``."""
+"""Time to draw one large weight in place: Gainstage against ``torch.nn.init``: ``python -m benchmarks.fills`` prints JSON."""
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 from torch import nn
@@ -80,3 +81,7 @@ def _plan(family: Family, weight: torch.Tensor) -> Plan:
         distribution=Distribution(family=family, std=STD),
     )
     return Plan(policy="benchmark", parameters={"weight": planned}, fingerprint="", training=True)
+
+
+if __name__ == "__main__":
+    print(json.dumps([asdict(fill) for fill in measure_fills()]))

@@ -15,13 +15,12 @@ import platform
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from benchmarks import large, stages
-from benchmarks.fills import SIZE, measure_fills
+from benchmarks.fills import SIZE
 from rich.console import Console
 from rich.table import Table
 
@@ -30,8 +29,8 @@ RESULTS = Path(__file__).with_name("results") / "speed.json"
 
 def main() -> None:
     """Measure, print, write."""
-    measurements: Mapping[str, Callable[[], list[dict[str, Any]]]] = {
-        "fills": lambda: [asdict(fill) for fill in measure_fills()],
+    measurements: Mapping[str, Callable[[], Any]] = {
+        "fills": lambda: _in_process("benchmarks.fills"),
         "stages": lambda: [_in_process("benchmarks.stages", name) for name in stages.MODELS],
         "large": lambda: [_in_process("benchmarks.large", name) for name in large.MODELS],
     }
@@ -39,21 +38,21 @@ def main() -> None:
     parser.add_argument("--only", choices=measurements)
     only = parser.parse_args().only
     results = json.loads(RESULTS.read_text(encoding="utf-8")) if only and RESULTS.exists() else {}
-    results["machine"] = _machine()
     console = Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 100)
     for name, measure in measurements.items():
         if only in (None, name):
-            results[name] = measure()
-            console.print(_TABLES[name](results[name]), "")
+            results[name] = {"machine": _machine(), "rows": measure()}
+            console.print(_TABLES[name](results[name]["rows"]), "")
     RESULTS.parent.mkdir(exist_ok=True)
     RESULTS.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     console.print(f"written to {RESULTS.relative_to(Path.cwd()) if RESULTS.is_relative_to(Path.cwd()) else RESULTS}")
 
 
-def _in_process(module: str, name: str) -> dict[str, Any]:
-    result = subprocess.run([sys.executable, "-m", module, name], stdout=subprocess.PIPE, text=True, check=True)  # noqa: S603
-    measured: dict[str, Any] = json.loads(result.stdout.splitlines()[-1])
-    return measured
+def _in_process(module: str, *arguments: str) -> Any:
+    """What a module prints as JSON. This process stays small: a child's peak memory starts at that of its parent."""
+    command = [sys.executable, "-m", module, *arguments]
+    result = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)  # noqa: S603
+    return json.loads(result.stdout.splitlines()[-1])
 
 
 def _machine() -> dict[str, Any]:

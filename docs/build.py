@@ -67,19 +67,14 @@ def table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def speed_table(name: str, layout: Callable[[Any], tuple[Sequence[str], Sequence[Sequence[str]]]]) -> str:
-    """One of the tables of the speed benchmark."""
+    """One of the tables of the speed benchmark, and what it was measured on."""
     measured = results("speed").get(name)
-    return table(*layout(measured)) if measured else NOT_MEASURED
-
-
-def machine() -> str:
-    """What was measured on."""
-    found = results("speed").get("machine")
-    if not found:
+    if not measured:
         return NOT_MEASURED
+    on = measured["machine"]
     return (
-        f"{found['processor']}, {found['cores']} cores, torch {found['torch']}, {found['threads']} thread(s), "
-        f"other load at the start {found['load']}."
+        f"{table(*layout(measured['rows']))}\n\n{on['processor']}, {on['cores']} cores, torch {on['torch']}, "
+        f"{on['threads']} thread(s) unless the table says otherwise; load average at the start: {on['load']}."
     )
 
 
@@ -118,7 +113,7 @@ def summary() -> str:
     lines += [
         f"- A plan for {plan['model']} ({plan['parameters'] / 1e9:.0f} billion parameters) without weights: "
         f"{plan['processor_seconds']:.0f} processor seconds, {plan['peak_megabytes']:.0f} MB."
-        for plan in results("speed").get("large", ())
+        for plan in results("speed").get("large", {}).get("rows", ())
     ]
     return "\n".join(lines) or NOT_MEASURED
 
@@ -177,7 +172,6 @@ BLOCKS: Mapping[str, Callable[[], str]] = {
     "explanation": explanation,
     "fills": lambda: speed_table("fills", fills_table),
     "large": lambda: speed_table("large", large_table),
-    "machine": machine,
     "policies": policies,
     "stages": lambda: speed_table("stages", stages_table),
     "summary": summary,

@@ -41,7 +41,7 @@ def test_generated_blocks_are_up_to_date(build):
 
 
 def test_a_changed_figure_is_noticed(build):
-    page = "<!-- begin:machine -->\nby hand\n<!-- end:machine -->"
+    page = "<!-- begin:policies -->\nby hand\n<!-- end:policies -->"
     assert "by hand" not in build.built(page)
 
 
