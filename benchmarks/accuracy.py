@@ -1,11 +1,12 @@
 """Predicted second moment of every module output against the mean over draws of the real model.
 
-python -m benchmarks.accuracy [--only resnet] [--policy default] [--most 64]
+python -m benchmarks.accuracy [--only resnet] [--part default] [--most 64]
 
-Twice: at the initialization that the modules do by themselves, where the prediction is the mean of those from the parameters'
-moments in 8 draws; and after ``gainstage.apply`` of the ``unit`` policy. Error of a module output:
-``|log(predicted / mean over draws of measured)|``. A module whose mean over draws is not known to 3 % is listed apart, with the
-spread that was predicted and the one that was measured. Writes benchmarks/results/accuracy.json.
+Three parts: ``default``, at the initialization that the modules do by themselves, where the prediction is the mean of those from
+the parameters' moments in 8 draws; ``unit``, after ``gainstage.apply`` of that policy; ``gradients``, at the modules' own
+initialization, of module outputs and parameters. Error: ``|log(predicted / mean over draws of measured)|``. What has a mean over
+draws that is not known to 3 % is listed apart, with the spread that was predicted and the one that was measured. Writes
+benchmarks/results/accuracy.json.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from benchmarks.measure import MOST, Measured, measured, one_thread
+from benchmarks.measure import MOST, Measured, backward_pass, forward_pass, measured, one_thread
 from benchmarks.zoo.reference import Example, reference_models
 from rich.console import Console
 from rich.progress import Progress
@@ -30,7 +31,11 @@ from rich.table import Table
 import gainstage as gs
 
 RESULTS = Path(__file__).with_name("results") / "accuracy.json"
-POLICIES = ("default", "unit")
+PARTS = {
+    "default": "forward second moments, as the modules initialise themselves",
+    "unit": "forward second moments, after applying the policy 'unit'",
+    "gradients": "second moments of gradients of module outputs and parameters, as the modules initialise themselves",
+}
 LARGEST_ERROR = 0.03  # of the mean over draws: a module with more is listed apart
 INSPECTED = 8
 CONTRACTIONS = ("Linear", "Conv", "NonDynamicallyQuantizableLinear")
@@ -103,7 +108,10 @@ def score(name: str, policy: str, most: int) -> Score:
     build = reference_models()[name]
     if policy == "default":
         predictions = _inspected(build)
-        draws = measured(name, build, most=most)
+        draws = measured(name, build, forward_pass, most=most)
+    elif policy == "gradients":
+        predictions = _inspected_gradients(build)
+        draws = measured(f"{name}.gradients", build, backward_pass, most=most)
     else:
         first = build(0)
         plan = gs.plan(first.model, first.args, first.kwargs, policy=policy)
@@ -115,7 +123,7 @@ def score(name: str, policy: str, most: int) -> Score:
             gs.apply(example.model, plan, seed=seed)
             return example
 
-        draws = measured(f"{name}.{policy}.{_digest(plan)}", drawn, most=most)
+        draws = measured(f"{name}.{policy}.{_digest(plan)}", drawn, forward_pass, most=most)
     return Score(model=name, policy=policy, draws=_count(draws), rows=tuple(_rows(predictions, draws)))
 
 
@@ -129,6 +137,21 @@ def _inspected(build: Callable[[int], Example]) -> dict[str, tuple[float, float]
                 signal = call.outputs[0]
                 found.setdefault(f"{call.path}@{call.call}", []).append((signal.second_moment, signal.spread))
     return {key: (float(np.mean([m for m, _ in pairs])), float(np.mean([s for _, s in pairs]))) for key, pairs in found.items()}
+
+
+def _inspected_gradients(build: Callable[[int], Example]) -> dict[str, tuple[float, float]]:
+    """As :func:`_inspected`, for the gradients of module outputs and parameters; their spread is not predicted."""
+    found: dict[str, list[float]] = {}
+    for seed in range(INSPECTED):
+        example = build(seed)
+        trace = gs.inspect(example.model, example.args, example.kwargs)
+        for call in trace.calls:
+            if call.outputs and call.outputs[0].gradient is not None:
+                found.setdefault(f"{call.path}@{call.call}", []).append(call.outputs[0].gradient.second_moment)
+        for name, statistics in trace.parameters.items():
+            if statistics.gradient_second_moment is not None:
+                found.setdefault(name, []).append(statistics.gradient_second_moment)
+    return {key: (float(np.mean(moments)), math.nan) for key, moments in found.items()}
 
 
 def _digest(plan: gs.Plan) -> str:
@@ -161,8 +184,7 @@ def _rows(predictions: Mapping[str, tuple[float, float]], draws: Mapping[str, Me
 
 def table(scores: list[Score], policy: str) -> Table:
     """One line for each model, one for all together."""
-    title = "as the modules initialise themselves" if policy == "default" else f"after applying the policy {policy!r}"
-    shown = Table(title=f"forward second moments, {title}: error against the mean over draws, %", title_justify="left")
+    shown = Table(title=f"{PARTS[policy]}: error against the mean over draws, %", title_justify="left")
     shown.add_column("model")
     for heading in ("draws", "modules", "p50", "p90", "p99", "apart", "in bounds"):
         shown.add_column(heading, justify="right")
@@ -188,13 +210,13 @@ def main() -> None:
     """Run, print, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="models whose names contain this")
-    parser.add_argument("--policy", choices=POLICIES, help="one of the two (default: both)")
+    parser.add_argument("--part", choices=list(PARTS), help="one part (default: all)")
     parser.add_argument("--most", type=int, default=MOST, help="draws at most (default: %(default)s)")
     options = parser.parse_args()
     warnings.simplefilter("ignore")  # of the model libraries, about themselves
     one_thread()
     names = [name for name in reference_models() if options.only in name]
-    policies = [options.policy] if options.policy else list(POLICIES)
+    policies = [options.part] if options.part else list(PARTS)
     console = Console(width=None if Console().is_terminal else 140)
     found: dict[str, list[Score]] = {policy: [] for policy in policies}
     with Progress(console=Console(stderr=True)) as progress:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,15 +46,18 @@ class Measured:
         return float(np.std(np.log(positive), ddof=1)) if len(positive) > 1 else 0.0
 
 
-def measured(name: str, draw: Callable[[int], Example], *, most: int = MOST) -> dict[str, Measured]:
-    """``"path@call"`` -> moments of the first tensor that the call returns. Resumes where an earlier run stopped.
+Pass = Callable[[Example], dict[str, tuple[str, float]]]
+
+
+def measured(name: str, draw: Callable[[int], Example], run: Pass, *, most: int = MOST) -> dict[str, Measured]:
+    """What ``run`` finds in each draw, by its keys. Resumes where an earlier run stopped.
 
     Draws until nine in ten modules have settled, at least FEWEST and at most ``most`` times.
     """
     path = DRAWS / (name.replace(":", "_") + ".json")
     kept: list[dict[str, tuple[str, float]]] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
     while len(kept) < FEWEST or (len(kept) < most and not _has_settled(kept)):
-        kept.append(one_pass(draw(1 + len(kept))))
+        kept.append(run(draw(1 + len(kept))))
         path.parent.mkdir(exist_ok=True)
         partial = path.with_suffix(".part")
         partial.write_text(json.dumps(kept), encoding="utf-8")
@@ -61,9 +65,43 @@ def measured(name: str, draw: Callable[[int], Example], *, most: int = MOST) -> 
     return _collected(kept[:most])
 
 
-def one_pass(example: Example) -> dict[str, tuple[str, float]]:
-    """Type and mean square of every module call's first floating-point output in one forward pass."""
+def forward_pass(example: Example) -> dict[str, tuple[str, float]]:
+    """``"path@call"`` -> type and mean square of the call's first floating-point output in one forward pass."""
     found: dict[str, tuple[str, float]] = {}
+
+    def note(key: str, module: nn.Module, tensor: torch.Tensor) -> None:
+        found[key] = (type(module).__name__, _mean_square(tensor))
+
+    with torch.no_grad(), _noted(example.model, note):
+        example.model(*example.args, **(example.kwargs or {}))
+    return found
+
+
+def backward_pass(example: Example) -> dict[str, tuple[str, float]]:
+    """``"path@call"`` and parameter name -> type and mean square of the gradient; outputs' entries have unit random weights."""
+    found: dict[str, tuple[str, float]] = {}
+
+    def note(key: str, module: nn.Module, tensor: torch.Tensor) -> None:
+        if tensor.requires_grad:
+            tensor.register_hook(lambda g: found.__setitem__(key, (type(module).__name__, _mean_square(g))))
+
+    with _noted(example.model, note):
+        result = example.model(*example.args, **(example.kwargs or {}))
+    outputs = [tensor for tensor in tensor_leaves(result) if tensor.requires_grad]
+    torch.autograd.backward(outputs, [torch.randn_like(tensor) for tensor in outputs])
+    for name, parameter in example.model.named_parameters():
+        if parameter.grad is not None:
+            found[name] = ("parameter", _mean_square(parameter.grad))
+    return found
+
+
+def _mean_square(tensor: torch.Tensor) -> float:
+    return float(tensor.double().square().mean())
+
+
+@contextmanager
+def _noted(model: nn.Module, note: Callable[[str, nn.Module, torch.Tensor], None]) -> Iterator[None]:
+    """Call ``note`` with the key, the module and the first floating-point output of every module call."""
     calls: dict[str, int] = {}
 
     def hook_of(path: str) -> Callable[[nn.Module, Any, Any], None]:
@@ -71,16 +109,16 @@ def one_pass(example: Example) -> dict[str, tuple[str, float]]:
             call = calls[path] = calls.get(path, -1) + 1
             tensors = tensor_leaves(output)
             if tensors and tensors[0].is_floating_point():
-                found[f"{path}@{call}"] = (type(module).__name__, float(tensors[0].double().square().mean()))
+                note(f"{path}@{call}", module, tensors[0])
 
         return hook
 
-    handles = [module.register_forward_hook(hook_of(path)) for path, module in example.model.named_modules()]
-    with torch.no_grad():
-        example.model(*example.args, **(example.kwargs or {}))
-    for handle in handles:
-        handle.remove()
-    return found
+    handles = [module.register_forward_hook(hook_of(path)) for path, module in model.named_modules()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _collected(draws: list[dict[str, tuple[str, float]]]) -> dict[str, Measured]:

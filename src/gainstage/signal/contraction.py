@@ -24,6 +24,7 @@ from gainstage.signal.neighbours import Neighbours, beyond, by_lag, cut, made, o
 from gainstage.signal.quadrature import Array
 from gainstage.signal.rows import kept, pattern_of, tilted
 from gainstage.signal.spread import weighted
+from gainstage.signal.uneven import Taps
 from gainstage.signal.value import Lean, Value, gaussian
 
 Places = NDArray[np.int64]
@@ -168,7 +169,13 @@ def convolve(x: Value, weight: Value, places: Sequence[Places], groups: int, *, 
     if weight.is_weight:
         channels = {starts[2] + i: float(axis.size) for i, axis in enumerate(x.dims[2])}
         taps = {starts[3 + d]: float((window > 0.0).sum(1).mean()) for d, window in enumerate(windows) if x.dims[3 + d]}
-        result = weighted(result, x, weight, channels | taps, alone=range(starts[1], starts[2]), places=list(taps))
+        kernel = {
+            starts[3 + d]: Taps(place.shape[1], _stride(place), space[d][0] if space[d] else None)
+            for d, place in enumerate(places)
+            if x.dims[3 + d]
+        }
+        groups_at = range(starts[1], starts[2])
+        result = weighted(result, x, weight, channels | taps, alone=groups_at, places=list(taps), taps=kernel)
     fresh = float(np.abs(weight.table).sum()) <= (1.0 + 1e-9) * weight.second_moment
     before = _strided_neighbours(x, places, space) if fresh and not transposed else None
     if before is None:
@@ -217,8 +224,13 @@ def _strided_neighbours(x: Value, places: Sequence[Places], space: Sequence[Dim]
     before = x.neighbours() or Neighbours(inner, np.ones((1,) * len(inner)))
     for dim, place, out in zip(x.dims[3:], places, space, strict=True):
         for axis in dim:
-            before = before.strided(axis, max(int(place[1].max() - place[0].max()), 1) if out else 1, out)
+            before = before.strided(axis, _stride(place) if out else 1, out)
     return before
+
+
+def _stride(place: Places) -> int:
+    """How far apart the same tap of two neighbouring outputs reads."""
+    return max(int(place[1].max() - place[0].max()), 1) if len(place) > 1 else 1
 
 
 def _padded_neighbours(x: Value, before: Neighbours, windows: Sequence[Array], space: Sequence[Dim]) -> Neighbours | None:

@@ -178,7 +178,8 @@ def normalise(x: Value, reduced: Sequence[Axis], eps: float, *, centre: bool = T
     marginal = _normalised_marginal(x, mean, std, profile, x.marginal.latent if keeps_latent else object())
     table, gram = _evened_pairs(x, profile, table * scale**2)
     result = replace(
-        x, mean=mean, table=table, marginal=marginal, rho=x.correlation() if keeps_latent else None,
+        x,
+        uneven=None, mean=mean, table=table, marginal=marginal, rho=x.correlation() if keeps_latent else None,
         amplitude=amplitude, statistic=None, constant=None, prior=None, levels=profile, gram=gram,
         near=without_common(x) if centre else x.near,
     )  # fmt: skip

@@ -19,6 +19,7 @@ from gainstage.signal.gram import of_sum as gram_of_sum
 from gainstage.signal.neighbours import Neighbours, made, mixed
 from gainstage.signal.quadrature import Array, coarse, expectation, nodes, quantiles, smoothed, sum_quantiles, weights
 from gainstage.signal.spread import product_stray
+from gainstage.signal.uneven import of_product, of_sum
 from gainstage.signal.value import Lean, Marginal, Statistic, Value, gaussian, gaussian_marginal, statistic_at
 
 
@@ -169,6 +170,7 @@ def add(x: Value, y: Value, sign: float = 1.0) -> Value:
         log_variance=share**2 * x.log_variance + (1.0 - share) ** 2 * y.log_variance,
         overlap=share**2 * x.overlap + (1.0 - share) ** 2 * y.overlap,
         is_weight=x.is_weight and y.is_weight,
+        uneven=of_sum(x, y, share),
         levels=profile,
         prior=y.prior if x.prior is None else x.prior if y.prior is None else x.prior + y.prior,
     )
@@ -283,6 +285,7 @@ def multiply(x: Value, y: Value) -> Value:
         prior=x.prior,
         levels=levels.product(x.levels, y.levels),
         near=_product_neighbours(x, y),
+        uneven=of_product(x, y),
     )
     if product.is_weight or float(shared[full]) != 0.0:
         return product

@@ -25,6 +25,7 @@ from gainstage.signal.quadrature import (
     quantiles,
 )
 from gainstage.signal.spread import held
+from gainstage.signal.uneven import with_means
 from gainstage.signal.value import Marginal, Value, statistic_at
 
 Function = Callable[..., torch.Tensor]
@@ -117,6 +118,7 @@ def apply(function: Function, x: Value) -> Value:
 
     values = _within_domain(on_grid(x.marginal.values))
     result = on_latent(x, values) if x.levels is None else _on_levels(x, values, on_grid)
+    result = with_means(x, result, lambda grid: _within_domain(on_grid(grid)))
     slope = _log_slope(x, values, function)
     statistic = None
     if x.statistic is not None:

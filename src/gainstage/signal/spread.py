@@ -13,12 +13,14 @@ from dataclasses import replace
 
 import numpy as np
 
+from gainstage.signal.uneven import Taps, of_weights
 from gainstage.signal.value import Value
 
 
 def weighted(
-    y: Value, x: Value, weight: Value, terms: Mapping[int, float], *, alone: Sequence[int] = (), places: Sequence[int] = ()
-) -> Value:
+    y: Value, x: Value, weight: Value, terms: Mapping[int, float], *, alone: Sequence[int] = (), places: Sequence[int] = (),
+    taps: Mapping[int, Taps] | None = None,
+) -> Value:  # fmt: skip
     """Outputs of one channel share its weights, whatever they read: ``2 Var(x_i . x_j) / E[x . x]^2`` over their number.
 
     Given the inputs, two outputs with the same Gaussian weights of variance v have ``Cov(y_i^2, y_j^2) = 2 v^2 (x_i . x_j)^2``.
@@ -32,6 +34,7 @@ def weighted(
         terms: position of an axis of x that is summed over -> number of terms along it (of a map: taps, fewer than places).
         alone: positions of axes along which every coordinate has weights of its own (groups).
         places: those axes among the summed along which another output reads other coordinates (a map).
+        taps: how a kernel runs along them.
     """
     number = math.prod(terms.values())
     free = [p for p in range(x.table.ndim) if p not in terms and p not in alone]
@@ -41,7 +44,12 @@ def weighted(
     inherited = apart * x.overlap
     channels = math.prod(weight.shape) / number
     groups = math.prod(x.axes[p].size for p in alone)
-    return replace(y, log_variance=y.log_variance + 2.0 * (own + inherited) / channels, overlap=own / groups + inherited)
+    return replace(
+        y,
+        log_variance=y.log_variance + 2.0 * (own + inherited) / channels,
+        overlap=own / groups + inherited,
+        uneven=of_weights(y, x, weight, shares=(own, inherited), number=number, taps=taps or {}),
+    )
 
 
 def _dot_variance(x: Value, terms: Mapping[int, float], alone: Sequence[int], places: Sequence[int]) -> float:

@@ -154,6 +154,19 @@ class Given:
         return Given(self.mean / level**0.5, self.square / level, self.base) if level > 0.0 else None
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Uneven:
+    """Channels, the rows of the weights along these axes, have variances of their own: their relative variance over rows.
+
+    ``lags``: along axes of a map, the squared covariances between channels of places at each lag, over those at lag 0. See
+    :mod:`gainstage.signal.uneven`.
+    """
+
+    axes: tuple[Axis, ...]
+    variance: float
+    lags: tuple[tuple[Axis, Array], ...] = ()
+
+
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
 class Value:
     """What is known of one tensor. Immutable; made by the functions of this package only.
@@ -171,7 +184,7 @@ class Value:
     of the weights that a softmax makes, the table of covariances of its logits. ``read``: the tensors (latent, axes) that weights
     were multiplied with to make this one, where known. ``logits``, ``largest``: what
     the tensor is the softmax or the maximum of.
-    ``given``: what a gradient knows of the tensor that it belongs to.
+    ``given``: what a gradient knows of the tensor that it belongs to. ``uneven``: how the variances of channels differ.
     """
 
     dims: tuple[Dim, ...]
@@ -198,6 +211,7 @@ class Value:
     logits: Logits | None = None
     largest: Largest | None = None
     given: Given | None = None
+    uneven: Uneven | None = None
 
     def __post_init__(self) -> None:
         """Check that the table has one dimension for each axis."""
