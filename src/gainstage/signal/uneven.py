@@ -31,7 +31,7 @@ class Taps:
 
 
 def of_weights(
-    y: Value, x: Value, weight: Value, shares: tuple[float, float], number: float, taps: Mapping[int, Taps]
+    y: Value, x: Value, weight: Value, *, shares: tuple[float, float], number: float, taps: Mapping[int, Taps]
 ) -> Uneven | None:
     """Variance over rows of ``w' C w``; rows that were standardised have one length, and lose the part of independent entries.
 
@@ -113,12 +113,16 @@ def of_sum(x: Value, y: Value, share: float) -> Uneven | None:
 
 
 def with_means(x: Value, result: Value, function: Callable[[Array], Array]) -> Value:
-    """``(d E[f] / d log s^2)^2 Var(log s^2)`` for entries of one channel, in whatever samples and places."""
+    """``(d E[f] / d log s^2)^2 Var(log s^2) (1 - rho^2)`` for entries of one channel, in whatever samples and places.
+
+    The channel's variance adds nothing to what two entries share that are one (rho = 1).
+    """
     if x.uneven is None or any(axis not in x.axes for axis in x.uneven.axes):
         return result
     wider = x.mean + (x.marginal.values - x.mean) * 1.01
     steepness = (expectation(function(wider)) - result.mean) / (2.0 * np.log(1.01))
     table = result.table.copy()
-    table[tuple(1 if axis in x.uneven.axes else slice(None) for axis in x.axes)] += steepness**2 * x.uneven.variance
+    rows = tuple(1 if axis in x.uneven.axes else slice(None) for axis in x.axes)
+    table[rows] += steepness**2 * x.uneven.variance * (1.0 - x.correlation()[rows] ** 2)
     table[(1,) * table.ndim] = result.second_moment
-    return replace(result, table=np.minimum(table, result.mean**2 + result.variance), uneven=replace(x.uneven, variance=0.0))
+    return replace(result, table=table, uneven=replace(x.uneven, variance=0.0))
