@@ -83,6 +83,13 @@ def percent(value: float) -> str:
     return f"{100 * value:.1f}"
 
 
+ACCURACY = {
+    "default": "Forward second moments of module outputs, as the modules initialise themselves.",
+    "unit": "Forward second moments of module outputs, after applying the policy `unit`.",
+    "gradients": "Second moments of the gradients of module outputs and parameters, as the modules initialise themselves.",
+}
+
+
 def accuracy() -> str:
     """A table for each initialization, a row for each model."""
     parts = []
@@ -93,7 +100,7 @@ def accuracy() -> str:
         ]
         total = ("**all**", "", str(sum(model["modules"] for model in found["models"])), *_quantiles(found["all"]))
         headings = ("model", "draws", "outputs", "p50 %", "p90 %", "p99 %")
-        parts.append(f"Initialization: `{policy}`.\n\n{table(headings, [*rows, total])}")
+        parts.append(f"{ACCURACY[policy]}\n\n{table(headings, [*rows, total])}")
     return "\n\n".join(parts) or NOT_MEASURED
 
 
@@ -107,7 +114,7 @@ def summary() -> str:
     for policy, found in results("accuracy").items():
         p50, p90, p99 = _quantiles(found["all"])
         lines.append(
-            f"- Error of predicted second moments over {len(found['models'])} reference models, initialization `{policy}`: "
+            f"- {ACCURACY[policy].rstrip('.')}, {len(found['models'])} reference models, error against many draws: "
             f"p50 {p50} %, p90 {p90} %, p99 {p99} %."
         )
     lines += [
