@@ -14,9 +14,8 @@ from gainstage.apply.draw import draw_matrix, draw_runs
 from gainstage.apply.stream import Stream, stream_of
 from gainstage.plan import Distribution, Family, ParameterPlan
 
-# Entries per task: long enough (10 ms) to hide what a task costs, short enough to share among threads. The old values that are
-# saved for one lie on large pages.
-_TASK = 2**21
+# Entries per task: long enough (5 ms) to hide what a task costs, short enough to share among threads.
+_TASK = 2**20
 
 # Entries per conversion into another type: below torch's limit for going parallel, as the caller's threads are parallel.
 _CONVERSION = 2**15
