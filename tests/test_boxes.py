@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gainstage.apply import Stream, draw_range, stream_of
-from gainstage.apply.box import grid_boxes, run_boxes, whole_box
+from gainstage.apply.box import Box, grid_boxes, run_boxes, whole_box
 from gainstage.apply.draw import draw_runs
 from gainstage.apply.stage import drawing_tasks
 from gainstage.plan import Block, Distribution, Family, ParameterPlan
@@ -126,3 +126,20 @@ def test_a_shard_is_drawn_as_the_same_part_of_the_whole(case, family, dtype, dat
     assert not whole.isnan().any()
     expected = whole.flatten()[torch.from_numpy(memory_of(shape, ranges))]
     assert torch.equal(shard, expected)
+
+
+def test_a_part_of_several_dimensions_whose_first_has_one_entry():
+    """Splitting goes along a dimension that can be split."""
+    shape, ranges = (4, 4, 6, 6), ((2, 3), (0, 2), (1, 4), (5, 6))
+    planned = ParameterPlan(
+        name="w", shape=shape, dtype="float32", role="weight", distribution=Distribution(family=Family.UNIFORM, std=0.1)
+    )
+    whole, wide = torch.empty(shape), torch.full((48,), torch.nan)
+    for task in itertools.chain(*drawing_tasks(planned, 7, [whole_box(shape)], whole)):
+        task.draw()
+    part = tuple(slice(low, high) for low, high in ranges)
+    box = Box(bounds=ranges, offset=3, strides=(24, 12, 3, 1))
+    for task in itertools.chain(*drawing_tasks(planned, 7, [box], wide)):
+        task.draw()
+    drawn = box.view(wide)
+    assert torch.equal(drawn, whole[part])

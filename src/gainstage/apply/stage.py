@@ -106,11 +106,12 @@ def _box_tasks(
     try:
         rows = values.view(starts.size, length)
     except RuntimeError:  # two dimensions of the memory are held in part: no single stride leads from run to run
-        for index in range(values.shape[0]):
-            low = box.bounds[0][0] + index
-            part = box.part(0, low, low + 1)
+        dim = next(d for d, size in enumerate(values.shape) if size > 1)
+        for index in range(values.shape[dim]):
+            low = box.bounds[dim][0] + index
+            part = box.part(dim, low, low + 1)
             assert part is not None
-            yield from _box_tasks(stream, distribution, part, shape, values[index : index + 1])
+            yield from _box_tasks(stream, distribution, part, shape, values.narrow(dim, index, 1))
         return
     at_once = max(1, _TASK // length)
     for row in range(0, starts.size, at_once):
