@@ -12,20 +12,16 @@ from gainstage.signal import levels
 from gainstage.signal.axes import Axis
 from gainstage.signal.filters import normalise
 from gainstage.signal.gather import same_index_table
-from gainstage.signal.linear import affine, multiply
+from gainstage.signal.linear import affine, averaged, multiply
 from gainstage.signal.movement import merge_dim, refine
 from gainstage.signal.pointwise import align, combine
 from gainstage.signal.quadrature import Array, coarse, expectation, nodes, weights
 from gainstage.signal.value import Given, Value, gaussian
 
 
-def averaged(table: Array, value: Value, reduced: Sequence[Axis]) -> Array:
-    """Average of a table over all pairs of coordinates along some axes, which keep length 1."""
-    for axis in reduced:
-        position = value.axes.index(axis)
-        other, same = np.take(table, 0, axis=position), np.take(table, 1, axis=position)
-        table = np.expand_dims(other + (same - other) / axis.size, position)
-    return table
+def averaged_over(table: Array, value: Value, reduced: Sequence[Axis]) -> Array:
+    """Average of a table over all pairs of coordinates along some axes of a value, which keep length 1."""
+    return averaged(table, [value.axes.index(axis) for axis in reduced], reduced)
 
 
 def together(x: Value, y: Value) -> tuple[Value, Value]:
@@ -44,13 +40,13 @@ def normalise_gradient(g: Value, x: Value, dims: Sequence[int], eps: float, *, c
     x, g = together(x, g)
     x_axes = [axis for d in dims for axis in x.dims[d]]
     axes = [axis for d in dims for axis in g.dims[d]]
-    centred = x.table - averaged(x.table, x, x_axes) if centre else x.table
+    centred = x.table - averaged_over(x.table, x, x_axes) if centre else x.table
     level = max(float(centred[(1,) * x.table.ndim]), 0.0) + eps
-    stray = averaged(2.0 * (centred / level) ** 2, x, x_axes)[(-1,) * x.table.ndim] if level > 0.0 else 0.0
+    stray = averaged_over(2.0 * (centred / level) ** 2, x, x_axes)[(-1,) * x.table.ndim] if level > 0.0 else 0.0
     xhat = normalise(x, x_axes, eps, centre=centre)
-    table = g.table - xhat.table * averaged(times_own(g, xhat).table, g, axes)
+    table = g.table - xhat.table * averaged_over(times_own(g, xhat).table, g, axes)
     if centre:
-        table = table - averaged(g.table, g, axes)
+        table = table - averaged_over(g.table, g, axes)
     inverse, profile = _divided_levels(g, x, [x.axes.index(axis) for axis in x_axes], level - eps, eps)
     table = table * ((1.0 + stray) * inverse)
     full = (1,) * table.ndim
@@ -207,7 +203,7 @@ def largest_gradient(g: Value, x: Value, dims: Sequence[int], window: float) -> 
     axes = [axis for d in dims for axis in g.dims[d]]
     at = [g.axes.index(axis) for axis in axes]
     alike = g.table[tuple(1 if p in at else slice(None) for p in range(g.table.ndim))]
-    total = averaged(g.table, g, axes)[tuple(0 if p in at else slice(None) for p in range(g.table.ndim))] * outputs**2
+    total = averaged_over(g.table, g, axes)[tuple(0 if p in at else slice(None) for p in range(g.table.ndim))] * outputs**2
     same = total / inputs**2
     other = same.copy()
     full = (1,) * same.ndim

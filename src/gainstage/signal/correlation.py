@@ -47,9 +47,7 @@ def convolution_weight_gradient(g: Value, x: Value, shape: Sequence[int], places
     x = reshape(x, (x.shape[0], groups, x.shape[1] // groups, *x.shape[2:]))
     outputs, space = "pqr"[:rank], "uvw"[:rank]
     g, x = match(g, x, "bgo" + outputs, "bgc" + space)
-    even_g, even_x = (
-        levels.evened(v.table, v.levels, range(v.table.ndim - sum(map(bool, v.dims[3:])), v.table.ndim)) for v in (g, x)
-    )
+    even_g, even_x = _evened(g), _evened(x)
     numbers = Subscripts()
     index_g = [n for label, dim in zip("bgo" + outputs, g.dims, strict=True) for n in numbers.of(label, dim)]
     index_x = [n for label, dim in zip("bgc" + space, x.dims, strict=True) for n in numbers.of(label, dim)]

@@ -311,10 +311,6 @@ class Value:
         assert self.statistic is not None
         return self.statistic.centre * (np.ones((1,) * self.table.ndim) if self.levels is None else self.levels)
 
-    def own_source(self) -> Value:
-        """The same value as the origin of its own linear descendants."""
-        return replace(self, source=object(), amplitude=None)
-
 
 def gaussian(dims: tuple[Dim, ...], mean: float, table: Array, profile: Array | None = None, **extra: object) -> Value:
     """Gaussian tensor with the given mean, table of raw second moments, and profile of levels."""
