@@ -6,7 +6,7 @@ BIN := .venv/bin
 THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check bench-accuracy bench-apply bench-calibrate bench-speed docs
+.PHONY: help demo test check bench-accuracy bench-apply bench-calibrate bench-situations bench-speed docs
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 24
@@ -31,6 +31,9 @@ bench-apply: .venv/installed-dev ## elements per second of drawing, against torc
 
 bench-calibrate: .venv/installed-bench ## one pass of gs.calibrate against the package lsuv: seconds and achieved levels
 	@$(BIN)/python -m benchmarks.calibrate
+
+bench-situations: .venv/installed-zoo .venv/installed-dev ## the eight situations, asked for and measured on real models
+	@$(BIN)/python -m benchmarks.situations
 
 bench-speed: .venv/installed-zoo ## seconds and memory of every stage
 	@$(BIN)/python -m benchmarks.speed

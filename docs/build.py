@@ -13,11 +13,13 @@ import json
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from benchmarks.calibrate import calibration_table
+from benchmarks.situations.rows import HEADINGS, SITUATIONS, cells
 from benchmarks.speed import fills_table, large_table, stages_table
 from torch import nn
 
@@ -173,7 +175,14 @@ def calibration() -> str:
     return table(*calibration_table(found["rows"])) if found else NOT_MEASURED
 
 
+def situation(name: str) -> str:
+    """What one of the eight situations asks for, and what was measured."""
+    rows = results("situations").get(name)
+    return table(HEADINGS, [cells(row) for row in rows]) if rows else NOT_MEASURED
+
+
 BLOCKS: Mapping[str, Callable[[], str]] = {
+    **{name: partial(situation, name) for name in SITUATIONS},
     "accuracy": accuracy,
     "calibration": calibration,
     "explanation": explanation,
