@@ -72,6 +72,27 @@ def test_a_policy_of_ones_own():
     assert plan.predictions["3@0"] == pytest.approx((4.0,), rel=1e-3)
 
 
+class Waves(nn.Module):
+    """A buffer that nobody could guess, which the constructor computes from an argument that the module remembers."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.width = width
+        self.linear = nn.Linear(width, width)
+        self.register_buffer("table", torch.linspace(0.0, 3.0, width).sin() * 2.0, persistent=False)
+
+    def forward(self, x):
+        return self.linear(x * self.table)
+
+
+def test_buffers_on_meta_have_the_values_that_their_modules_give_them():
+    with torch.device("meta"):
+        model = Waves(16)
+    on_meta, real = gs.plan(model, (torch.empty(8, 16, device="meta"),)), gs.plan(Waves(16), (torch.randn(8, 16),))
+    assert on_meta.parameters["linear.weight"].distribution.std != pytest.approx(0.25)
+    assert on_meta.to_json() == real.to_json()
+
+
 def test_a_model_on_meta_is_planned_like_a_real_one():
     with torch.device("meta"):
         model = network()

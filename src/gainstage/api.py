@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from gainstage.apply import apply
+from gainstage.apply.buffers import known_buffers
 from gainstage.calibrate import Calibration
 from gainstage.calibrate import calibrate as calibrate_to
 from gainstage.capture import capture
@@ -65,7 +66,7 @@ def inspect(
         trace.modules["layer1.0.conv1"][0].second_moment
         trace.parameters["layer1.0.conv1.weight"].gradient_second_moment
     """
-    graph = capture(model, args, kwargs, loss=loss)
+    graph = capture(model, args, kwargs, loss=loss, buffers=known_buffers(model))
     values = present_values(graph, model)
     return build_trace(graph, values, propagate_backward(graph, values))
 
@@ -112,7 +113,7 @@ def plan(
         print(plan.explain("layer3.0.conv2.weight"))
     """
     chosen, family = find_policy(policy), find_family(distribution)
-    graph = capture(model, args, kwargs)
+    graph = capture(model, args, kwargs, buffers=known_buffers(model))
     kept = kept_parameters(graph, [keep] if isinstance(keep, str) else keep, include_frozen=include_frozen)
     present = Present(moments=moments_of(model), kept=kept)
     return solve(graph, infer_roles(graph, roles), chosen, present=present, source=measured_input, family=family)

@@ -24,22 +24,14 @@ def buffer_values(model: nn.Module, buffers: Buffers | None, seed: int) -> dict[
         InputError: a value is not known, or a given one does not fit.
     """
     values: dict[int, torch.Tensor] = {}
-    lost: list[str] = []
     used: set[str] = set()
-    rebuilder = Rebuilder(seed)
-    for path, keys, modules in _paths(model):
-        module = modules[-1]
-        missing = {name: tensor for name, tensor in missing_tensors(module).items() if id(tensor) not in values}
-        for name, tensor in list(missing.items()):
+    for path, _, modules in _paths(model):
+        for name, tensor in missing_tensors(modules[-1]).items():
             given = _given(buffers, join(path, name))
             if given is not None:
                 used.add(join(path, name))
                 values[id(tensor)] = _fitting(join(path, name), given, tensor)
-                del missing[name]
-        if missing:
-            made = rebuilder.rebuild(keys, modules)
-            values |= {id(tensor): made[name] for name, tensor in missing.items() if name in made}
-            lost += [f"{join(path, name)} ({type(module).__name__})" for name in missing if name not in made]
+    lost = _compute(model, values, seed)
     if lost:
         raise InputError(
             f"No values are known for the buffers {listed(lost)}: the modules cannot be asked for them. "
@@ -49,6 +41,31 @@ def buffer_values(model: nn.Module, buffers: Buffers | None, seed: int) -> dict[
         if name not in used:
             raise UnknownNameError(f"{name!r} is no buffer on the meta device{nearest(name, used)}.")
     return values
+
+
+def known_buffers(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Values of the buffers on the meta device that can be computed, by their names in the model."""
+    values: dict[int, torch.Tensor] = {}
+    _compute(model, values, seed=0)
+    return {
+        join(path, name): values[id(tensor)]
+        for path, _, module in walk(model)
+        for name, tensor in missing_tensors(module).items()
+        if id(tensor) in values
+    }
+
+
+def _compute(model: nn.Module, values: dict[int, torch.Tensor], seed: int) -> list[str]:
+    """Add the values that modules can be asked for; returns the names of the buffers that have none in the end."""
+    lost: list[str] = []
+    rebuilder = Rebuilder(seed)
+    for path, keys, modules in _paths(model):
+        missing = {name: tensor for name, tensor in missing_tensors(modules[-1]).items() if id(tensor) not in values}
+        if missing:
+            made = rebuilder.rebuild(keys, modules)
+            values |= {id(tensor): made[name] for name, tensor in missing.items() if name in made}
+            lost += [f"{join(path, name)} ({type(modules[-1]).__name__})" for name in missing if name not in made]
+    return lost
 
 
 def _paths(model: nn.Module) -> Iterator[tuple[str, list[str], list[nn.Module]]]:

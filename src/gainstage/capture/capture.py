@@ -26,6 +26,7 @@ def capture(
     kwargs: Mapping[str, Any] | None = None,
     *,
     loss: Callable[[Any], torch.Tensor] | None = None,
+    buffers: Mapping[str, torch.Tensor] | None = None,
 ) -> Graph:
     """Capture a model as a graph, in the mode (train or eval) that it is in; the model stays as it is.
 
@@ -34,6 +35,7 @@ def capture(
         args: positional arguments of forward; tensors, also nested in containers and dataclasses.
         kwargs: keyword arguments of forward.
         loss: what becomes the only output of the graph: the model's output -> a scalar.
+        buffers: values of buffers that lie on the meta device, by name; others are guessed.
 
     Returns:
         The graph: no writes in place, ties resolved, constants computed.
@@ -45,7 +47,8 @@ def capture(
         NoSignalError: no floating-point output depends on a parameter.
     """
     parameters, canonical_names = parameter_table(model)
-    functional = _functional(export(model, tuple(args), dict(kwargs or {}), loss), canonical_names, canonical_paths(model))
+    exported = export(model, tuple(args), dict(kwargs or {}), loss, buffers or {})
+    functional = _functional(exported, canonical_names, canonical_paths(model))
     nodes, assumptions = fold(_reachable(functional.nodes, functional), functional.outputs)
     nodes = _reachable(nodes, functional)
     _check_sizes(nodes)

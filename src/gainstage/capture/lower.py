@@ -101,6 +101,8 @@ def _placeholders(lowered: Lowered, exported: Exported) -> dict[fx.Node, Any]:
             value = program.state_dict[target] if spec.persistent else program.constants[target]
         else:
             value = program.constants.get(target)
+        if isinstance(value, torch.Tensor) and value.is_meta:
+            value = exported.buffers.get(target, value)
         if not isinstance(value, torch.Tensor):
             values[origin] = getattr(spec.arg, "value", None)
             continue

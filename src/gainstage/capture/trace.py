@@ -40,13 +40,19 @@ class CallMark:
 
 @dataclass(frozen=True, slots=True)
 class Exported:
-    """An exported program, with the tensors that the user fed, in the order of its inputs (None for what is no tensor)."""
+    """An exported program, with the tensors that the user fed, in the order of its inputs (None for what is no tensor).
+
+    ``buffers``: values of buffers that are on the meta device in the program, by name.
+    """
 
     program: ExportedProgram
     inputs: tuple[torch.Tensor | None, ...]
+    buffers: Mapping[str, torch.Tensor]
 
 
-def export(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], loss: Loss | None = None) -> Exported:
+def export(
+    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], loss: Loss | None, buffers: Mapping[str, torch.Tensor]
+) -> Exported:
     """Trace a model with torch.export, non-strict, marking what each module call returns.
 
     Args:
@@ -54,6 +60,7 @@ def export(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], l
         args: positional arguments of forward; tensors in any nesting.
         kwargs: keyword arguments of forward.
         loss: applied to the output, in whose place its result comes.
+        buffers: values of buffers on the meta device, by name.
 
     Returns:
         The program and the inputs.
@@ -72,13 +79,14 @@ def export(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], l
         except Exception as error:
             raise refusal(error) from error
     leaves = pytree.tree_leaves(program.example_inputs)
-    return Exported(program, tuple(originals.get(id(x), x) if isinstance(x, torch.Tensor) else None for x in leaves))
+    inputs = tuple(originals.get(id(x), x) if isinstance(x, torch.Tensor) else None for x in leaves)
+    return Exported(program, inputs, buffers)
 
 
 def decompose(exported: Exported) -> Exported:
     """The same program after torch's functionalisation, with all operations kept as they are; marks are lost."""
     with _quiet():
-        return Exported(exported.program.run_decompositions({}), exported.inputs)
+        return Exported(exported.program.run_decompositions({}), exported.inputs, exported.buffers)
 
 
 def _check_arguments(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:

@@ -154,7 +154,7 @@ def _ancestry(
 
 def _has_zero(nodes: tuple[Node, ...], read: tuple[int, ...]) -> bool:
     """Tell whether a factor is zero throughout: the state before the first step of a scan."""
-    return any((value := nodes[j].value) is not None and not bool(value.any()) for j in read)
+    return any((value := nodes[j].value) is not None and not value.is_meta and not bool(value.any()) for j in read)
 
 
 _MIXING = (
