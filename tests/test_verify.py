@@ -552,7 +552,7 @@ def nan_input():
     [
         (with_nan("4.bias"), NonFiniteError, "parameter 4.bias"),
         (nan_input, NonFiniteError, "input 0"),
-        (on_meta, InputError, r"0\.weight and 9 more lie on the meta device.*to_empty"),
+        (on_meta, InputError, r"0\.weight and 9 more lie on the meta device.*gs\.materialize"),
         (lambda: (mlp(), (torch.randn(2, 3),)), gs.GainstageError, "must have same reduction dim"),
         (lambda: (mlp(), ()), InputError, "does not take"),
     ],

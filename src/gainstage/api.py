@@ -11,10 +11,11 @@ from torch import nn
 
 from gainstage.apply import apply
 from gainstage.apply.buffers import known_buffers
+from gainstage.apply.drawn import DrawnParameters
 from gainstage.calibrate import Calibration
 from gainstage.calibrate import calibrate as calibrate_to
 from gainstage.capture import capture
-from gainstage.errors import UnknownNameError, nearest
+from gainstage.errors import InputError, UnknownNameError, nearest
 from gainstage.graph import Graph, Node, ParameterInfo
 from gainstage.plan import Plan
 from gainstage.policies import Policy, find_policy
@@ -32,7 +33,7 @@ from gainstage.roles import infer_roles
 from gainstage.signal import Value
 from gainstage.signal.gain import gain
 from gainstage.solve import Present, find_family, planned_values, solve
-from gainstage.verify import Check, check_mode, check_operations, check_values
+from gainstage.verify import Check, check_inputs, check_mode, check_operations, check_values, verify_drawn
 from gainstage.verify import verify as compare_with
 
 __all__ = ["apply", "calibrate", "gain", "initialize", "inspect", "plan", "verify"]
@@ -147,15 +148,21 @@ def initialize(
 
 
 def verify(
-    model: nn.Module, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None, *, plan: Plan | None = None
-) -> Check:
+    model: nn.Module, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None, *, plan: Plan | None = None,
+    seed: int = 0, progress: Callable[[int, int], object] | None = None,
+) -> Check:  # fmt: skip
     """Run the model once, compare every module call with its prediction, and name what is wrong; change nothing.
 
+    A model on the meta device is run on what :func:`apply` would write: each parameter is drawn when an operation reads it and
+    dropped after, so that the model may be larger than memory.
+
     Args:
-        model: with values, in the mode that is to be verified.
+        model: in the mode that is to be verified.
         args: positional arguments of forward; real inputs, best of several samples.
         kwargs: keyword arguments of forward.
         plan: what the model was initialised with. Without it the prediction is that of the present parameters.
+        seed: of the draw, for a model on the meta device.
+        progress: for a model on the meta device: called with the number of operations done, and in all.
 
     Returns:
         Rows of predicted and measured second moments, and findings with the parameter to blame.
@@ -163,7 +170,7 @@ def verify(
     Raises:
         NonFiniteError: NaN or infinity in a parameter or an input.
         PlanMismatchError: the plan was made for another model.
-        InputError: a model on the meta device, or a forward pass that fails.
+        InputError: a model on the meta device without a plan, or a forward pass that fails.
 
     Example::
 
@@ -171,6 +178,8 @@ def verify(
         assert check.ok, check
     """
     given = dict(kwargs or {})
+    if plan is not None and all(parameter.is_meta for parameter in model.parameters()):
+        return _verify_drawn(model, args, given, plan, seed=seed, progress=progress)
     check_values(model, args, given)
     graph = capture(model, args, given)
 
@@ -178,6 +187,26 @@ def verify(
         return build_trace(graph, present_values(graph, model))
 
     return compare_with(graph, model, args, given, plan=plan, present=present)
+
+
+def _verify_drawn(
+    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], plan: Plan, *, seed: int,
+    progress: Callable[[int, int], object] | None,
+) -> Check:  # fmt: skip
+    parameters = DrawnParameters(plan, seed)
+    check_inputs(args, kwargs)
+    graph = capture(model, args, kwargs, buffers=known_buffers(model))
+    if graph.assumptions:
+        raise InputError(
+            f"A real pass needs every buffer. {' '.join(graph.assumptions[:4])} "
+            "Those that the modules cannot be asked for are given to gs.materialize(model, plan, buffers=...)."
+        )
+
+    def present() -> Trace:
+        values = planned_values(graph, plan, moments=moments_of(model), source=measured_input, at_plan=False)
+        return build_trace(graph, values)
+
+    return verify_drawn(graph, parameters, args, kwargs, plan=plan, present=present, progress=progress)
 
 
 def calibrate(model: nn.Module, plan: Plan, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None) -> Calibration:

@@ -10,13 +10,13 @@ from typing import Any, final
 import torch
 
 from gainstage.calibrate.amend import Scale
-from gainstage.calibrate.execution import Execution
 from gainstage.calibrate.levels import channels_of, indices_of, level, planned_level, solve_factor, spread_out, without_padding
 from gainstage.calibrate.result import CalibrationRow
 from gainstage.calibrate.sites import Ranges, Site, channel_dim, gaps, overlap
 from gainstage.errors import NonFiniteError
 from gainstage.graph import Graph, Node
 from gainstage.plan import Family, ParameterPlan, Plan
+from gainstage.propagate.execution import Execution
 from gainstage.signal import Value
 from gainstage.solve.constraint import is_contraction, is_lookup
 

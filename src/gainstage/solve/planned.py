@@ -14,15 +14,21 @@ _SAME = 1e-9  # relative: rounding
 
 
 def planned_values(
-    graph: Graph, plan: Plan, *, moments: Callable[[str], tuple[float, float] | None], source: Callable[[Node], Value]
+    graph: Graph,
+    plan: Plan,
+    *,
+    moments: Callable[[str], tuple[float, float] | None],
+    source: Callable[[Node], Value],
+    at_plan: bool = True,
 ) -> dict[str, Any]:
-    """Result of every node with parameters as they are planned, at the levels of the module calls that the plan records.
+    """Result of every node with parameters as they are planned.
 
     Args:
         graph: of the model that the plan was made for.
         plan: distributions of its parameters.
         moments: mean and variance of a parameter's present values, for those that the plan keeps.
         source: statistics of the inputs.
+        at_plan: bring the results to the levels of the module calls that the plan records, which were made for its own inputs.
     """
     index = {name: position for position, name in enumerate(graph.parameters)}
 
@@ -34,7 +40,7 @@ def planned_values(
             return parameter_value(info, index[info.name], *present)
         return planned_value(info, index[info.name], planned)
 
-    recorded = _recorded(graph, plan)
+    recorded = _recorded(graph, plan) if at_plan else {}
     check_supported(graph)
     values: dict[str, Any] = {}
     for node in graph.nodes:

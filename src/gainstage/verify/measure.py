@@ -57,7 +57,7 @@ def run_forward(
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
     *,
-    look_at_output: Callable[[list[torch.Tensor]], Mapping[int, tuple[float, float]]],
+    look_at_output: Callable[[Mapping[int, torch.Tensor]], Mapping[int, tuple[float, float]]],
 ) -> Pass:
     """Run the model once, measure, and leave it as it was.
 
@@ -65,22 +65,26 @@ def run_forward(
         model: in the mode that is to be measured.
         args: positional arguments of forward; the model gets copies.
         kwargs: keyword arguments of forward; the model gets copies.
-        look_at_output: is given the tensors that the model returns.
+        look_at_output: is given the tensors that the model returns, by their place among them.
 
     Raises:
         InputError: forward failed; the message quotes the reason.
     """
     found = Pass()
-    batch = next((leaf.shape[0] for leaf in tensor_leaves((args, dict(kwargs))) if leaf.dim() > 0), 1)
     copies = pytree.tree_map(lambda leaf: leaf.clone() if isinstance(leaf, torch.Tensor) else leaf, (args, dict(kwargs)))
-    with untouched(model), _hooked(model, found, batch) as stack, _AttentionWatch(found, stack):
+    with untouched(model), _hooked(model, found, samples_in(args, kwargs)) as stack, AttentionWatch(found, stack):
         try:
             output = model(*copies[0], **copies[1])
         except Exception as error:
             place = f" in module {stack[-1]!r}" if stack and stack[-1] else ""
             raise InputError(f"The forward pass failed{place}: {type(error).__name__}: {error}") from error
-        found.first_losses.update(look_at_output(tensor_leaves(output)))
+        found.first_losses.update(look_at_output(dict(enumerate(tensor_leaves(output)))))
     return found
+
+
+def samples_in(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
+    """Size of the batch: of the first dimension of the first input that has one."""
+    return next((leaf.shape[0] for leaf in tensor_leaves((args, dict(kwargs))) if leaf.dim() > 0), 1)
 
 
 @contextmanager
@@ -143,7 +147,7 @@ def measure(tensor: torch.Tensor, batch: int) -> Measurement:
     return Measurement(tuple(tensor.shape), second, error, second < float("inf"))
 
 
-class _AttentionWatch(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class AttentionWatch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Looks at the weights of every attention, whichever kernel computes it."""
 
     def __init__(self, found: Pass, stack: list[str]) -> None:

@@ -215,11 +215,11 @@ def _short_name(node: Node) -> str:
     return node.op_name.split(".")[1] if node.op_name.startswith("aten.") else ""
 
 
-def first_losses(heads: Mapping[int, tuple[str, int]], outputs: Sequence[torch.Tensor]) -> dict[int, tuple[float, float]]:
+def first_losses(heads: Mapping[int, tuple[str, int]], outputs: Mapping[int, torch.Tensor]) -> dict[int, tuple[float, float]]:
     """For each head: cross-entropy at targets drawn by chance, ``E[logsumexp(y) - mean(y)]``, and ``log(classes)``."""
     losses = {}
     for position, (_, dim) in heads.items():
-        logits = outputs[position].detach() if position < len(outputs) else None
+        logits = outputs[position].detach() if position in outputs else None
         if logits is not None and logits.dim() > 1 and logits.shape[dim] > 1 and logits.is_floating_point():
             wide = logits.to(torch.float32)
             loss = float((wide.logsumexp(dim) - wide.mean(dim)).mean())

@@ -14,9 +14,10 @@ from gainstage.plan import Plan
 from gainstage.propagate import Trace
 from gainstage.verify import signals
 from gainstage.verify.compare import MODEL_ERROR, compare, predictions, z_bound
-from gainstage.verify.measure import run_forward
+from gainstage.verify.measure import Pass, run_forward, samples_in
 from gainstage.verify.parameters import equal_values, lost_ties, not_as_planned
 from gainstage.verify.result import Check, Finding
+from gainstage.verify.streamed import run_streamed
 
 
 def check_values(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
@@ -26,18 +27,32 @@ def check_values(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, A
         InputError: parameters or inputs on the meta device.
         NonFiniteError: NaN or infinity in a parameter or an input, NaN in a buffer (masks may hold infinity).
     """
-    leaves = tensor_leaves((args, dict(kwargs)))
     on_meta = [name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if tensor.is_meta]
     if on_meta:
         raise InputError(
             f"{on_meta[0]} and {len(on_meta) - 1} more lie on the meta device: there are no values to measure. "
-            "Materialise the model (model.to_empty(device='cpu')) and gs.apply(model, plan) first, or use gs.inspect."
+            "gs.materialize(model, plan) gives it values; with plan=plan, gs.verify can do without."
         )
-    if any(leaf.is_meta for leaf in leaves):
-        raise InputError("An input lies on the meta device; a real pass needs real inputs.")
     bad = [f"parameter {name}" for name, tensor in model.named_parameters() if not bool(tensor.isfinite().all())]
     bad += [f"buffer {name}" for name, tensor in model.named_buffers() if bool(tensor.isnan().any())]
-    bad += [f"input {position}" for position, leaf in enumerate(leaves) if not _is_input(leaf)]
+    _refuse(bad)
+    check_inputs(args, kwargs)
+
+
+def check_inputs(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    """Refuse inputs without values, or with values that are no numbers.
+
+    Raises:
+        InputError: an input on the meta device.
+        NonFiniteError: NaN or infinity in an input.
+    """
+    leaves = tensor_leaves((args, dict(kwargs)))
+    if any(leaf.is_meta for leaf in leaves):
+        raise InputError("An input lies on the meta device; a real pass needs real inputs.")
+    _refuse([f"input {position}" for position, leaf in enumerate(leaves) if not _is_input(leaf)])
+
+
+def _refuse(bad: list[str]) -> None:
     if bad:
         raise NonFiniteError(
             f"NaN or infinity in {', '.join(bad[:8])}{' and more' if len(bad) > 8 else ''}: initialise them first."
@@ -80,6 +95,53 @@ def verify(
     ]
     heads = signals.output_heads(graph)
     found = run_forward(model, args, kwargs, look_at_output=lambda outputs: signals.first_losses(heads, outputs))
+    return _judge(graph, found, findings, plan=plan, present=present, input_level=_input_level(args, kwargs))
+
+
+def verify_drawn(
+    graph: Graph,
+    parameters: Mapping[str, torch.Tensor],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    *,
+    plan: Plan,
+    present: Callable[[], Trace],
+    progress: Callable[[int, int], object] | None,
+) -> Check:
+    """As :func:`verify`, for a model on the meta device, with parameters that exist only while an operation reads them.
+
+    Args:
+        graph: of this model at these arguments.
+        parameters: what the plan would draw.
+        args: positional arguments of forward.
+        kwargs: keyword arguments of forward.
+        plan: where the predictions come from.
+        present: predicts the plan's parameters at these inputs.
+        progress: called with the number of operations done, and in all.
+
+    Raises:
+        PlanMismatchError: the plan was made for another model, or another mode of it.
+        InputError: an operation fails.
+    """
+    plan.check_fits(graph.parameters)
+    check_mode(plan, graph)
+    check_operations(plan, graph)
+    heads = signals.output_heads(graph)
+    found = run_streamed(
+        graph,
+        parameters,
+        samples=samples_in(args, kwargs),
+        look_at_output=lambda outputs: signals.first_losses(heads, outputs),
+        progress=progress,
+    )
+    return _judge(graph, found, [], plan=plan, present=present, input_level=_input_level(args, kwargs))
+
+
+def _judge(
+    graph: Graph, found: Pass, findings: list[Finding], *, plan: Plan | None, present: Callable[[], Trace], input_level: float
+) -> Check:
+    """Compare a pass with its predictions, and add to what was found on the parameters."""
+    heads = signals.output_heads(graph)
     rows = compare(predictions(graph, present() if plan is None else plan), found)
     findings += signals.not_finite(graph, rows)
     blamed = [finding.where for finding in findings]
@@ -88,7 +150,7 @@ def verify(
     findings += signals.level_off(graph, rows, [finding.where for finding in findings])
     symptoms = [
         *signals.saturated(graph, found),
-        *signals.extreme_levels(graph, rows, _input_level(args, kwargs)),
+        *signals.extreme_levels(graph, rows, input_level),
         *signals.loud_heads(heads, found),
     ]
     findings += [finding for finding in symptoms if not findings or finding.where not in {known.where for known in findings}]
