@@ -10,7 +10,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from gainstage.errors import InputError, PlanFormatError
-from gainstage.plan import SCHEMA_VERSION, Block, Distribution, Family, ParameterPlan, Plan
+from gainstage.plan import SCHEMA_VERSION, Block, Distribution, Family, ParameterPlan, Passage, Plan
 
 numbers = st.floats(-60, 60)
 deviations = st.floats(0, 60)
@@ -47,9 +47,11 @@ def parameter_plans(draw, name):
         blocks=blocks,
         output_dims=(draw(st.integers(0, len(shape) - 1)),) if shape else (),
         derivation=tuple(draw(st.lists(texts, max_size=3))),
+        passage=draw(st.none() | st.builds(Passage, origin=texts, forward=factors, backward=factors)),
     )
 
 
+factors = st.floats(0, 1e300)
 moments = st.lists(st.floats(0, 1e300), min_size=1, max_size=3).map(tuple)
 
 
@@ -86,6 +88,7 @@ WEIGHT = ParameterPlan(
     distribution=Distribution(family=Family.NORMAL, std=0.5),
     blocks=(Block(0, 0, 2, Distribution(family=Family.UNIFORM, std=0.25)),),
     derivation=("v = 1",),
+    passage=Passage(origin="x", forward=1.0, backward=2.0),
 )
 PLAN = Plan(
     policy="unit",
@@ -97,6 +100,7 @@ PLAN = Plan(
     notes=("a note",),
 )
 TEXT = PLAN.to_json()
+VERSION = f'"version": {SCHEMA_VERSION}'
 
 
 def places(value, path=()):
@@ -215,8 +219,8 @@ def test_what_is_no_text_is_refused(value):
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ('"version": 1', '"version": 2', f"schema version 2, this release reads version {SCHEMA_VERSION}"),
-        ('"version": 1', '"version": true', "version: expected an integer, found True"),
+        (VERSION, f"{VERSION}0", f"schema version {SCHEMA_VERSION}0, this release reads version {SCHEMA_VERSION}"),
+        (VERSION, '"version": true', "version: expected an integer, found True"),
         ('"policy": "unit"', '"policy": "unit", "policy": "unit"', "'policy' stands twice in one object"),
         ('"policy"', '"polcy"', r"unknown key 'polcy' \(nearest: policy\)"),
         ('"std": 0.5', '"std": "0.5"', r"parameters\['w'\].distribution.std: expected a number, found '0.5'"),
@@ -226,6 +230,7 @@ def test_what_is_no_text_is_refused(value):
         ('"normal"', '"norml"', r"unknown family 'norml'; known are keep, constant, normal"),
         ('"float32"', '"int8"', "'int8' is not a floating-point type"),
         ('"training": true', '"training": 1', "training: expected true or false, found 1"),
+        ('"backward": 2.0', '"backward": -2.0', r"parameters\['w'\].passage: a passage multiplies by -2.0 backward"),
         ('"start": 0', '"start": 0.0', r"blocks\[0\].start: expected an integer, found 0.0"),
         ('"stop": 2', '"stop": 20', r"parameters\['w'\]: w: block \[0:20\] overlaps"),
     ],

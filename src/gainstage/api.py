@@ -32,7 +32,7 @@ from gainstage.propagate import (
 from gainstage.roles import infer_roles
 from gainstage.signal import Value
 from gainstage.signal.gain import gain
-from gainstage.solve import Present, find_family, planned_values, solve
+from gainstage.solve import Present, find_balance, find_family, planned_values, solve
 from gainstage.verify import Check, check_inputs, check_mode, check_operations, check_values, verify_drawn
 from gainstage.verify import verify as compare_with
 
@@ -86,7 +86,8 @@ def present_values(graph: Graph, model: nn.Module) -> dict[str, Any]:
 
 def plan(
     model: nn.Module, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None, *, policy: str | Policy = "unit",
-    roles: Mapping[str, str] | None = None, distribution: str = "normal", keep: Sequence[str] = (), include_frozen: bool = False,
+    balance: str = "forward", roles: Mapping[str, str] | None = None, distribution: str = "normal", keep: Sequence[str] = (),
+    include_frozen: bool = False,
 ) -> Plan:  # fmt: skip
     """Choose a distribution for every parameter; change nothing.
 
@@ -95,6 +96,8 @@ def plan(
         args: positional example inputs; their statistics are measured, those on the meta device are taken as standard normal.
         kwargs: keyword inputs.
         policy: a named set of targets (unit, torch, he, glorot, lecun, gpt2), or one of your own.
+        balance: which direction hidden weights keep second moments in: forward, backward (of gradients), or geometric, the
+            geometric mean of both variances. Logits, shares of branches and heads keep their meaning forward.
         roles: glob pattern of parameter names -> role, where the graph is not to decide.
         distribution: what weights are drawn from: normal, truncated_normal, uniform, orthogonal or delta_orthogonal.
         keep: glob patterns of parameters to leave as they are.
@@ -104,7 +107,7 @@ def plan(
         The plan: what :func:`apply` draws, what :func:`verify` checks, and ``plan.explain(name)``.
 
     Raises:
-        UnknownNameError: a policy, role, distribution or parameter that does not exist.
+        UnknownNameError: a policy, balance, role, distribution or parameter that does not exist.
         NonFiniteError: NaN or infinity in an input or in a parameter that is kept.
         GainstageError: the model cannot be captured or predicted.
 
@@ -113,11 +116,13 @@ def plan(
         plan = gs.plan(model, (x,))
         print(plan.explain("layer3.0.conv2.weight"))
     """
-    chosen, family = find_policy(policy), find_family(distribution)
+    chosen, direction, family = find_policy(policy), find_balance(balance), find_family(distribution)
     graph = capture(model, args, kwargs, buffers=known_buffers(model))
     kept = kept_parameters(graph, [keep] if isinstance(keep, str) else keep, include_frozen=include_frozen)
     present = Present(moments=moments_of(model), kept=kept)
-    return solve(graph, infer_roles(graph, roles), chosen, present=present, source=measured_input, family=family)
+    return solve(
+        graph, infer_roles(graph, roles), chosen, present=present, source=measured_input, family=family, balance=direction
+    )
 
 
 def initialize(

@@ -208,7 +208,7 @@ def console() -> Console:
 
 
 def _plan_arguments(
-    *, policy: str, distribution: str, roles: tuple[str, ...], keep: tuple[str, ...], include_frozen: bool
+    *, policy: str, balance: str, distribution: str, roles: tuple[str, ...], keep: tuple[str, ...], include_frozen: bool
 ) -> Any:
     pairs = {}
     for text in roles:
@@ -218,6 +218,7 @@ def _plan_arguments(
         pairs[pattern] = role
     return {
         "policy": policy,
+        "balance": balance,
         "distribution": distribution,
         "roles": pairs or None,
         "keep": keep,

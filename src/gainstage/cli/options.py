@@ -98,10 +98,16 @@ _META: _Decorator = click.option("--meta", is_flag=True, help="Build on the meta
 
 
 def plan_options(command: _Command) -> _Command:
-    """Add what decides a plan: policy, distribution, roles, parameters to keep."""
+    """Add what decides a plan: policy, balance, distribution, roles, parameters to keep."""
     for option in reversed(
         [
             click.option("--policy", default="unit", show_default=True, help="Named set of targets."),
+            click.option(
+                "--balance",
+                default="forward",
+                show_default=True,
+                help="What hidden weights keep: forward, backward (gradients), or geometric, the mean of both.",
+            ),
             click.option("--distribution", default="normal", show_default=True, help="Family that weights are drawn from."),
             click.option("--role", "roles", multiple=True, metavar="PATTERN=ROLE", help="Role of matching parameters; repeat."),
             click.option("--keep", multiple=True, metavar="PATTERN", help="Parameters to leave as they are; repeat."),

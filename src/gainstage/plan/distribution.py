@@ -104,6 +104,35 @@ class Block:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Passage:
+    """What a weight does to levels: from the place where its input's signal arises to its output, and back.
+
+    ``origin``: that place, in words. ``forward``: ``E[y^2] / E[origin^2]``. ``backward``: second moment of the gradient that
+    arrives there over that of the output's gradient, of what comes through this weight alone.
+
+    Raises:
+        InputError: a factor that is negative or not finite.
+    """
+
+    origin: str
+    forward: float
+    backward: float
+
+    def __post_init__(self) -> None:
+        """Refuse what no second moment can be multiplied by."""
+        for name, factor in (("forward", self.forward), ("backward", self.backward)):
+            if not (math.isfinite(factor) and factor >= 0.0):
+                raise InputError(f"a passage multiplies by {factor} {name}; it must be finite and not negative")
+
+    def __str__(self) -> str:
+        """In words."""
+        return (
+            f"from {self.origin} to here E[x^2] is multiplied by {self.forward:.4g}, "
+            f"and E[g^2] by {self.backward:.4g} on the way back"
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ParameterPlan:
     """What is written into one parameter. ``blocks`` is empty for a parameter with one distribution.
 
@@ -123,6 +152,7 @@ class ParameterPlan:
     blocks: tuple[Block, ...] = ()
     output_dims: tuple[int, ...] = (0,)
     derivation: tuple[str, ...] = ()  # lines of text, formula first, numbers filled in
+    passage: Passage | None = None  # of a weight that passes on a gradient
 
     def __post_init__(self) -> None:
         """Refuse what cannot be drawn into this shape and element type."""
@@ -170,4 +200,5 @@ class ParameterPlan:
             lines += [f"elsewhere  {self.distribution}"] if covered < self.shape[self.blocks[0].dim] else []
         else:
             lines.append(str(self.distribution))
-        return "\n".join([*lines, *(f"  {line}" for line in self.derivation)])
+        passage = [] if self.passage is None else [str(self.passage)]
+        return "\n".join([*lines, *(f"  {line}" for line in (*self.derivation, *passage))])

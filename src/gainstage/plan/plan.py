@@ -44,6 +44,7 @@ class Plan:
         parameters: canonical name -> what is written, in the model's own order.
         fingerprint: of the graph that the plan was solved on.
         training: the mode of the model that the plan was solved for.
+        balance: which direction hidden weights keep second moments in: forward, backward, or geometric for the mean of both.
         predictions: "path@call" -> second moments of the outputs of that module call, averaged over draws and inputs.
         spreads: "path@call" -> predicted deviations of the logs of these second moments from one draw to another.
         notes: what a reader has to know, one sentence each.
@@ -56,6 +57,7 @@ class Plan:
     parameters: Mapping[str, ParameterPlan]
     fingerprint: str
     training: bool
+    balance: str = "forward"
     predictions: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     spreads: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     notes: tuple[str, ...] = ()

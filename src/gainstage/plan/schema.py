@@ -6,12 +6,13 @@ import json
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from typing import Any, TypeVar
 
 from gainstage.errors import InputError, PlanFormatError, nearest
-from gainstage.plan.distribution import Block, Distribution, Family, ParameterPlan
+from gainstage.plan.distribution import Block, Distribution, Family, ParameterPlan, Passage
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 _T = TypeVar("_T")
 
@@ -33,7 +34,7 @@ def write_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
     }
     return {
         "version": SCHEMA_VERSION,
-        **{key: fields[key] for key in ("policy", "fingerprint", "training")},
+        **{key: fields[key] for key in ("policy", "balance", "fingerprint", "training")},
         "notes": list(fields["notes"]),
         "parameters": {name: _parameter_to_dict(parameter) for name, parameter in fields["parameters"].items()},
         "predictions": calls,
@@ -53,6 +54,7 @@ def _parameter_to_dict(parameter: ParameterPlan) -> dict[str, Any]:
         ],
         "output_dims": list(parameter.output_dims),
         "derivation": list(parameter.derivation),
+        "passage": None if (passage := parameter.passage) is None else asdict(passage),
     }
 
 
@@ -77,7 +79,9 @@ def read_fields(text: object) -> dict[str, Any]:
             f"the plan has schema version {_quoted(version)}, this release reads version {SCHEMA_VERSION}; "
             "use the release of gainstage that wrote it, or make the plan again",
         )
-    entries = _record(value, "", ("version", "policy", "fingerprint", "training", "notes", "parameters", "predictions"))
+    entries = _record(
+        value, "", ("version", "policy", "balance", "fingerprint", "training", "notes", "parameters", "predictions")
+    )
     if not isinstance(entries["training"], bool):
         raise _expected("true or false", entries["training"], "training")
     predictions, spreads = {}, {}
@@ -89,6 +93,7 @@ def read_fields(text: object) -> dict[str, Any]:
             spreads[call] = values
     return {
         "policy": _text(entries["policy"], "policy"),
+        "balance": _text(entries["balance"], "balance"),
         "fingerprint": _text(entries["fingerprint"], "fingerprint"),
         "training": entries["training"],
         "notes": _items(entries["notes"], "notes", _text),
@@ -211,8 +216,14 @@ def _read_block(value: object, place: str) -> Block:
     return Block(dim, start, stop, _read_distribution(entries["distribution"], f"{place}.distribution"))
 
 
+def _read_passage(value: object, place: str) -> Passage:
+    entries = _record(value, place, ("origin", "forward", "backward"))
+    forward, backward = (_number(entries[key], f"{place}.{key}") for key in ("forward", "backward"))
+    return checked(lambda: Passage(origin=_text(entries["origin"], f"{place}.origin"), forward=forward, backward=backward), place)
+
+
 def _read_parameter(name: str, value: object, place: str) -> ParameterPlan:
-    keys = ("shape", "dtype", "aliases", "role", "distribution", "blocks", "output_dims", "derivation")
+    keys = ("shape", "dtype", "aliases", "role", "distribution", "blocks", "output_dims", "derivation", "passage")
     entries = _record(value, place, keys)
     fields: dict[str, Any] = {
         "shape": _items(entries["shape"], f"{place}.shape", _integer),
@@ -223,5 +234,6 @@ def _read_parameter(name: str, value: object, place: str) -> ParameterPlan:
         "blocks": _items(entries["blocks"], f"{place}.blocks", _read_block),
         "output_dims": _items(entries["output_dims"], f"{place}.output_dims", _integer),
         "derivation": _items(entries["derivation"], f"{place}.derivation", _text),
+        "passage": None if entries["passage"] is None else _read_passage(entries["passage"], f"{place}.passage"),
     }
     return checked(lambda: ParameterPlan(name=name, **fields), place)

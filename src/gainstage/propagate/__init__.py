@@ -1,6 +1,6 @@
 """From a graph to the statistics of every tensor in it."""
 
-from gainstage.propagate.backward import Backward, propagate_backward
+from gainstage.propagate.backward import Backward, propagate_back_along, propagate_backward
 from gainstage.propagate.build import build_trace
 from gainstage.propagate.interpret import check_supported, evaluate, is_sampled, propagate
 from gainstage.propagate.statistics import input_value, level_profile, parameter_moments, parameter_value
@@ -21,5 +21,6 @@ __all__ = [
     "parameter_moments",
     "parameter_value",
     "propagate",
+    "propagate_back_along",
     "propagate_backward",
 ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,12 +44,30 @@ def propagate_backward(graph: Graph, values: Mapping[str, Any]) -> Backward:
         1. Of a loss, a single number, this is its gradient up to a sign.
     """
     gradients: dict[str, Any] = {}
-    sampled: list[str] = []
     needed = _needed(graph)
     for name in graph.outputs:
         if isinstance(values[name], Value) and name in needed:
             _accumulate(gradients, name, unit_gradient(values[name]))
-    for node in reversed(graph.nodes):
+    sampled = _walk_back(graph.nodes, gradients, needed, values)
+    return Backward({name: g for name, g in gradients.items() if isinstance(g, Value)}, sampled)
+
+
+def propagate_back_along(segment: Sequence[Node], values: Mapping[str, Any]) -> Mapping[str, Value]:
+    """Gradients along a few nodes only: of the last one independent entries of second moment 1, of the others what comes of it.
+
+    Args:
+        segment: nodes in execution order, the first of them as far as gradients go.
+        values: result of every node that these read.
+    """
+    gradients: dict[str, Any] = {segment[-1].name: unit_gradient(values[segment[-1].name])}
+    _walk_back(segment[1:], gradients, {node.name for node in segment}, values)
+    return {name: g for name, g in gradients.items() if isinstance(g, Value)}
+
+
+def _walk_back(nodes: Sequence[Node], gradients: dict[str, Any], needed: set[str], values: Mapping[str, Any]) -> tuple[str, ...]:
+    """Go through nodes in reverse and add to the gradients of what they read; returns the nodes that were sampled."""
+    sampled: list[str] = []
+    for node in reversed(nodes):
         g = gradients.get(node.name)
         if g is None or node.kind is not NodeKind.OP or node.name not in needed:
             continue
@@ -61,7 +79,7 @@ def propagate_backward(graph: Graph, values: Mapping[str, Any]) -> Backward:
             sampled.append(node.name)
         for argument, gradient in zip(node.args, found, strict=False):
             _deliver(gradients, argument, gradient, needed)
-    return Backward({name: g for name, g in gradients.items() if isinstance(g, Value)}, tuple(reversed(sampled)))
+    return tuple(reversed(sampled))
 
 
 def _needed(graph: Graph) -> set[str]:

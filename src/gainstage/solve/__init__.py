@@ -2,7 +2,8 @@
 
 from gainstage.solve.distributions import find_family
 from gainstage.solve.initial import Present
+from gainstage.solve.passage import find_balance
 from gainstage.solve.planned import planned_values
 from gainstage.solve.solve import solve
 
-__all__ = ["Present", "find_family", "planned_values", "solve"]
+__all__ = ["Present", "find_balance", "find_family", "planned_values", "solve"]

@@ -79,12 +79,14 @@ class Own:
 
     ``parts``: those decided here for good; the others start from the same rule and are scaled later. ``starts`` is False where
     nothing is to be decided: for a tied head, whose demand comes later, and for a weight whose scale its own gain replaces.
+    ``is_balanced``: a level that may give way to that of the gradients.
     """
 
     use: Use
     target: Level | FanScaled
     parts: frozenset[Part]
     starts: bool = True
+    is_balanced: bool = False
 
 
 CONTRACTIONS = frozenset(

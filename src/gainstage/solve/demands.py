@@ -12,6 +12,10 @@ from gainstage.solve.constraint import Demand, Goal, Kind, Lever, Own, Quantity,
 from gainstage.solve.initial import is_weight_gain
 from gainstage.solve.setting import Part, Setting, covers, parts_of
 
+# Levels that gradients may have a say in. Elsewhere the level is about what the signal means: how peaked an attention is, how far
+# a gate opens, which share a branch has, how near chance a head is.
+_BALANCED = frozenset({Role.DEPTHWISE, Role.HIDDEN})
+
 
 @dataclass(frozen=True, slots=True)
 class Demands:
@@ -210,7 +214,8 @@ class _Claims:
             rule = target if isinstance(target, Level | FanScaled) else Level()
             parts = {(name, part) for part in range(len(setting.variances))} - self.taken
             starts = (bool(parts) or role is not Role.TIED_HEAD) and use.node not in self.weight_gains
-            found.append(Own(use=use, target=rule, parts=frozenset(parts), starts=starts))
+            is_balanced = bool(parts) and isinstance(target, Level) and role in _BALANCED
+            found.append(Own(use=use, target=rule, parts=frozenset(parts), starts=starts, is_balanced=is_balanced))
         return found
 
 

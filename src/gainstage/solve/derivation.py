@@ -7,12 +7,14 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from gainstage.graph import Graph
+from gainstage.plan import Passage
 from gainstage.policies import Fan, FanScaled
 from gainstage.roles import Role, Roles
 from gainstage.signal import Value
 from gainstage.solve.constraint import Demand, Kind, Own, data_operand, goal_value, is_lookup, measure
 from gainstage.solve.demands import Demands
 from gainstage.solve.initial import nominal_fan_of
+from gainstage.solve.passage import Balance, Passages
 from gainstage.solve.setting import Part, Setting
 from gainstage.solve.walk import Progress, Solution, fans, output_gain
 
@@ -25,6 +27,7 @@ class Explainer:
     roles: Roles
     demands: Demands
     solution: Solution
+    passages: Passages
 
     def lines(self, name: str) -> tuple[str, ...]:
         """Lines for one parameter."""
@@ -40,6 +43,12 @@ class Explainer:
             effect = setting.slope * setting.mean + setting.offset
             found.append("starts at zero" if effect == 0.0 else "starts as the identity")
         return tuple(found)
+
+    def passage(self, name: str) -> Passage | None:
+        """What the parameter does to levels forward and backward; None where it is not contracted with a signal."""
+        own = next((own for own in self.demands.own if own.use.parameter == name), None)
+        found = None if own is None else self.passages.through(own, self.solution.values)
+        return None if found is None else replace(found, origin=self._place(found.origin))
 
     def centred(self, setting: Setting) -> Setting:
         """A kernel with its centre tap only, which never falls into the padding: as loud as the one with independent taps."""
@@ -93,10 +102,32 @@ class Explainer:
             gain = output_gain(own, values, setting)
             return [f"{rows}Var(w) = {level:g} / {gain:.4g} = {variance:.4g}, so that the output starts with E[y^2] = {level:g}"]
         x = operand[1].second_moment
+        if own.is_balanced and self.passages.balance is not Balance.FORWARD:
+            return self._balanced(own, level, setting, rows)
         return [
             f"{rows}Var(w) = E[y^2] / (n E[x^2]), so that the output starts with E[y^2] = {level:g}",
             f"n = {fan_in:.6g}{padded}; E[x^2] = {x:.4g} predicted at {self._place(operand[0])}",
             f"Var(w) = {level:g} / ({fan_in:.6g} x {x:.4g}) = {variance:.4g}, std {math.sqrt(variance):.4g}",
+        ]
+
+    def _balanced(self, own: Own, level: float, setting: Setting, rows: str) -> list[str]:
+        """The variance that the gradient asks for, alone or with that of the signal."""
+        values, variance = self.solution.values, setting.variance
+        passage = self.passages.through(own, values)
+        if passage is None or passage.backward <= 0.0:
+            return [f"{rows}Var(w) = {variance:.4g} by the level alone: no gradient passes"]
+        forward, backward = level / output_gain(own, values, setting), variance / passage.backward
+        fan_out = fans(own, self.graph, values, setting)[1]
+        lines = [
+            f"{rows}Var(w) = 1 / (n_out s^2) keeps E[g^2] on the way back to {self._place(passage.origin)}",
+            f"n_out = {fan_out:.6g}; s^2 = {1.0 / (backward * fan_out):.4g} is left of E[g^2] by what lies on that way",
+        ]
+        if self.passages.balance is Balance.BACKWARD:
+            return [*lines, f"Var(w) = {variance:.4g}, where E[y^2] = {level:g} would take {forward:.4g}"]
+        return [
+            *lines,
+            f"that is {backward:.4g}, where E[y^2] = {level:g} takes {forward:.4g}",
+            f"Var(w) = {variance:.4g}, the geometric mean of both",
         ]
 
     def _demand(self, demand: Demand, own: Own | None, setting: Setting, parts: Iterable[Part]) -> list[str]:

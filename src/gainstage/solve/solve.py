@@ -6,9 +6,10 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
+from gainstage.errors import InputError
 from gainstage.graph import Graph, Node, fingerprint
 from gainstage.plan import Block, Distribution, Family, ParameterPlan, Plan
-from gainstage.policies import Policy, UnitGates
+from gainstage.policies import Level, Policy, UnitGates
 from gainstage.propagate import Signal, check_supported
 from gainstage.roles import Role, Roles, Use
 from gainstage.signal import Value
@@ -17,6 +18,7 @@ from gainstage.solve.demands import collect_demands
 from gainstage.solve.derivation import Explainer
 from gainstage.solve.distributions import blocks_around, blocks_of, distribution_of, fitting_family, padding_row
 from gainstage.solve.initial import Present, initial_settings
+from gainstage.solve.passage import Balance, Passages
 from gainstage.solve.recurrent import is_recurrent, unit_gates
 from gainstage.solve.setting import Setting
 from gainstage.solve.walk import Prepare, Walk
@@ -25,8 +27,9 @@ _NAMED = 8  # parameters that a note names
 
 
 def solve(
-    graph: Graph, roles: Roles, policy: Policy, *, present: Present, source: Callable[[Node], Value], family: Family
-) -> Plan:
+    graph: Graph, roles: Roles, policy: Policy, *, present: Present, source: Callable[[Node], Value], family: Family,
+    balance: Balance = Balance.FORWARD,
+) -> Plan:  # fmt: skip
     """Find a distribution for every parameter, so that the policy's targets hold in the predicted signals.
 
     Args:
@@ -36,15 +39,20 @@ def solve(
         present: statistics of the parameters as they are, and which are kept.
         source: statistics of the inputs.
         family: what weights are drawn from.
+        balance: which direction hidden weights keep second moments in.
 
     Raises:
+        InputError: a balance for a policy without levels to balance.
         UnsupportedOpError: operations that cannot be predicted.
     """
     check_supported(graph)
     settings = initial_settings(graph, roles, policy, present)
     demands = collect_demands(graph, roles, policy, settings)
-    solution = Walk(graph, settings, demands, source, _preparations(graph, policy)).run()
-    explainer = Explainer(graph, roles, demands, solution)
+    if balance is not Balance.FORWARD and not isinstance(policy.targets[Role.HIDDEN], Level):
+        raise InputError(f"policy {policy.name!r} sets no levels that could be balanced: leave balance={balance.value!r} out")
+    passages = Passages(graph, balance)
+    solution = Walk(graph, settings, demands, source, _preparations(graph, policy), passages=passages).run()
+    explainer = Explainer(graph, roles, demands, solution, passages)
     parameters = {name: _parameter_plan(setting, explainer, family) for name, setting in solution.settings.items()}
     predictions, spreads = _predictions(graph, solution.values)
     return Plan(
@@ -52,6 +60,7 @@ def solve(
         parameters=parameters,
         fingerprint=fingerprint(graph),
         training=graph.training,
+        balance=balance.value,
         predictions=predictions,
         spreads=spreads,
         notes=_notes(policy, explainer),
@@ -96,6 +105,7 @@ def _parameter_plan(setting: Setting, explainer: Explainer, family: Family) -> P
         blocks=blocks,
         output_dims=_output_dims(contraction, setting),
         derivation=lines,
+        passage=explainer.passage(info.name),
     )
 
 

@@ -18,6 +18,7 @@ from gainstage.signal import Value
 from gainstage.solve.constraint import Demand, Kind, Own, data_operand, goal_value, is_attention, is_lookup, measure
 from gainstage.solve.demands import Demands
 from gainstage.solve.initial import no_value, nominal_fan_of
+from gainstage.solve.passage import Passages
 from gainstage.solve.setting import Setting
 
 TOLERANCE = 1e-3  # relative, on second moments
@@ -57,12 +58,13 @@ class Walk:
 
     def __init__(
         self, graph: Graph, settings: Mapping[str, Setting], demands: Demands, source: Callable[[Node], Value],
-        prepare: Mapping[str, Prepare],
+        prepare: Mapping[str, Prepare], *, passages: Passages,
     ) -> None:  # fmt: skip
         self._graph = graph
         self._settings = dict(settings)
         self._source = source
         self._prepare = dict(prepare)
+        self._passages = passages
         self._position = {node.name: i for i, node in enumerate(graph.nodes)}
         self._node_of = {node.parameter: node.name for node in graph.nodes if node.kind is NodeKind.PARAMETER}
         self._first_reader: dict[str, int] = {}
@@ -144,7 +146,8 @@ class Walk:
         output = self._values[own.use.node]
         if not isinstance(output, Value) or setting.variance <= 0.0 or output.second_moment <= 0.0:
             return None
-        wanted = wanted_variance(own, self._graph, self._values, setting)
+        forward = wanted_variance(own, self._graph, self._values, setting)
+        wanted = self._passages.wanted(own, self._values, setting.variance, forward)
         first = not progress.is_met and not progress.tried
         decided = range(len(setting.variances)) if first else sorted(part for _, part in own.parts)
         present = setting.variances[decided[0]] if decided else wanted
