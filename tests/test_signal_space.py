@@ -1,5 +1,7 @@
 """Positions of a map are not alike: zero padding makes its border quieter, and norms, activations and pools see it."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -8,6 +10,7 @@ from torch import nn
 import gainstage as gs
 from gainstage.rules import Call, rules
 from gainstage.signal import independent, normalise
+from gainstage.signal.movement import reshape
 
 aten = torch.ops.aten
 
@@ -155,3 +158,16 @@ def test_neighbours_share_more(name):
     want = np.array([(signal.mean, signal.second_moment) for signal in predicted])
     scale = np.array([(signal.second_moment**0.5, signal.second_moment) for signal in predicted])
     np.testing.assert_array_less(np.abs(np.mean(found, axis=0) - want), 4 * error + 0.02 * scale)
+
+
+def test_windows_cut_again_elsewhere_keep_what_the_rest_of_the_tensor_has():
+    """56 positions as 8 windows of 7, joined, and cut into 7 of 8: only these positions are mixed, not channels or samples."""
+    x = independent((3, 5, 56), 0.0, 1.0)
+    shared = np.zeros_like(x.table)
+    shared[:, 1, :] = 0.4  # any two entries of one channel
+    x = reshape(replace(x, table=np.maximum(x.table, shared), rho=None), (3, 5, 8, 7))
+    cut = reshape(reshape(x, (3, 5, 56)), (3, 5, 7, 8))
+    assert cut.table[0, 1, 0, 0] == pytest.approx(0.4)
+    assert cut.table[1, 1, 1, 0] == pytest.approx(0.4)
+    assert cut.table[0, 0, 0, 0] == cut.table[1, 0, 1, 1] == 0.0
+    assert cut.second_moment == 1.0

@@ -110,7 +110,7 @@ def reshape(x: Value, shape: Sequence[int]) -> Value:
     sizes = [size for size in target if size != 1]
     groups: list[list[Axis]] = []
     pending = list(x.axes)
-    for size in sizes:
+    for k, size in enumerate(sizes):
         group: list[Axis] = []
         while prod(axis.size for axis in group) < size:
             axis = pending.pop(0)
@@ -124,7 +124,7 @@ def reshape(x: Value, shape: Sequence[int]) -> Value:
                 group.append(first)
                 pending.insert(0, second)
             else:
-                return reshape(_merge_across(x), shape)
+                return reshape(_merge_misfit(x, [*group, axis, *pending], sizes[k:]), target)
         groups.append(group)
     parts = iter(groups)
     dims = tuple(() if size == 1 else tuple(next(parts)) for size in target)
@@ -134,10 +134,17 @@ def reshape(x: Value, shape: Sequence[int]) -> Value:
     return replace(moved, constant=constant, prior=prior)
 
 
-def _merge_across(x: Value) -> Value:
-    """Return the tensor flattened to one axis: the last resort of a view that fits no axes."""
+def _merge_misfit(x: Value, axes: Sequence[Axis], sizes: Sequence[int]) -> Value:
+    """Merge the first of these axes, no more than it takes until they and some of the sizes have the same product."""
+    rest, wanted = iter(axes[1:]), iter(sizes[1:])
+    have, want, count = axes[0].size, sizes[0], 1
+    while have != want:
+        if have < want:
+            have, count = have * next(rest).size, count + 1
+        else:
+            want *= next(wanted)
     flat = map_tables(x, (x.axes,), lambda table: table, x.levels)
-    return merge_axes(flat, flat.axes)
+    return merge_axes(flat, tuple(axes[:count]))
 
 
 def expand(x: Value, shape: Sequence[int]) -> Value:
