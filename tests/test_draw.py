@@ -112,10 +112,15 @@ def test_single_precision_normal_is_the_quantile_of_its_bits():
     tails = (2**31 - 1 - np.r_[np.arange(2**16), 2 ** np.arange(16.0, 29.0, 0.001)].astype(np.int64)).astype(np.int32)
     words = np.r_[words, tails, -1 - tails]
     out = np.empty(words.size, np.float32)
-    normal_32(words, 2.0, out, np.empty((2, words.size), np.float32))
+    normal_32(words, 2.0, out)
     exact = np.where(words >= 0, -1, 1) * special.ndtri(tail_mass(words, 32))
-    # "within a millionth of the scale": 4 roundings at |z| = 6, each half of 2^-22.
-    assert np.abs(out / 2 - exact).max() < 1e-6
+    # "within two millionths of the scale": before the tail, at 2.6 deviations, the quantile is 73 times as steep as its argument.
+    # The word is rounded by 2^-26; its square and the difference by 2^-27 each, and r has twice the slope of q.
+    assert np.abs(out / 2 - exact).max() < 2e-6
+    # Tails: 4 roundings at |z| = 6, each half of 2^-22.
+    beyond = np.abs(exact) > 2.7
+    assert beyond.sum() > 10**5
+    assert np.abs(out / 2 - exact)[beyond].max() < 1e-6
     assert np.abs(exact).max() == pytest.approx(-special.ndtri(2.0**-33))
 
 
@@ -138,7 +143,7 @@ def test_the_logarithm_is_that_of_the_library():
 def test_the_order_of_the_bits_is_that_of_the_values():
     words = np.sort(np.random.default_rng(3).integers(-(2**31), 2**31, 10**5).astype(np.int32))
     out = np.empty(words.size, np.float32)
-    normal_32(words, 1.0, out, np.empty((2, words.size), np.float32))
+    normal_32(words, 1.0, out)
     # Neighbouring pieces of the approximation meet within its error.
     assert (np.diff(out) > -1e-6).all()
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,8 +14,9 @@ from gainstage.apply.normal import cut_normal_32, normal_32, normal_64
 from gainstage.apply.stream import Stream
 from gainstage.plan import Distribution, Family
 
-# Entries computed at once: the operands of one step stay in a core's cache.
-_PIECE = 2**16
+# Entries whose bits are drawn at once: so many that the calls for the few in the tails do not count, and few enough for a core's
+# share of the cache.
+_PIECE = 2**19
 
 # Written out, as a library's erf and exp may differ in the last bit from one machine to another.
 _CUT = 2.0  # deviations of the parent normal
@@ -62,32 +63,37 @@ def draw_runs(distribution: Distribution, stream: Stream, starts: NDArray[np.int
     if distribution.family is Family.CONSTANT:
         out.fill(distribution.mean)
         return
-    runs, length = out.shape
-    scratch = np.empty((2, min(_PIECE, out.size)), np.float32)
-    at_once = max(1, _PIECE // max(1, length))
-    for row in range(0, runs, at_once):
-        for begin in range(0, length, _PIECE):
-            end = min(begin + _PIECE, length)
-            piece = out[row : row + at_once, begin:end].reshape(-1)  # a view: one row, or rows as a whole
-            words = stream.runs_of_bits(starts[row : row + at_once] + begin, end - begin, 8 * out.itemsize)
-            _draw_centred(distribution, words.reshape(-1).view(f"i{out.itemsize}"), piece, scratch)
-            if distribution.mean:
-                piece += out.dtype.type(distribution.mean)
+    for rows, columns in pieces(out.shape, _PIECE):
+        part = out[rows, columns]
+        words = stream.runs_of_bits(starts[rows] + columns.start, part.shape[1], 8 * out.itemsize)
+        entries = part.reshape(-1)  # a view: one row, or rows as a whole
+        _draw_centred(distribution, words.reshape(-1).view(f"i{out.itemsize}"), entries)
+        if distribution.mean:
+            entries += out.dtype.type(distribution.mean)
 
 
-def _draw_centred(distribution: Distribution, words: NDArray[Any], out: NDArray[Any], scratch: NDArray[np.float32]) -> None:
+def pieces(shape: Sequence[int], limit: int) -> Iterator[tuple[slice, slice]]:
+    """Parts of a matrix: whole rows, or parts of one row, of at most ``limit`` entries."""
+    rows, columns = shape
+    at_once = max(1, limit // max(1, columns))
+    for row in range(0, rows, at_once):
+        for column in range(0, columns, limit):
+            yield slice(row, row + at_once), slice(column, column + limit)
+
+
+def _draw_centred(distribution: Distribution, words: NDArray[Any], out: NDArray[Any]) -> None:
     """Fill ``out`` with values of mean zero."""
     std = distribution.std
     single = out.dtype == np.float32
     if distribution.family is Family.NORMAL:
         if single:
-            normal_32(words, std, out, scratch)
+            normal_32(words, std, out)
         else:
             np.multiply(normal_64(words), std, out=out)
     elif distribution.family is Family.TRUNCATED_NORMAL:
         parent = std / math.sqrt(_CUT_VARIANCE)
         if single:
-            cut_normal_32(words, _WIDTH, parent, out, scratch)
+            cut_normal_32(words, _WIDTH, parent, out)
         else:
             np.multiply(normal_64(words, _WIDTH), parent, out=out)
         np.clip(out, -_CUT * parent, _CUT * parent, out=out)  # rounding must not step over the cut

@@ -10,14 +10,17 @@ import torch
 from numpy.typing import NDArray
 
 from gainstage.apply.box import Box, whole_box
-from gainstage.apply.draw import draw_matrix, draw_runs
+from gainstage.apply.draw import draw_matrix, draw_runs, pieces
 from gainstage.apply.stream import Stream, stream_of
 from gainstage.plan import Distribution, Family, ParameterPlan
 
 # Entries per task: long enough (5 ms) to hide what a task costs, short enough to share among threads.
 _TASK = 2**20
 
-# Entries per conversion into another type: below torch's limit for going parallel, as the caller's threads are parallel.
+# Entries that are drawn before they are converted into another type: they stay in the cache.
+_DRAWN = 2**18
+
+# Entries per conversion: below torch's limit for going parallel, as the caller's threads are parallel.
 _CONVERSION = 2**15
 
 _UNIT_NORMAL = Distribution(family=Family.NORMAL, std=1.0)
@@ -113,11 +116,8 @@ def _box_tasks(
             assert part is not None
             yield from _box_tasks(stream, distribution, part, shape, values.narrow(dim, index, 1))
         return
-    at_once = max(1, _TASK // length)
-    for row in range(0, starts.size, at_once):
-        for begin in range(0, length, _TASK):
-            target = rows[row : row + at_once, begin : begin + _TASK]
-            yield _runs_task(stream, distribution, starts[row : row + at_once] + begin, target)
+    for some, columns in pieces((starts.size, length), _TASK):
+        yield _runs_task(stream, distribution, starts[some] + columns.start, rows[some, columns])
 
 
 def _runs_task(stream: Stream, distribution: Distribution, starts: NDArray[np.int64], target: torch.Tensor) -> Task:
@@ -125,17 +125,12 @@ def _runs_task(stream: Stream, distribution: Distribution, starts: NDArray[np.in
         if target.dtype == _compute_type(target.dtype) and target.is_contiguous():
             draw_runs(distribution, stream, starts, target.numpy())
             return
-        drawn = torch.empty(target.shape, dtype=_compute_type(target.dtype))
-        draw_runs(distribution, stream, starts, drawn.numpy())
-        _convert(drawn, target)
+        room = torch.empty(min(_DRAWN, target.numel()), dtype=_compute_type(target.dtype))
+        for rows, columns in pieces(target.shape, _DRAWN):
+            part = target[rows, columns]
+            drawn = room[: part.numel()].view(part.shape)
+            draw_runs(distribution, stream, starts[rows] + columns.start, drawn.numpy())
+            for piece in pieces(part.shape, _CONVERSION):
+                part[piece].copy_(drawn[piece])  # rounds once
 
     return Task((target,), draw)
-
-
-def _convert(drawn: torch.Tensor, target: torch.Tensor) -> None:
-    """Round once, into the parameter's type."""
-    rows = max(1, _CONVERSION // target.shape[1])
-    for row in range(0, target.shape[0], rows):
-        for begin in range(0, target.shape[1], _CONVERSION):
-            piece = slice(row, row + rows), slice(begin, begin + _CONVERSION)
-            target[piece].copy_(drawn[piece])

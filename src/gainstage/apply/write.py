@@ -2,7 +2,8 @@
 
 The old values of every piece are saved just before it is drawn, and put back if anything goes wrong or the user interrupts.
 So the price is host memory of the size of the parameters that are written, until the call returns. Nothing cheaper can go
-back; drawing elsewhere first and copying takes the same memory and a fifth more time (4096 x 4096 normal, 2 threads).
+back; drawing elsewhere first and copying takes the same memory and a fifth more time (4096 x 4096 normal, 2 threads). All old
+values lie in one array, since the system gives large memory in large pages, and four times as fast.
 """
 
 from __future__ import annotations
@@ -13,9 +14,12 @@ import threading
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from contextlib import contextmanager
+from functools import partial
 from typing import final
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
 from gainstage.apply.holding import holdings_of
@@ -182,8 +186,10 @@ class Writer:
             matrices, ranges = tasks[planned.name not in self._fresh]
             matrices += first
             ranges += second
-        for save, (matrices, ranges) in tasks.items():
-            self._run(matrices, ranges, save=save)
+        self._run(*tasks[False])
+        matrices, ranges = tasks[True]
+        saving = self._saving([*matrices, *ranges])
+        self._run(saving[: len(matrices)], saving[len(matrices) :])
         for planned, holding in elsewhere:  # one at a time, so that the memory to draw in is that of the largest
             self._write_elsewhere(planned, holding)
         return "written"
@@ -192,26 +198,41 @@ class Writer:
         """Drawn in contiguous memory of the host, then copied."""
         memory = holding.memory
         values = memory.to("cpu", copy=True).contiguous()
-        self._run(*drawing_tasks(planned, self._seed, holding.boxes, values), save=False)
+        self._run(*drawing_tasks(planned, self._seed, holding.boxes, values))
         if planned.name not in self._fresh:
             self._saved.append((memory, memory.to("cpu", copy=True)))
         torch.autograd.graph.increment_version(holding.parameter)
         memory.copy_(values)
 
-    def _run(self, matrices: Sequence[Task], ranges: Sequence[Task], *, save: bool) -> None:
+    def _saving(self, tasks: Sequence[Task]) -> list[Task]:
+        """The same tasks, each of which first saves what it overwrites."""
+        sizes = [sum(target.nbytes for target in task.targets) for task in tasks]
+        room = np.empty(sum(sizes), np.uint8)
+        places = np.split(room, np.cumsum(sizes)[:-1])
+        return [Task(task.targets, partial(self._save_and_draw, task, place)) for task, place in zip(tasks, places, strict=False)]
+
+    def _save_and_draw(self, task: Task, room: NDArray[np.uint8]) -> None:
+        for target in task.targets:
+            part = target.view(torch.uint8)  # NumPy does not know every type; and torch's copy would start more threads
+            old, room = room[: part.numel()].reshape(part.shape), room[part.numel() :]
+            np.copyto(old, part.numpy())
+            self._saved.append((part, torch.from_numpy(old)))
+        task.draw()
+
+    def _run(self, matrices: Sequence[Task], ranges: Sequence[Task]) -> None:
         if matrices:
             with _one_thread():
                 for task in matrices:
-                    self._perform(task, save=save)
+                    self._perform(task)
                     self._advance(task)
         if self._threads == 1 or len(ranges) <= 1:
             for task in ranges:
-                self._perform(task, save=save)
+                self._perform(task)
                 self._advance(task)
             return
         with ThreadPoolExecutor(max_workers=self._threads) as pool:
             try:
-                pending = {pool.submit(self._perform, task, save=save): task for task in ranges}
+                pending = {pool.submit(self._perform, task): task for task in ranges}
                 while pending:
                     for future in wait(pending, return_when=FIRST_COMPLETED).done:
                         future.result()
@@ -221,13 +242,9 @@ class Writer:
                 raise
 
     @torch.no_grad()
-    def _perform(self, task: Task, *, save: bool) -> None:
+    def _perform(self, task: Task) -> None:
         if self._stop.is_set():
             raise _Stopped("interrupted")
-        if save:
-            for target in task.targets:
-                part = target.view(torch.uint8)  # NumPy does not know every type; and torch's copy would start more threads
-                self._saved.append((part, torch.from_numpy(part.numpy().copy())))
         task.draw()
 
     def _advance(self, task: Task) -> None:

@@ -188,40 +188,39 @@ def _values(words: Any, part: Part) -> Any:
         out = _normal_64(words, 1.0) * std if double else _normal_32(words, std)
     else:
         std /= math.sqrt(CUT_VARIANCE)
-        if double:
-            out = _normal_64(words, CUT_WIDTH) * std
-        else:
-            out = _central_32(words.astype(number) * number(2.0**-32 * CUT_WIDTH), std)[0]
+        out = _normal_64(words, CUT_WIDTH) * std if double else _central_32(words, 2.0**-32 * CUT_WIDTH, std)[0]
         out = np.clip(out, number(-2 * std), number(2 * std))
     return out + number(part.mean) if part.mean else out
 
 
 # Coefficients as in docs/stream.md of Gainstage.
-_CENTRE, _K = 0.4775, 0.8593614854
+_CENTRE, _K = 0.4953, 0.9149077585
 _FRACTION = (
-    (1.405480037, 0.7905859588),
-    (-0.07892878469, 0.2609598062),
-    (-0.003626762897, 0.08319174434),
-    (-0.0002396072755, 0.03561058013),
+    (1.251319763, 0.6682493903),
+    (-0.05638516481, 0.2058821597),
+    (-0.002638466391, 0.05798779833),
+    (-0.0002153894687, 0.01999918152),
+    (-1.445245134e-05, 0.007982639467),
 )
 
 
-def _central_32(q: Any, scale: float) -> tuple[Any, Any]:
-    """``scale`` times the normal quantile at 1/2 + q, and r, negative where this formula does not hold."""
+def _central_32(words: Any, unit: float, scale: float) -> tuple[Any, Any]:
+    """``scale`` times the normal quantile at 1/2 + unit * word, and r, negative where this formula does not hold."""
     single = np.float32
-    r = single(_CENTRE * _CENTRE) - q * q
+    per = 1 / (unit * unit)
+    n = words.astype(single)
+    r = single(_CENTRE * _CENTRE * per) - n * n
     (a, b), *outer = reversed(_FRACTION)
-    fraction = r + single(b)
+    fraction = r + single(b * per)
     for next_a, next_b in outer:
-        fraction = single(a) / fraction + r + single(next_b)
+        fraction = single(a * per * per) / fraction + r + single(next_b * per)
         a = next_a
-    return q * (single(a * scale) / fraction + single(_K * scale)), r
+    return n * (single(a * per * unit * scale) / fraction + single(_K * unit * scale)), r
 
 
 def _normal_32(words: Any, scale: float) -> Any:
     """Parabolas in the tail mass where the central formula does not hold."""
-    q = words.astype(np.float32) * np.float32(2.0**-32)
-    out, r = _central_32(q, scale)
+    out, r = _central_32(words, 2.0**-32, scale)
     mass = (2**31 - 1 - (words ^ (words >> 31))).astype(np.float32) + np.float32(0.5)
     bits = mass.view(np.int32)
     segments, where = np.unique(bits[r < 0] >> 17, return_inverse=True)
@@ -236,7 +235,7 @@ def _normal_32(words: Any, scale: float) -> Any:
     square = (d2 * 2.0**-17 * 2.0**-17).astype(np.float32)[where]
     place = (bits[r < 0] & (2**17 - 1)).astype(np.float32)
     tails = (square * place + linear) * place + constant
-    out[r < 0] = np.copysign(tails, q[r < 0]) * np.float32(scale)
+    out[r < 0] = np.copysign(tails, out[r < 0]) * np.float32(scale)
     return out
 
 
