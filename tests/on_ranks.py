@@ -11,6 +11,7 @@ import traceback
 from datetime import timedelta
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -22,8 +23,8 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 
 import gainstage as gs
 from gainstage.apply import apply, materialize, param_init_fn
-from gainstage.errors import PlanMismatchError, RankError
-from gainstage.plan import Block, Distribution, Family, ParameterPlan, Plan
+from gainstage.errors import InputError, PlanMismatchError, RankError
+from gainstage.plan import Block, Distribution, Family, Mixing, ParameterPlan, Plan
 
 SEED = 3
 
@@ -33,6 +34,15 @@ TRUNCATED = Distribution(family=Family.TRUNCATED_NORMAL, std=0.1)
 ORTHOGONAL = Distribution(family=Family.ORTHOGONAL, std=0.3)
 DELTA = Distribution(family=Family.DELTA_ORTHOGONAL, std=0.3)
 ZERO = Distribution(family=Family.CONSTANT)
+MATRIX = np.array([[1.0, 2.0, 0.0], [0.5, -1.0, 3.0]])
+
+
+def mixed(matrix):
+    mixing, std = Mixing.by("first.weight", matrix)
+    return Distribution(family=Family.MIXED, std=std, mixing=mixing)
+
+
+MIXED, TAKEN_OFF = mixed(MATRIX), mixed(-MATRIX @ np.ones((3, 1)))
 
 
 class Model(nn.Module):
@@ -43,6 +53,7 @@ class Model(nn.Module):
         self.width = width
         self.embedding = nn.Embedding(11, width)
         self.register_buffer("positions", torch.arange(7.0)[:, None] / width, persistent=False)
+        self.first = nn.Linear(3, width)
         self.fused = nn.Linear(width, 3 * width)
         self.mixer = nn.Conv1d(width, width, 3, padding=1)
         self.norm = nn.BatchNorm1d(width)
@@ -50,7 +61,7 @@ class Model(nn.Module):
         self.head.weight = self.embedding.weight
 
     def forward(self, tokens):
-        x = self.embedding(tokens) + self.positions
+        x = self.embedding(tokens) + self.positions + self.first(self.positions.expand(-1, 3))
         query, key, value = self.fused(x).chunk(3, dim=-1)
         x = torch.softmax(query @ key.mT, -1) @ value
         return self.head(self.norm(self.mixer(x.mT)).mT)
@@ -64,6 +75,8 @@ def plan_for(model, **changes):
     parameters = dict(model.named_parameters())
     chosen = {
         "embedding.weight": {"distribution": NORMAL, "blocks": (Block(1, 2, 5, UNIFORM),)},
+        "first.weight": {"distribution": ZERO, "blocks": (Block(0, 1, 9, MIXED),)},  # a part, of blocks that nothing divides
+        "first.bias": {"distribution": TAKEN_OFF},
         "fused.weight": {"distribution": UNIFORM, "blocks": tuple(Block(0, 10 * i, 10 * i + 10, ORTHOGONAL) for i in (0, 2))},
         "fused.bias": {"distribution": ZERO},
         "mixer.weight": {"distribution": DELTA},
@@ -224,6 +237,25 @@ def learning_rates():
     assert found[3] == pytest.approx(found[7], rel=0.02)
 
 
+def measured_inputs():
+    """Each rank passes over its part; all have the moments of the whole, and weights that differ in last bits at most."""
+    data = torch.randn(403, 12, generator=torch.Generator().manual_seed(0)) @ torch.randn(12, 12) + 100.0
+    dist.broadcast(data, 0)
+    part = data[dist.get_rank() :: dist.get_world_size()]
+    found = gs.measure_inputs(part.split(50), progress=False)
+    whole = data.double().numpy()
+    np.testing.assert_allclose(found.covariance, np.cov(whole.T, bias=True), rtol=1e-10)
+    np.testing.assert_allclose(found.mean, whole.mean(0), rtol=1e-14)
+    model = nn.Sequential(nn.Linear(12, 30), nn.ReLU(), nn.Linear(30, 2))
+    fully_shard(model)
+    plan = gs.plan(nn.Sequential(nn.Linear(12, 30), nn.ReLU(), nn.Linear(30, 2)), (data[:8],), inputs=found)
+    gs.apply(model, plan, seed=SEED)  # raises where the plans of the ranks differ in any bit
+    y = data @ model[0].weight.full_tensor().T + model[0].bias.full_tensor()
+    assert torch.allclose(y.var(0, correction=0).mean(), torch.tensor(1.0), rtol=0.05)
+    with pytest.raises(InputError if dist.get_rank() == 0 else RankError, match="yields nothing"):
+        gs.measure_inputs([] if dist.get_rank() == 0 else part.split(50), progress=False)
+
+
 def flattened(*, use_orig_params):
     def case():
         expected = reference()
@@ -338,6 +370,7 @@ CASES = {
     "flattened, original parameters": flattened(use_orig_params=True),
     "planned on each rank": planned_on_each_rank,
     "learning rates": learning_rates,
+    "measured inputs": measured_inputs,
     "another plan": another_plan_on_one_rank,
     "another seed": another_seed_on_one_rank,
     "another model": a_model_that_fits_on_all_ranks_but_one,

@@ -4,13 +4,14 @@ import math
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from gainstage.apply import apply
 from gainstage.cli.huggingface import cpu_torchvision_if_installed
-from gainstage.plan import Block, Distribution, Family, ParameterPlan, Plan
+from gainstage.plan import Block, Distribution, Family, Mixing, ParameterPlan, Plan
 
 NORMAL = Distribution(family=Family.NORMAL, mean=0.25, std=0.5)
 TRUNCATED = Distribution(family=Family.TRUNCATED_NORMAL, std=0.1)
@@ -19,6 +20,12 @@ ORTHOGONAL = Distribution(family=Family.ORTHOGONAL, std=0.2)
 DELTA = Distribution(family=Family.DELTA_ORTHOGONAL, std=0.2)
 CONSTANT = Distribution(family=Family.CONSTANT, mean=1.5)
 KEEP = Distribution(family=Family.KEEP)
+_MATRIX = np.linspace(-1.0, 2.0, 60).reshape(2, 30) ** 2
+
+
+def mixed(matrix):
+    mixing, std = Mixing.by("mixed.weight", matrix)
+    return Distribution(family=Family.MIXED, std=std, mixing=mixing)
 
 
 class Block2(nn.Module):
@@ -34,6 +41,7 @@ class Model(nn.Module):
         super().__init__()
         self.embedding = nn.Embedding(100, 40)
         self.layers = nn.ModuleList(Block2() for _ in range(3))
+        self.mixed = nn.Conv1d(10, 7, 3)
         self.head = nn.Linear(40, 100).bfloat16()
         self.head.weight = self.embedding.weight
 
@@ -52,6 +60,8 @@ def plan():
             planned(f"layers.{i}.kernel.weight", 40, 40, 3, dtype="float64", distribution=DELTA),
             planned(f"layers.{i}.kernel.bias", 40, dtype="float64", distribution=UNIFORM),
         ]
+    parameters.append(planned("mixed.weight", 7, 10, 3, distribution=mixed(_MATRIX)))
+    parameters.append(planned("mixed.bias", 7, distribution=mixed(-_MATRIX @ np.ones((30, 1)))))
     parameters.append(planned("head.bias", 100, dtype="bfloat16", distribution=NORMAL))
     return Plan(
         policy="unit", fingerprint="", training=True, parameters={p.name: p for p in parameters}, notes=('He said """no""" \\ ',)
@@ -110,6 +120,12 @@ def assert_drawn_as_planned(model):
                 assert part.square().mean().item() == pytest.approx(distribution.std**2, rel=1e-5)
             elif distribution.family is Family.CONSTANT:
                 assert (part == distribution.mean).all()
+            elif distribution.mixing is not None:
+                weight, bias = model.mixed.weight.detach().double(), model.mixed.bias.detach().double()
+                torch.testing.assert_close(bias, -weight.sum((1, 2)), atol=1e-5, rtol=1e-5)  # both of the same rows
+                directions = np.linalg.pinv(_MATRIX)
+                rows = torch.from_numpy(weight.flatten(1).numpy() @ directions)
+                torch.testing.assert_close(rows.square().sum(1), torch.full((7,), 2.0, dtype=torch.float64), atol=1e-5, rtol=1e-5)
             else:
                 error = 5 * distribution.std / math.sqrt(part.numel())
                 assert part.mean().item() == pytest.approx(distribution.mean, abs=error)
@@ -137,6 +153,8 @@ def test_layers_that_are_alike_share_a_rule():
         r"layers\.(?:0|1|2)\.kernel\.weight",
         r"layers\.(?:0|1|2)\.kernel\.bias",
         r"layers\.1\.fused\.bias",
+        r"mixed\.weight",
+        r"mixed\.bias",
         r"head\.bias",
     ]
     with pytest.raises(KeyError, match=r"no rule for layers\.3\.scale"):
@@ -152,7 +170,7 @@ def test_the_script_runs_where_gainstage_is_not(tmp_path):
     (tmp_path / "script.py").write_text(plan().to_python(), encoding="utf-8")
     code = "import sys; sys.modules['gainstage'] = None; import script, torch; print(len(script.RULES))"
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["8"]
+    assert done.stdout.split() == ["10"]
 
 
 def test_torchtitan_takes_the_mapping():

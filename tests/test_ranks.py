@@ -21,6 +21,7 @@ _ANY = (
     "flattened, original parameters",
     "planned on each rank",
     "learning rates",
+    "measured inputs",
 )
 _TWO_DIMENSIONS = (
     "rows and rows",

@@ -11,7 +11,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from gainstage.api import apply, calibrate, gain, initialize, inspect, plan, verify
+    from gainstage.api import apply, calibrate, gain, initialize, inspect, measure_inputs, plan, verify
     from gainstage.apply import materialize, param_init_fn
     from gainstage.calibrate import Calibration, CalibrationRow
     from gainstage.errors import (
@@ -29,8 +29,9 @@ if TYPE_CHECKING:
         UnsupportedOpError,
         UnsupportedParameterError,
     )
+    from gainstage.inputs import InputStatistics, TokenStatistics
     from gainstage.optim import FirstUpdate, param_groups
-    from gainstage.plan import Distribution, Family, Plan
+    from gainstage.plan import Distribution, Family, Mixing, Plan
     from gainstage.policies import Policy
     from gainstage.propagate.trace import ParameterStatistics, Signal, Trace
 
@@ -45,6 +46,8 @@ __all__ = [
     "FirstUpdate",
     "GainstageError",
     "InputError",
+    "InputStatistics",
+    "Mixing",
     "NoSignalError",
     "NonFiniteError",
     "ParameterStatistics",
@@ -56,6 +59,7 @@ __all__ = [
     "RoleConflictError",
     "RuleError",
     "Signal",
+    "TokenStatistics",
     "Trace",
     "UnknownNameError",
     "UnsupportedOpError",
@@ -66,6 +70,7 @@ __all__ = [
     "initialize",
     "inspect",
     "materialize",
+    "measure_inputs",
     "param_groups",
     "param_init_fn",
     "plan",
@@ -74,11 +79,12 @@ __all__ = [
 
 # Where each public name lives; what stands in neither tuple is an exception of gainstage.errors.
 _HOMES = {
-    "gainstage.api": ("apply", "calibrate", "gain", "initialize", "inspect", "plan", "verify"),
+    "gainstage.api": ("apply", "calibrate", "gain", "initialize", "inspect", "measure_inputs", "plan", "verify"),
     "gainstage.apply": ("materialize", "param_init_fn"),
     "gainstage.calibrate": ("Calibration", "CalibrationRow"),
+    "gainstage.inputs": ("InputStatistics", "TokenStatistics"),
     "gainstage.optim": ("FirstUpdate", "param_groups"),
-    "gainstage.plan": ("Distribution", "Family", "Plan"),
+    "gainstage.plan": ("Distribution", "Family", "Mixing", "Plan"),
     "gainstage.policies": ("Policy",),
     "gainstage.propagate.trace": ("ParameterStatistics", "Signal", "Trace"),
 }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -16,7 +16,9 @@ from gainstage.calibrate import Calibration
 from gainstage.calibrate import calibrate as calibrate_to
 from gainstage.capture import capture
 from gainstage.errors import InputError, UnknownNameError, nearest
-from gainstage.graph import Graph, Node, ParameterInfo
+from gainstage.graph import Graph, Node, NodeKind, ParameterInfo, TensorMeta
+from gainstage.inputs import InputStatistics, Measured, TokenStatistics, by_name, with_tokens
+from gainstage.inputs import measure_inputs as gather_inputs
 from gainstage.plan import Plan
 from gainstage.policies import Policy, find_policy
 from gainstage.propagate import (
@@ -29,6 +31,7 @@ from gainstage.propagate import (
     propagate,
     propagate_backward,
 )
+from gainstage.report.progress import progress_bar
 from gainstage.roles import infer_roles
 from gainstage.signal import Value
 from gainstage.signal.gain import gain
@@ -36,7 +39,7 @@ from gainstage.solve import Present, find_balance, find_family, planned_values, 
 from gainstage.verify import Check, check_inputs, check_mode, check_operations, check_values, verify_drawn
 from gainstage.verify import verify as compare_with
 
-__all__ = ["apply", "calibrate", "gain", "initialize", "inspect", "plan", "verify"]
+__all__ = ["apply", "calibrate", "gain", "initialize", "inspect", "measure_inputs", "plan", "verify"]
 
 
 def inspect(
@@ -87,7 +90,7 @@ def present_values(graph: Graph, model: nn.Module) -> dict[str, Any]:
 def plan(
     model: nn.Module, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None, *, policy: str | Policy = "unit",
     balance: str = "forward", roles: Mapping[str, str] | None = None, distribution: str = "normal", keep: Sequence[str] = (),
-    include_frozen: bool = False,
+    include_frozen: bool = False, inputs: Measured | Mapping[str, Measured] | None = None,
 ) -> Plan:  # fmt: skip
     """Choose a distribution for every parameter; change nothing.
 
@@ -102,6 +105,9 @@ def plan(
         distribution: what weights are drawn from: normal, truncated_normal, uniform, orthogonal or delta_orthogonal.
         keep: glob patterns of parameters to leave as they are.
         include_frozen: plan parameters that take no gradient, too.
+        inputs: what :func:`measure_inputs` found, of the first input, or by the name of an input. It takes the place of what the
+            examples show, and a layer that multiplies the input directly is whitened: its weights are drawn with
+            ``Cov(w) = Sigma^-1 / r``, and its bias takes off the mean.
 
     Returns:
         The plan: what :func:`apply` draws, what :func:`verify` checks, and ``plan.explain(name)``.
@@ -117,12 +123,56 @@ def plan(
         print(plan.explain("layer3.0.conv2.weight"))
     """
     chosen, direction, family = find_policy(policy), find_balance(balance), find_family(distribution)
+    args, kwargs = with_tokens(model, args, kwargs or {}, inputs)
     graph = capture(model, args, kwargs, buffers=known_buffers(model))
+    known = {
+        node.name: node.meta.shape for node in graph.nodes if isinstance(node.meta, TensorMeta) and node.kind is NodeKind.INPUT
+    }
+    moments = by_name(inputs, known)
     kept = kept_parameters(graph, [keep] if isinstance(keep, str) else keep, include_frozen=include_frozen)
     present = Present(moments=moments_of(model), kept=kept)
+
+    def source(node: Node) -> Value:
+        return moments[node.name].value(known[node.name]) if node.name in moments else measured_input(node)
+
     return solve(
-        graph, infer_roles(graph, roles), chosen, present=present, source=measured_input, family=family, balance=direction
+        graph, infer_roles(graph, roles), chosen, present=present, source=source, family=family, balance=direction, inputs=moments
     )
+
+
+def measure_inputs(
+    loader: Iterable[Any], *, first: nn.Module | None = None, key: str | int = 0, progress: bool = True
+) -> InputStatistics | TokenStatistics:
+    """Mean, second moments and covariance of a data set in one pass, for ``plan(..., inputs=...)``.
+
+    Sums are kept in float64 and merged as by Chan, Golub & LeVeque (1979). Where processes share a model (``torch.distributed``),
+    each passes over its own part of the data, and all return the same: the moments of all parts.
+
+    Args:
+        loader: yields batches: a tensor [samples, ...], or a tuple or mapping that has it.
+        first: the layer that reads the data, for what it multiplies: the features of a linear layer, the patches of a
+            convolution, the tokens of an embedding. Without it all entries of a sample are one row of features, and integers are
+            tokens.
+        key: which entry of a tuple or mapping is the input.
+        progress: show a bar where it takes longer than a second.
+
+    Returns:
+        Statistics of a floating-point input, or the frequencies of tokens.
+
+    Raises:
+        InputError: a loader that yields nothing, batches of different shapes, too few samples, columns beyond memory.
+        NonFiniteError: NaN or infinity in a batch.
+        RankError: another process failed.
+
+    Example::
+
+        stats = gs.measure_inputs(loader, first=model.conv1)
+        plan = gs.plan(model, (x,), inputs=stats)
+    """
+    if not progress:
+        return gather_inputs(loader, first=first, key=key)
+    with progress_bar("measuring inputs") as advance:
+        return gather_inputs(loader, first=first, key=key, progress=advance)
 
 
 def initialize(

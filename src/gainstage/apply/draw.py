@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from gainstage.apply.normal import cut_normal_32, normal_32, normal_64
 from gainstage.apply.stream import Stream
-from gainstage.plan import Distribution, Family
+from gainstage.plan import Distribution, Family, Mixing
 
 # Entries whose bits are drawn at once: so many that the calls for the few in the tails do not count, and few enough for a core's
 # share of the cache.
@@ -44,6 +44,7 @@ def draw_range(
         ``out``.
     """
     assert not distribution.family.is_matrix
+    assert distribution.mixing is None
     assert distribution.family is not Family.KEEP
     if out is None:
         out = np.empty(stop - start, np.float32)
@@ -139,3 +140,33 @@ def draw_matrix(distribution: Distribution, normals: torch.Tensor, output_dims: 
     kernel = torch.zeros_like(normals, dtype=torch.float64)
     kernel[centre] = entries * math.sqrt(math.prod(normals.shape[2:]))
     return kernel
+
+
+_UNIT_ROWS = Distribution(family=Family.ORTHOGONAL, std=1.0)
+
+
+def draw_mixed(mixing: Mixing, stream: Stream, bounds: tuple[int, int], outputs: int, dtype: torch.dtype) -> torch.Tensor:
+    """Rows ``bounds`` of ``q M``, float64 [rows, columns].
+
+    The q are drawn in whole blocks of ``rank`` rows, each from its own range of the stream, so that a row does not hang on which
+    others are drawn with it. 4/3 rank^3 operations for a block, 2 rank columns for a row.
+
+    Args:
+        mixing: rank and matrix.
+        stream: of the parameter that ``mixing`` names.
+        bounds: first row, and one past the last.
+        outputs: rows of the whole parameter.
+        dtype: in which the random numbers are drawn, float32 or float64.
+    """
+    rank, first = mixing.rank, bounds[0]
+    number = np.float64 if dtype == torch.float64 else np.float32
+    drawn = torch.empty(bounds[1] - first, mixing.columns, dtype=torch.float64)
+    matrix = torch.from_numpy(mixing.matrix.copy())
+    for start in range(first - first % rank, bounds[1], rank):
+        stop = min(start + rank, outputs)
+        normals = np.empty((stop - start) * rank, number)
+        draw_range(Distribution(family=Family.NORMAL, std=1.0), stream, start * rank, stop * rank, normals)
+        block = draw_matrix(_UNIT_ROWS, torch.from_numpy(normals).view(stop - start, rank), (0,)) @ matrix
+        low, high = max(start, first), min(stop, bounds[1])
+        drawn[low - first : high - first] = block[low - start : high - start]
+    return drawn

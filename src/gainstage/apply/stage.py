@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from gainstage.apply.box import Box, whole_box
-from gainstage.apply.draw import draw_matrix, draw_runs, pieces
+from gainstage.apply.draw import draw_matrix, draw_mixed, draw_runs, pieces
 from gainstage.apply.stream import Stream, stream_of
 from gainstage.plan import Distribution, Family, ParameterPlan
 
@@ -57,6 +57,8 @@ def drawing_tasks(planned: ParameterPlan, seed: int, boxes: Sequence[Box], memor
             continue
         if distribution.family.is_matrix:
             matrices.append(_matrix_task(planned, seed, (dim, start, stop, distribution), held, memory))
+        elif distribution.mixing is not None:
+            matrices += [_mixed_task(planned, seed, distribution, box, box.view(memory)) for box in held]
         else:
             ranges += [task for box in held for task in _box_tasks(stream, distribution, box, planned.shape, box.view(memory))]
     return matrices, ranges
@@ -95,6 +97,22 @@ def _matrix_task(
             target.copy_(drawn[tuple(slice(low - first, high - first) for (low, high), (first, _) in spans)])
 
     return Task(targets, draw)
+
+
+def _mixed_task(planned: ParameterPlan, seed: int, distribution: Distribution, box: Box, target: torch.Tensor) -> Task:
+    """Rows are drawn where a part of them is held; their columns depend on one another."""
+    mixing, output = distribution.mixing, planned.output_dims[0]
+    assert mixing is not None
+
+    def draw() -> None:
+        rows, outputs = box.bounds[output], planned.shape[output]
+        drawn = draw_mixed(mixing, stream_of(seed, mixing.stream), rows, outputs, _compute_type(target.dtype))
+        others = [size for dim, size in enumerate(planned.shape) if dim != output]
+        whole = (distribution.std * drawn).view(-1, *others).movedim(0, output)
+        cut = [slice(None) if dim == output else slice(low, high) for dim, (low, high) in enumerate(box.bounds)]
+        target.copy_(whole[tuple(cut)])
+
+    return Task((target,), draw)
 
 
 def _compute_type(dtype: torch.dtype) -> torch.dtype:

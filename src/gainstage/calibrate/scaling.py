@@ -176,6 +176,8 @@ class Scaling:
         """Why the parameter is not to be scaled here, or ""."""
         if self.plan.parameters[site.parameter].distribution.family is Family.KEEP:
             return "kept by the plan"
+        if any(part.mixing is not None for part in self.plan.parameters[site.parameter].distributions):
+            return "whitened: it has its level on the data that were measured, and its bias goes with it"
         if site.is_recurrent:
             return "recurrent weights act through gates, not as a scale"
         done = self.scales.get(site.parameter, ())

@@ -9,6 +9,7 @@ from enum import Enum
 import torch
 
 from gainstage.errors import InputError
+from gainstage.plan.mixing import Mixing
 
 # Element types of parameters, by the names that plans use.
 _TYPES = {
@@ -39,6 +40,7 @@ class Family(Enum):
     UNIFORM = "uniform"
     ORTHOGONAL = "orthogonal"
     DELTA_ORTHOGONAL = "delta_orthogonal"
+    MIXED = "mixed"  # orthogonal rows times a known matrix
 
     @property
     def is_matrix(self) -> bool:
@@ -54,18 +56,23 @@ class Distribution:
     that the mean of its squared entries is ``std**2``. That matrix has the parameter's output dimensions as rows and all
     others as columns; the smaller side is orthonormal up to scale. A delta-orthogonal kernel of shape [channels, channels,
     taps...] is such a matrix in its centre tap and zero in the others, and ``std**2`` is the mean over all taps, so that
-    fan-in times ``std**2`` means the same for every family.
+    fan-in times ``std**2`` means the same for every family. ``mixing`` is for the mixed family, and says what is mixed.
 
     Raises:
-        InputError: numbers that are not finite, a negative ``std``, a constant that varies, an orthogonal mean.
+        InputError: numbers that are not finite, a negative ``std``, a constant that varies, an orthogonal or mixed mean.
     """
 
     family: Family
     mean: float = 0.0
     std: float = 0.0
+    mixing: Mixing | None = None
 
     def __post_init__(self) -> None:
         """Refuse what cannot be drawn."""
+        if (self.family is Family.MIXED) is (self.mixing is None):
+            raise InputError(
+                f"a distribution of the family {self.family.value} {'needs' if self.mixing is None else 'has no'} mixing"
+            )
         for name, number in (("mean", self.mean), ("std", self.std)):
             if not math.isfinite(number):
                 raise InputError(f"{name} of a distribution is {number}; it must be finite")
@@ -73,7 +80,7 @@ class Distribution:
             raise InputError(f"std of a distribution is {self.std}; it cannot be negative")
         if self.family is Family.CONSTANT and self.std:
             raise InputError(f"a constant has std 0, not {self.std}; choose normal or uniform for values that differ")
-        if self.family.is_matrix and self.mean:
+        if (self.family.is_matrix or self.mixing is not None) and self.mean:
             raise InputError(f"the entries of an {self.family.value} matrix have mean 0, not {self.mean}")
 
     def __str__(self) -> str:
@@ -82,6 +89,8 @@ class Distribution:
             return "kept as it is"
         if self.family is Family.CONSTANT:
             return f"constant {self.mean:.4g}"
+        if self.mixing is not None:
+            return f"orthogonal rows times a matrix [{self.mixing.rank}, {self.mixing.columns}], std {self.std:.4g}"
         name = self.family.value.replace("_", " ")
         return f"{name}, std {self.std:.4g}" if self.family.is_matrix else f"{name}, mean {self.mean:.4g}, std {self.std:.4g}"
 
@@ -175,6 +184,8 @@ class ParameterPlan:
                 raise InputError(f"{self.name}: {distribution} does not fit into {self.dtype}")
             if distribution.family.is_matrix:
                 self._check_matrix(distribution.family)
+            if distribution.mixing is not None:
+                self._check_mixing(distribution.mixing)
 
     @property
     def distributions(self) -> tuple[Distribution, ...]:
@@ -188,6 +199,13 @@ class ParameterPlan:
             self.output_dims not in ((0,), (1,)) or any(block.dim > 1 for block in self.blocks)
         ):
             raise InputError(f"{self.name}: a delta-orthogonal kernel has the shape [channels, channels, taps...]")
+
+    def _check_mixing(self, mixing: Mixing) -> None:
+        is_one = len(self.output_dims) == 1 and self.output_dims[0] < len(self.shape)
+        if not is_one or mixing.columns * self.shape[self.output_dims[0]] != math.prod(self.shape):
+            raise InputError(f"{self.name}: shape {list(self.shape)} has no {mixing.columns} entries for each output")
+        if self.blocks and self.blocks[0].dim != self.output_dims[0]:
+            raise InputError(f"{self.name}: blocks of a mixed parameter are blocks of outputs")
 
     def __str__(self) -> str:
         """Header and derivation, as :meth:`Plan.explain` shows them."""

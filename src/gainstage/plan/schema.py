@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 from gainstage.errors import InputError, PlanFormatError, nearest
 from gainstage.plan.distribution import Block, Distribution, Family, ParameterPlan, Passage
+from gainstage.plan.mixing import Mixing
 
 SCHEMA_VERSION = 2
 
@@ -59,7 +60,11 @@ def _parameter_to_dict(parameter: ParameterPlan) -> dict[str, Any]:
 
 
 def _distribution_to_dict(distribution: Distribution) -> dict[str, Any]:
-    return {"family": distribution.family.value, "mean": distribution.mean, "std": distribution.std}
+    found = {"family": distribution.family.value, "mean": distribution.mean, "std": distribution.std}
+    mixing = distribution.mixing
+    if mixing is None:
+        return found
+    return found | {"mixing": {"stream": mixing.stream, "rank": mixing.rank, "columns": mixing.columns, "matrix": mixing.text}}
 
 
 # Reading. A place is the path into the JSON text that a message names: parameters['fc.weight'].shape[0].
@@ -201,13 +206,22 @@ def _items(value: object, place: str, read: Callable[[object, str], _T]) -> tupl
 
 
 def _read_distribution(value: object, place: str) -> Distribution:
-    entries = _record(value, place, ("family", "mean", "std"))
+    is_mixed = _entries(value, place).get("family") == Family.MIXED.value  # the one that has more to say
+    entries = _record(value, place, ("family", "mean", "std", "mixing") if is_mixed else ("family", "mean", "std"))
     families = {family.value: family for family in Family}
     family = _text(entries["family"], f"{place}.family")
     if family not in families:
         raise _wrong(f"{place}.family", f"unknown family {_quoted(family)}; known are {', '.join(families)}")
     mean, std = (_number(entries[key], f"{place}.{key}") for key in ("mean", "std"))
-    return checked(lambda: Distribution(family=families[family], mean=mean, std=std), place)
+    mixing = _read_mixing(entries["mixing"], f"{place}.mixing") if is_mixed else None
+    return checked(lambda: Distribution(family=families[family], mean=mean, std=std, mixing=mixing), place)
+
+
+def _read_mixing(value: object, place: str) -> Mixing:
+    entries = _record(value, place, ("stream", "rank", "columns", "matrix"))
+    stream, matrix = (_text(entries[key], f"{place}.{key}") for key in ("stream", "matrix"))
+    rank, columns = (_integer(entries[key], f"{place}.{key}") for key in ("rank", "columns"))
+    return checked(lambda: Mixing.of_text(matrix, stream=stream, rank=rank, columns=columns), place)
 
 
 def _read_block(value: object, place: str) -> Block:

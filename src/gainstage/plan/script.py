@@ -101,4 +101,6 @@ def _parts(parameter: ParameterPlan) -> Iterator[str]:
 
 def _part(distribution: Distribution, *place: int) -> str:
     values = (distribution.family.value, distribution.mean, distribution.std, *place)
-    return f"Part({', '.join(map(repr, values))})"
+    mixing = distribution.mixing
+    mixed = "" if mixing is None else f", mixing=({mixing.stream!r}, {mixing.rank}, {mixing.text!r})"
+    return f"Part({', '.join(map(repr, values))}{mixed})"

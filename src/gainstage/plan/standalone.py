@@ -6,6 +6,7 @@ time, from docs/stream.md; version 1 of the stream does not change.
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import math
 import re
@@ -21,7 +22,8 @@ class Part(NamedTuple):
     """Entries ``start <= index < stop`` along ``dim`` (all where stop is None), and what they are drawn from.
 
     ``std`` is that of the values as written. Families: keep, constant, normal, truncated_normal (at two deviations of its
-    parent), uniform, orthogonal, delta_orthogonal.
+    parent), uniform, orthogonal, delta_orthogonal, mixed: orthogonal rows from the random numbers of the parameter that
+    ``mixing`` names, times its matrix [rank, columns] (base64 of doubles).
     """
 
     family: str
@@ -30,6 +32,7 @@ class Part(NamedTuple):
     dim: int = 0
     start: int = 0
     stop: int | None = None
+    mixing: tuple[str, int, str] | None = None
 
 
 class Rule(NamedTuple):
@@ -101,9 +104,12 @@ def find_rule(name: str) -> Rule | None:
 def fill(tensor: torch.Tensor, rule: Rule) -> None:
     """Draw one parameter."""
     for part in rule.parts:
-        if hasattr(tensor, "to_local") and (part.stop is not None or "orthogonal" in part.family):
+        if hasattr(tensor, "to_local") and (part.stop is not None or part.mixing or "orthogonal" in part.family):
             raise NotImplementedError("parts and matrices of a sharded parameter need gainstage.materialize")
-        _fill_part(_cut(tensor, part), part, rule.output_dims)
+        if part.mixing is not None:
+            _cut(tensor, part).copy_(_cut(_mixed(tensor, part, rule.output_dims, _drawn_normals), part))
+        else:
+            _fill_part(_cut(tensor, part), part, rule.output_dims)
 
 
 def _cut(tensor: torch.Tensor, part: Part) -> torch.Tensor:
@@ -143,6 +149,26 @@ def _matrix(normals: torch.Tensor, part: Part, output_dims: tuple[int, ...]) -> 
     return out
 
 
+def _mixed(tensor: torch.Tensor, part: Part, output_dims: tuple[int, ...], normals: Any) -> torch.Tensor:
+    """Orthogonal rows, in blocks of as many as they have entries, times a matrix; in the shape of the whole parameter."""
+    assert part.mixing is not None
+    stream, rank, data = part.mixing
+    matrix = torch.from_numpy(np.frombuffer(base64.b64decode(data), "<f8").reshape(rank, -1).copy())
+    (output,) = output_dims
+    outputs = tensor.shape[output]
+    entries = normals(stream, outputs * rank, tensor.dtype).view(outputs, rank)
+    blocks = [_matrix(entries[at : at + rank], Part("orthogonal", std=1.0), (0,)) @ matrix for at in range(0, outputs, rank)]
+    others = [size for dim, size in enumerate(tensor.shape) if dim != output]
+    return (part.std * torch.cat(blocks)).view(outputs, *others).movedim(0, output)
+
+
+def _drawn_normals(stream: str, count: int, _: torch.dtype) -> torch.Tensor:
+    """The same for one stream, however often they are asked for: a bias needs those of its weight."""
+    key = hashlib.blake2b(f"{torch.initial_seed()}\0{stream}".encode(), digest_size=7).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(key, "little"))
+    return torch.randn(count, generator=generator, dtype=torch.float64)
+
+
 # The very values that Gainstage writes: its stream, version 1
 
 
@@ -161,6 +187,12 @@ def initialize_exactly(model: nn.Module, seed: int = 0) -> None:
 
 
 def _exact(name: str, parameter: torch.Tensor, part: Part, output_dims: tuple[int, ...], seed: int) -> torch.Tensor:
+    if part.mixing is not None:
+
+        def exact_normals(stream: str, count: int, dtype: torch.dtype) -> torch.Tensor:
+            return torch.from_numpy(_values(_words(stream, seed, count, double=dtype == torch.float64), Part("normal", std=1.0)))
+
+        return _cut(_mixed(parameter, part, output_dims, exact_normals), part)
     words = _words(name, seed, parameter.numel(), double=parameter.dtype == torch.float64)
     if "orthogonal" in part.family:
         normals = torch.from_numpy(_values(words, Part("normal", 0.0, 1.0))).view(parameter.shape)

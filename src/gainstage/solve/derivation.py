@@ -98,7 +98,7 @@ class Explainer:
         if is_lookup(node):
             return [f"{rows}Var(w) = E[y^2] = {variance:.4g}: a look-up has fan-in 1"]
         operand = data_operand(node, values)
-        if operand is None:
+        if operand is None or setting.mixing is not None:
             gain = output_gain(own, values, setting)
             return [f"{rows}Var(w) = {level:g} / {gain:.4g} = {variance:.4g}, so that the output starts with E[y^2] = {level:g}"]
         x = operand[1].second_moment
@@ -152,7 +152,8 @@ class Explainer:
         values = self.solution.values
         setting = self.solution.settings[own.use.parameter]
         operand = data_operand(self.graph.by_name[own.use.node], values)
-        if operand is None or is_lookup(self.graph.by_name[own.use.node]) or operand[1].second_moment <= 0.0:
+        is_product = operand is not None and not is_lookup(self.graph.by_name[own.use.node]) and setting.mixing is None
+        if operand is None or not is_product or operand[1].second_moment <= 0.0:
             return []
         fan_in, _ = fans(own, self.graph, values, setting)
         level = operand[1].second_moment

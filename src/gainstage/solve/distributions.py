@@ -31,7 +31,7 @@ def find_family(name: str) -> Family:
 
 def fitting_family(wanted: Family, setting: Setting, use: Use | None, graph: Graph) -> tuple[Family, str]:
     """The family, or the nearest that this parameter allows, with a line that says why."""
-    if not wanted.is_matrix:
+    if not wanted.is_matrix or setting.mixing is not None:
         return wanted, ""
     shape = setting.info.shape
     node = None if use is None else graph.by_name[use.node]
@@ -60,6 +60,8 @@ def distribution_of(setting: Setting, part: int, family: Family) -> Distribution
     mean, variance = setting.means[part], setting.variances[part]
     if variance <= 0.0:
         return Distribution(family=Family.CONSTANT, mean=mean)
+    if setting.mixing is not None:
+        return Distribution(family=Family.MIXED, std=variance**0.5, mixing=setting.mixing)
     return Distribution(family=family, mean=0.0 if family.is_matrix else mean, std=variance**0.5)
 
 

@@ -71,6 +71,8 @@ def _at_level(value: Any, recorded: tuple[float, ...] | None) -> Any:
 def planned_value(info: ParameterInfo, index: int, planned: ParameterPlan) -> Value:
     """Independent entries: ``sum_b n_b (mean_b, std_b^2) / n`` over blocks b of n_b coordinates, and their levels."""
     spans = list(_spans(planned))
+    if any(part.mixing is not None and part.mixing.stream != planned.name for _, _, part in spans):
+        return parameter_value(info, index, 0.0, 0.0)  # a bias that takes off a mean: on average over draws nothing is added
     count = sum(stop - start for start, stop, _ in spans)
     mean = sum((stop - start) * part.mean for start, stop, part in spans) / count
     variance = sum((stop - start) * part.std**2 for start, stop, part in spans) / count

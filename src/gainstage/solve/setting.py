@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from gainstage.graph import ParameterInfo
-from gainstage.plan import Distribution
+from gainstage.plan import Distribution, Mixing
 from gainstage.roles import Roles, Use
 
 Part = tuple[str, int]  # parameter, and which of its parts
@@ -19,8 +19,8 @@ class Setting:
 
     ``cuts``: where the parts begin and end along ``dim``. What the parameter does to a signal is ``slope w + offset``: a norm
     that multiplies by ``1 + w`` has offset 1. ``is_fixed``: decided by a rule that needs no signal, never scaled; ``given``:
-    the distribution itself, where that rule names one (what is kept has the statistics of its present values here).
-    ``lines``: what the explanation has to say of this.
+    the distribution itself, where that rule names one (what is kept has the statistics of its present values here);
+    ``mixing``: the matrix that a whitened first layer is drawn through. ``lines``: what the explanation has to say of this.
     """
 
     info: ParameterInfo
@@ -33,6 +33,7 @@ class Setting:
     offset: float = 0.0
     is_fixed: bool = False
     given: Distribution | None = None
+    mixing: Mixing | None = None
     lines: tuple[str, ...] = ()
 
     @property

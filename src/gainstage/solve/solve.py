@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 from gainstage.errors import InputError
 from gainstage.graph import Graph, Node, fingerprint
+from gainstage.inputs import InputStatistics
 from gainstage.plan import Block, Distribution, Family, ParameterPlan, Plan
 from gainstage.policies import Level, Policy, UnitGates
 from gainstage.propagate import Signal, check_supported
@@ -22,13 +24,14 @@ from gainstage.solve.passage import Balance, Passages
 from gainstage.solve.recurrent import is_recurrent, unit_gates
 from gainstage.solve.setting import Setting
 from gainstage.solve.walk import Prepare, Walk
+from gainstage.solve.whitened import find_first_layers
 
 _NAMED = 8  # parameters that a note names
 
 
 def solve(
     graph: Graph, roles: Roles, policy: Policy, *, present: Present, source: Callable[[Node], Value], family: Family,
-    balance: Balance = Balance.FORWARD,
+    balance: Balance = Balance.FORWARD, inputs: Mapping[str, InputStatistics] | None = None,
 ) -> Plan:  # fmt: skip
     """Find a distribution for every parameter, so that the policy's targets hold in the predicted signals.
 
@@ -40,6 +43,7 @@ def solve(
         source: statistics of the inputs.
         family: what weights are drawn from.
         balance: which direction hidden weights keep second moments in.
+        inputs: input node -> statistics of its data set; layers that read it directly are whitened.
 
     Raises:
         InputError: a balance for a policy without levels to balance.
@@ -47,13 +51,21 @@ def solve(
     """
     check_supported(graph)
     settings = initial_settings(graph, roles, policy, present)
+    first = find_first_layers(graph, roles, policy, inputs or {}, settings)
+    for layer in first.layers.values():
+        setting = settings[layer.parameter]
+        settings[layer.parameter] = replace(setting, mixing=layer.mixing, lines=(*setting.lines, *layer.lines()))
     demands = collect_demands(graph, roles, policy, settings)
     if balance is not Balance.FORWARD and not isinstance(policy.targets[Role.HIDDEN], Level):
         raise InputError(f"policy {policy.name!r} sets no levels that could be balanced: leave balance={balance.value!r} out")
     passages = Passages(graph, balance)
-    solution = Walk(graph, settings, demands, source, _preparations(graph, policy), passages=passages).run()
+    prepare = _preparations(graph, policy)
+    solution = Walk(graph, settings, demands, source, prepare=prepare, passages=passages, first=first.layers).run()
     explainer = Explainer(graph, roles, demands, solution, passages)
     parameters = {name: _parameter_plan(setting, explainer, family) for name, setting in solution.settings.items()}
+    for layer in first.layers.values():
+        if layer.bias is not None:
+            parameters[layer.bias] = layer.bias_of(parameters[layer.parameter], parameters[layer.bias])
     predictions, spreads = _predictions(graph, solution.values)
     return Plan(
         policy=policy.name,
@@ -63,7 +75,7 @@ def solve(
         balance=balance.value,
         predictions=predictions,
         spreads=spreads,
-        notes=_notes(policy, explainer),
+        notes=(*_notes(policy, explainer), *first.notes),
     )
 
 

@@ -20,6 +20,7 @@ from gainstage.solve.demands import Demands
 from gainstage.solve.initial import no_value, nominal_fan_of
 from gainstage.solve.passage import Passages
 from gainstage.solve.setting import Setting
+from gainstage.solve.whitened import FirstLayer, batch_of
 
 TOLERANCE = 1e-3  # relative, on second moments
 _MOST_STEPS = 16
@@ -58,13 +59,14 @@ class Walk:
 
     def __init__(
         self, graph: Graph, settings: Mapping[str, Setting], demands: Demands, source: Callable[[Node], Value],
-        prepare: Mapping[str, Prepare], *, passages: Passages,
+        *, prepare: Mapping[str, Prepare], passages: Passages, first: Mapping[str, FirstLayer],
     ) -> None:  # fmt: skip
         self._graph = graph
         self._settings = dict(settings)
         self._source = source
         self._prepare = dict(prepare)
         self._passages = passages
+        self._first = first
         self._position = {node.name: i for i, node in enumerate(graph.nodes)}
         self._node_of = {node.parameter: node.name for node in graph.nodes if node.kind is NodeKind.PARAMETER}
         self._first_reader: dict[str, int] = {}
@@ -120,6 +122,8 @@ class Walk:
         if node.kind is NodeKind.PARAMETER:
             assert node.parameter is not None
             value: Any = value_of(self._settings[node.parameter])
+        elif (layer := self._first.get(node.name)) is not None:
+            value = layer.value(self._settings[layer.parameter], batch_of(self._graph, node))
         else:
             value = evaluate(node, self._values, no_value, self._source, self._graph)
         self._values[node.name] = value

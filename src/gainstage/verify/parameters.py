@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -103,6 +104,11 @@ def _objection(distribution: Distribution, values: torch.Tensor, bound: float) -
     found = f"mean {mean:.4g}, std {variance**0.5:.4g}, {_factor(std, planned)} the plan's."
     if distribution.family.is_matrix:
         return "" if abs(std - planned) <= 1e-3 * planned + rounding * planned else found
+    if (mixing := distribution.mixing) is not None:
+        # The mean square of a row is a form in its q, whose variance is at most 2 |MM'|^2 / |M|^4.
+        square = mixing.matrix @ mixing.matrix.T
+        error = float((np.square(square).sum() / np.trace(square) ** 2 / 2.0 / (count / mixing.columns)) ** 0.5)
+        return "" if abs(std / planned - 1.0) <= bound * error * (1.0 + bound * error) + rounding else found
     if count < _FEW_ENTRIES:
         far = float((wide - distribution.mean).abs().max())
         return "" if far <= (bound + 3.0) * planned else found
