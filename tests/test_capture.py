@@ -361,46 +361,16 @@ def test_fingerprint_sees_parameters_ties_and_their_use_but_no_values():
     assert of(swapped, x()) != untied
 
 
-def branch(s, x):
-    h = s.m[0](x)
-    if h.sum() > 0:
-        h = h * 2
-    return h
-
-
-def to_numpy(s, x):
-    return s.m[0](x) * float(s.m[0](x).detach().numpy().max())
-
-
-def packed(s, x, lengths):
-    return s.m[0](nn.utils.rnn.pack_padded_sequence(x, lengths, batch_first=True))[0].data
-
-
-def differentiate(s, x):
-    x.requires_grad_(True)
-    return torch.autograd.grad(s.m[0](x).tanh().sum(), x, create_graph=True)[0]
-
-
 @pytest.mark.parametrize(
     ("build", "inputs", "error", "message"),
     [
-        (lambda: Scripted(branch, square()), (x(),), errors.CaptureError, r"branches on the value.*py:\d+: if h.sum\(\) > 0:"),
-        (lambda: Scripted(to_numpy, square()), (x(),), errors.CaptureError, r"NumPy.*py:\d+: return s.m"),
-        (lambda: Scripted(packed, nn.LSTM(8, 4)), (x(), torch.tensor([5, 3])), errors.CaptureError, "padded tensor"),
-        (lambda: Scripted(differentiate, square()), (x(),), errors.CaptureError, "differentiates inside forward"),
-        (
-            lambda: Scripted(lambda s, x: s.m[0](x)[x > 0], square()),
-            (x(),),
-            errors.CaptureError,
-            "shape of aten.index.*depends on",
-        ),
         (lambda: square(4), (x(),), errors.CaptureError, "Check that the model runs on these inputs"),
         (square, (x(), x()), errors.InputError, "Linear.forward does not take these arguments"),
         (square, (x()[:0],), errors.InputError, r"size zero, shape \(0, 5, 8\)"),
         (lambda: Scripted(lambda s, x: s.m[0](x).argmax(-1), square()), (x(),), errors.NoSignalError, "No floating-point output"),
         (lambda: Scripted(lambda s, x: x * 2, square()), (torch.ones(2, dtype=torch.long),), errors.NoSignalError, "nothing to"),
     ],
-    ids=["branch", "numpy", "packed", "autograd", "size", "mismatch", "arguments", "empty", "integer", "no signal"],
+    ids=["mismatch", "arguments", "empty", "integer", "no signal"],
 )
 def test_refusals_name_the_place_and_the_way_out(build, inputs, error, message, capfd):
     with pytest.raises(error, match=message):
@@ -409,12 +379,12 @@ def test_refusals_name_the_place_and_the_way_out(build, inputs, error, message, 
 
 
 def test_parameters_that_cannot_be_drawn_are_all_named():
-    model = nn.Sequential(nn.LazyLinear(3), square())
+    model = nn.Sequential(nn.LazyLinear(8), square())
     model.spectrum = nn.Parameter(torch.zeros(2, dtype=torch.complex64))
     model.nothing = nn.Parameter(torch.zeros(0, 3))
     with pytest.raises(errors.UnsupportedParameterError) as refusal:
         capture(model, (x(),))
-    for part in ("0.weight (lazy", "0.bias (lazy", "spectrum (complex", r"nothing (of size zero, shape (0, 3)"):
+    for part in ("spectrum (complex", r"nothing (of size zero, shape (0, 3)"):
         assert part in str(refusal.value)
 
 

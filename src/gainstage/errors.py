@@ -15,7 +15,12 @@ class GainstageError(Exception):
 
 
 class CaptureError(GainstageError):
-    """The model could not be turned into a graph."""
+    """The model could not be turned into a graph; ``line`` is the user's, where known."""
+
+    def __init__(self, reason: str, line: str = "") -> None:
+        super().__init__(f"{reason} The line: {line}" if line else reason)
+        self.reason = reason.rstrip(".")
+        self.line = line
 
 
 class NoSignalError(GainstageError):

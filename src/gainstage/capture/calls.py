@@ -6,8 +6,7 @@ from collections.abc import Set as AbstractSet
 
 from torch import nn
 
-from gainstage.capture.lower import Lowered
-from gainstage.capture.trace import CallMark
+from gainstage.capture.lowered import CallMark, Lowered
 from gainstage.graph import ModuleCall
 
 

@@ -1,23 +1,30 @@
-"""The stage itself: a module and example inputs in, a graph out."""
+"""The stage itself: a module and example inputs in, a graph out, by the first rung of a ladder that holds.
+
+Rung "export" is torch.export, which follows the code without values. Rung "tape" is one real run of a copy.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-from gainstage.capture.calls import canonical_paths, marks_by_readers, module_calls
-from gainstage.capture.constants import fold
+from gainstage.capture.assemble import assemble
+from gainstage.capture.calls import canonical_paths, marks_by_readers
+from gainstage.capture.constants import draws
+from gainstage.capture.export import decompose, export
 from gainstage.capture.functional import NotFunctional, functionalise
-from gainstage.capture.lower import UNKNOWN_SIZE, Lowered, lower
-from gainstage.capture.parameters import parameter_table
-from gainstage.capture.trace import Exported, decompose, export
-from gainstage.errors import CaptureError, NoSignalError
-from gainstage.graph import Graph, Node, NodeKind, TensorMeta
+from gainstage.capture.lower import lower
+from gainstage.capture.lowered import Lowered
+from gainstage.capture.parameters import parameter_table, with_shapes
+from gainstage.capture.refusal import all_refused
+from gainstage.capture.run import Recording, run_on_tape
+from gainstage.capture.surroundings import Request, check_arguments
+from gainstage.errors import CaptureError
+from gainstage.graph import Graph, NodeKind
 
 
 def capture(
@@ -46,33 +53,61 @@ def capture(
         InputError: arguments that forward does not take, tensors of size zero, a loss that returns no scalar.
         NoSignalError: no floating-point output depends on a parameter.
     """
-    parameters, canonical_names = parameter_table(model)
-    exported = export(model, tuple(args), dict(kwargs or {}), loss, buffers or {})
-    functional = _functional(exported, canonical_names, canonical_paths(model))
-    nodes, assumptions = fold(_reachable(functional.nodes, functional), functional.outputs)
-    nodes = _reachable(nodes, functional)
-    _check_sizes(nodes)
-    varying = {node.name for node in nodes if node.kind is not NodeKind.CONSTANT}
-    outputs = tuple(name for name in functional.outputs if name in varying)
-    _check_signal(nodes, outputs)
-    return Graph(
-        nodes=tuple(nodes),
-        outputs=outputs,
-        parameters=parameters,
-        calls=module_calls(functional, varying, model),
-        training=model.training,
-        assumptions=tuple(assumptions),
-    )
+    given = dict(kwargs or {})
+    check_arguments(model, args, given)
+    model, assumptions = with_shapes(model, args, given)
+    parameters, names = parameter_table(model)
+    request = Request(model=model, args=tuple(args), kwargs=given, loss=loss, buffers=buffers or {}, names=names)
+    refused: dict[str, CaptureError] = {}
+    for rung, climb in RUNGS.items():
+        try:
+            found = climb(request)
+            sentences = [*assumptions, *found.assumptions, *_reasons(refused)]
+            return assemble(found.lowered, model, parameters, rung=rung, assumptions=sentences, with_gradient=found.with_gradient)
+        except CaptureError as error:
+            refused[rung] = error
+    raise all_refused(refused)
 
 
-def _functional(exported: Exported, names: Mapping[str, str], paths: Mapping[str, str]) -> Lowered:
-    """Nodes without writes; where ours do not suffice, torch's own functionalisation, which takes as long as the export."""
+@dataclasses.dataclass(frozen=True, slots=True)
+class Found:
+    """What a rung found: nodes without writes, what it assumed, and the parameters that autograd is known to reach."""
+
+    lowered: Lowered
+    assumptions: Sequence[str] = ()
+    with_gradient: frozenset[str] = frozenset()
+
+
+def by_export(request: Request) -> Found:
+    """What torch.export finds; where our way of undoing writes does not suffice, after torch's own."""
+    exported, paths = export(request), canonical_paths(request.model)
     try:
-        return functionalise(lower(exported, names, paths))
+        return Found(functionalise(lower(exported, request.names, paths)))
     except NotFunctional:
-        decomposed = lower(decompose(exported), names, paths)
+        decomposed = lower(decompose(exported), request.names, paths)  # takes as long as the export
+    return Found(_without_writes(dataclasses.replace(decomposed, marks=marks_by_readers(decomposed))))
+
+
+def by_tape(request: Request) -> Found:
+    """What a run does, and where it looked at values that could have been others."""
+    recording = run_on_tape(request)
+    return Found(_without_writes(recording.lowered), _one_path(recording), recording.reached)
+
+
+RUNGS: Mapping[str, Callable[[Request], Found]] = {"export": by_export, "tape": by_tape}
+
+
+def _reasons(refused: Mapping[str, CaptureError]) -> list[str]:
+    """Why a lower rung was needed."""
+    return [
+        f"Captured from one run, since torch.{rung} refused: {error.reason.partition('. ')[0]}."
+        for rung, error in refused.items()
+    ]
+
+
+def _without_writes(lowered: Lowered) -> Lowered:
     try:
-        return functionalise(dataclasses.replace(decomposed, marks=marks_by_readers(decomposed)))
+        return functionalise(lowered)
     except NotFunctional as error:
         raise CaptureError(
             f"{error.node.op_name} in {error.node.provenance} writes in place in a way that has no value form. "
@@ -80,41 +115,11 @@ def _functional(exported: Exported, names: Mapping[str, str], paths: Mapping[str
         ) from None
 
 
-def _reachable(nodes: Sequence[Node], lowered: Lowered) -> list[Node]:
-    """What the outputs depend on, and those results of a reached operation that a module returned (an LSTM's states)."""
-    reached = set(lowered.outputs)
-    for node in reversed(nodes):
-        if node.name in reached:
-            reached.update(node.operands())
-    pieces = {
-        node.name
-        for node in nodes
-        if node.op is operator.getitem and node.name in lowered.marks and set(node.operands()) <= reached
-    }
-    return [node for node in nodes if node.name in reached or node.name in pieces]
-
-
-def _check_sizes(nodes: Sequence[Node]) -> None:
-    for node in nodes:
-        for meta in node.meta if isinstance(node.meta, tuple) else (node.meta,):
-            if meta is not None and UNKNOWN_SIZE in meta.shape:
-                raise CaptureError(
-                    f"The shape of {node.op_name} in {node.provenance} depends on values, so that its size is not known before "
-                    "the model runs. Use an operation of fixed shape (torch.where instead of boolean indexing)."
-                )
-
-
-def _check_signal(nodes: Sequence[Node], outputs: Sequence[str]) -> None:
-    has_parameters = any(node.kind is NodeKind.PARAMETER for node in nodes)
-    source = NodeKind.PARAMETER if has_parameters else NodeKind.INPUT
-    carrying: set[str] = set()
-    for node in nodes:
-        if node.kind is source or any(name in carrying for name in node.operands()):
-            carrying.add(node.name)
-    metas = {node.name: node.meta for node in nodes}
-    floating = [name for name in outputs if isinstance(meta := metas[name], TensorMeta) and meta.dtype.is_floating_point]
-    if not any(name in carrying for name in floating):
-        raise NoSignalError(
-            "No floating-point output of the model depends on a parameter or an input, so there is nothing to follow. "
-            "Check that forward returns its result, in tensors, containers or dataclasses."
-        )
+def _one_path(recording: Recording) -> list[str]:
+    """Where a run looked at values that other parameters, inputs or random numbers would change, one sentence for each line."""
+    varying: set[str] = set()
+    for node in recording.lowered.nodes:
+        if node.kind in (NodeKind.PARAMETER, NodeKind.INPUT) or draws(node) or any(n in varying for n in node.operands()):
+            varying.add(node.name)
+    lines = dict.fromkeys(read.source for read in recording.reads if read.name in varying)
+    return [f"One path seen: the run looked at values in {line or 'code of torch'}." for line in lines]

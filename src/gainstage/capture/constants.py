@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch._ops import OpOverload
 
-from gainstage.capture.lower import meta_of
+from gainstage.capture.lowered import meta_of
 from gainstage.capture.views import packet_name
 from gainstage.errors import CaptureError
 from gainstage.graph import Node, NodeKind, Ref, TensorMeta
@@ -66,12 +66,18 @@ def _is_fill(node: Node) -> bool:
     return packet_name(node.op) in _FILLS and isinstance(node.meta, TensorMeta) and all(size >= 0 for size in node.meta.shape)
 
 
+def draws(node: Node) -> bool:
+    """Whether an operation may draw random numbers."""
+    return isinstance(node.op, OpOverload) and torch.Tag.nondeterministic_seeded in node.op.tags
+
+
 def _is_determined(node: Node) -> bool:
     """Whether an operation gives the same result each time."""
     if packet_name(node.op) in _UNWRITTEN:
         return False
-    if not isinstance(node.op, OpOverload) or torch.Tag.nondeterministic_seeded not in node.op.tags:
+    if not draws(node):
         return True
+    assert isinstance(node.op, OpOverload)
     names = [argument.name for argument in node.op._schema.arguments]
     given = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
     probability = given.get("dropout_p", given.get("dropout", given.get("p") if "dropout" in packet_name(node.op) else None))

@@ -13,10 +13,9 @@ from typing import Any
 
 from torch._ops import OpOverload
 
-from gainstage.capture.lower import Lowered
-from gainstage.capture.trace import CallMark
+from gainstage.capture.lowered import CallMark, Lowered
 from gainstage.capture.views import is_identity, scatter_into_base
-from gainstage.capture.writes import Step, functional_write, is_handle_change
+from gainstage.capture.writes import Step, functional_write, is_handle_change, written_operand
 from gainstage.graph import Node, Ref
 
 
@@ -101,8 +100,8 @@ class _Families:
         return self.value_of[name]
 
     def _take_write(self, node: Node) -> None:
-        target = node.args[0] if node.args else None
-        if not isinstance(target, Ref):
+        target = written_operand(node)
+        if target is None:
             raise NotFunctional(node)
         self._join(node, target.name)
         present = self._present(node)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from gainstage.capture.refusal import refusal
+from gainstage.capture.surroundings import copied, quiet, seeded
 from gainstage.errors import UnsupportedParameterError
 from gainstage.graph import ParameterInfo
 
@@ -21,16 +24,12 @@ def parameter_table(model: nn.Module) -> tuple[Mapping[str, ParameterInfo], Mapp
     Returns:
         canonical name -> info, in the model's own order, and name -> canonical name. One tensor under several names is
         one entry; its first name is the canonical one.
-
-    Raises:
-        UnsupportedParameterError: parameters without values to draw, all of them named.
     """
     names: dict[int, list[str]] = {}
     tensors: dict[int, nn.Parameter] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
         tensors[id(parameter)] = parameter
-    _refuse({group[0]: tensors[key] for key, group in names.items()})
     modules = dict(model.named_modules(remove_duplicate=False))
     infos = {}
     for key, (name, *aliases) in names.items():
@@ -48,18 +47,35 @@ def parameter_table(model: nn.Module) -> tuple[Mapping[str, ParameterInfo], Mapp
     return infos, {name: group[0] for group in names.values() for name in group}
 
 
+def with_shapes(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[nn.Module, list[str]]:
+    """The model; or a copy that has run once, if there are lazy parameters, which then have shapes; and a sentence that says so.
+
+    Raises:
+        UnsupportedParameterError: parameters without values to draw, all of them named.
+        CaptureError: the model does not run.
+    """
+    lazy = {name: bool(is_lazy(parameter)) for name, parameter in model.named_parameters()}  # bool: the type guard misleads mypy
+    _refuse({name: parameter for name, parameter in model.named_parameters() if not lazy[name]})
+    if not any(lazy.values()):
+        return model, []
+    shaped, fed_args, fed_kwargs = copied(model, args, kwargs)
+    try:
+        with torch.no_grad(), seeded(0), quiet():
+            shaped(*fed_args, **fed_kwargs)
+    except Exception as error:
+        raise refusal(error) from error
+    return shaped, ["Lazy modules got their shapes from a run of a copy; run the model once before values are written."]
+
+
 def _refuse(parameters: Mapping[str, nn.Parameter]) -> None:
     reasons = [f"{name} ({reason})" for name, parameter in parameters.items() if (reason := _objection(parameter))]
     if reasons:
         raise UnsupportedParameterError(
-            f"No level can be set for {', '.join(reasons)}. Run one forward pass to initialise lazy modules; "
-            "for the others, build the model with dense floating-point parameters."
+            f"No level can be set for {', '.join(reasons)}. Build the model with dense floating-point parameters."
         )
 
 
 def _objection(parameter: nn.Parameter) -> str:
-    if bool(is_lazy(parameter)):  # a type guard, which would tell mypy that what follows is never reached
-        return "lazy and not yet initialised"
     if parameter.is_complex():
         return f"complex, {parameter.dtype}"
     if parameter.layout is not torch.strided:

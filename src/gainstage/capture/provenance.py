@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import linecache
 import re
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from traceback import StackSummary
-from types import TracebackType
+from types import FrameType, TracebackType
 
 import torch
 from torch import fx
@@ -16,6 +17,7 @@ from gainstage.graph import Provenance
 
 _TORCH = str(Path(torch.__file__).parent) + "/"
 _OWN = str(Path(__file__).parent) + "/"
+_RUN = _OWN + "run.py"  # what called the model
 _FRAME = re.compile(r'File "([^"]+)", line (\d+), in [^\n]*\n([^\n]*)')
 
 
@@ -57,6 +59,17 @@ def user_line_of(traceback: TracebackType | None) -> str:
             line = f"{_short(filename)}:{number}: {linecache.getline(filename, number).strip()}"
         traceback = traceback.tb_next
     return line
+
+
+def current_line() -> str:
+    """The innermost line outside torch and this package that a run on tape is at; empty where a model is torch's alone."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_code.co_filename != _RUN:
+        filename = frame.f_code.co_filename
+        if _is_users(filename):
+            return f"{_short(filename)}:{frame.f_lineno}: {linecache.getline(filename, frame.f_lineno).strip()}"
+        frame = frame.f_back
+    return ""
 
 
 def user_frames(frames: StackSummary) -> StackSummary:

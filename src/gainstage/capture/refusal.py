@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from gainstage.capture.provenance import user_line_of
@@ -18,7 +19,7 @@ class _Known:
 
 _KNOWN = (
     _Known(
-        ("pack_padded", "PackedSequence"),
+        ("packed_sequence", "pack_padded", "PackedSequence"),
         "packed sequences have lengths that depend on values. Pass the padded tensor to the recurrent module",
     ),
     _Known(
@@ -42,16 +43,23 @@ _KNOWN = (
 
 
 def refusal(error: BaseException) -> CaptureError:
-    """The exception to raise for one of torch.export's: the user's line, the reason, what to do."""
+    """The exception to raise for one of torch's: the reason and what to do, and the user's line."""
     text = f"{type(error).__name__}: {error}"
     line = user_line_of(error.__traceback__)
-    where = f" The line: {line}" if line else ""
     context = f"{text} {line}"
     for known in _KNOWN:
         if any(sign in context for sign in known.signs):
-            return CaptureError(f"The model cannot be captured: {known.explanation}.{where}")
+            return CaptureError(known.explanation, line)
     first_line = str(error).strip().partition("\n")[0].rstrip(".")
+    return CaptureError(f"{type(error).__name__}: {first_line}", line)
+
+
+def all_refused(reasons: Mapping[str, CaptureError]) -> CaptureError:
+    """The exception to raise where no rung holds: the reason of each, and the user's line."""
+    told = " ".join(f"By {rung}: {error.reason}." for rung, error in reasons.items())
+    line = next((error.line for error in reversed(list(reasons.values())) if error.line), "")
+    where = f" The line: {line}" if line else ""
     return CaptureError(
-        f"The model cannot be captured: {type(error).__name__}: {first_line}. "
-        f"Check that the model runs on these inputs; if it does, capture the submodule that matters.{where}"
+        f"The model cannot be captured. {told} Check that the model runs on these inputs; if it does, capture the submodule "
+        f"that matters.{where}"
     )

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
-from torch._ops import OpOverload
+from torch._ops import OpOverload, OpOverloadPacket
 
 from gainstage.graph import Node, Ref, TensorMeta
 
@@ -33,8 +33,22 @@ def is_handle_change(node: Node) -> bool:
     return isinstance(node.op, OpOverload) and (torch.Tag.inplace_view in node.op.tags or node.op is aten.detach_.default)
 
 
+def written_operand(node: Node) -> Ref | None:
+    """The one operand that an operation writes into: the first (``add_``), or what is given as ``out``; else None."""
+    assert isinstance(node.op, OpOverload)
+    schema = node.op._schema
+    written = [argument.name for argument in schema.arguments if argument.is_write]
+    if written == ["out"]:
+        target = node.kwargs.get("out")
+    elif written == [schema.arguments[0].name] and schema.name.endswith("_"):
+        target = node.args[0] if node.args else None
+    else:
+        return None
+    return target if isinstance(target, Ref) else None
+
+
 def functional_write(node: Node, metas: Mapping[str, Any]) -> tuple[Step, ...] | None:
-    """The steps that compute what a write in place leaves in its first operand.
+    """The steps that compute what a write in place leaves in :func:`written_operand`.
 
     Args:
         node: the writing node, its operands already values.
@@ -42,28 +56,54 @@ def functional_write(node: Node, metas: Mapping[str, Any]) -> tuple[Step, ...] |
 
     Returns:
         The steps; none if the result is the second operand as it stands (a copy); None if the operation writes
-        elsewhere than into its first operand or has no counterpart that does not write.
+        into several operands or has no counterpart that does not write.
     """
     assert isinstance(node.op, OpOverload)
     schema = node.op._schema
-    written = [argument.name for argument in schema.arguments if argument.is_write]
     namespace, _, name = schema.name.partition("::")
-    if written != [schema.arguments[0].name] or not name.endswith("_"):
+    written = written_operand(node)
+    if written is None:
         return None
-    target = metas[node.args[0].name]
+    target = metas[written.name]
     assert isinstance(target, TensorMeta)
+    if "out" in node.kwargs:
+        return _elsewhere(node, target, metas)
     if name in {"zero_", "fill_"}:
         return _filled(node.args[1] if name == "fill_" else 0, target, metas)
     if name == "copy_":
         return _broadcast(node.args[1], target, metas)
     packet = getattr(getattr(torch.ops, namespace), _RENAMED.get(name, name[:-1]), None)
-    overload = schema.overload_name or "default"
-    if packet is None or not (overload in packet.overloads() or name == "bernoulli_"):
+    op = None if packet is None else _counterpart(packet, schema)
+    if op is None:
         return None
-    op = packet.p if name == "bernoulli_" and overload == "float" else getattr(packet, overload)
     if is_handle_change(node):
         return (Step(op, node.args, node.meta, node.kwargs),)
     return (Step(op, node.args, _promoted(node, target, metas), node.kwargs), *_cast(node, target, metas))
+
+
+def _counterpart(packet: OpOverloadPacket, schema: Any) -> OpOverload | None:
+    """The overload that takes what a writing one takes; its name may be another one."""
+    overload = schema.overload_name or "default"
+    same: OpOverload | None = getattr(packet, overload, None)
+    return same or _taking(packet, [str(argument.type) for argument in schema.arguments])
+
+
+def _taking(packet: OpOverloadPacket, types: list[str]) -> OpOverload | None:
+    """The overload whose arguments have these types."""
+    overloads: list[OpOverload] = [getattr(packet, name) for name in packet.overloads()]  # type: ignore[no-untyped-call]
+    return next((op for op in overloads if [str(argument.type) for argument in op._schema.arguments] == types), None)
+
+
+def _elsewhere(node: Node, target: TensorMeta, metas: Mapping[str, Any]) -> tuple[Step, ...] | None:
+    """The ordinary operation, in the element type of what it was to write into."""
+    assert isinstance(node.op, OpOverload)
+    packet = getattr(torch.ops, node.op.namespace), node.op._schema.name.partition("::")[2]
+    given = [str(argument.type) for argument in node.op._schema.arguments if not argument.is_write]
+    op = _taking(getattr(*packet), given)
+    if op is None or not isinstance(node.meta, TensorMeta) or node.meta.shape != target.shape:
+        return None
+    kwargs = {name: value for name, value in node.kwargs.items() if name != "out"}
+    return (Step(op, node.args, _promoted(node, target, metas), kwargs), *_cast(node, target, metas))
 
 
 def _filled(value: Any, target: TensorMeta, metas: Mapping[str, Any]) -> tuple[Step, ...]:
@@ -87,7 +127,7 @@ def _broadcast(source: Ref, target: TensorMeta, metas: Mapping[str, Any]) -> tup
 def _promoted(node: Node, target: TensorMeta, metas: Mapping[str, Any]) -> TensorMeta:
     """Element type of the ordinary operation, which a write would cast back to that of the target."""
     dtype = target.dtype
-    for name in list(node.operands())[1:]:
+    for name in node.operands():
         other = metas[name]
         if isinstance(other, TensorMeta) and other.shape and other.dtype.is_floating_point and dtype.is_floating_point:
             dtype = torch.promote_types(dtype, other.dtype)

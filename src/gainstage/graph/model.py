@@ -127,6 +127,7 @@ class Graph:
     parameters: Mapping[str, ParameterInfo]  # canonical name -> info, in the model's own order, unused ones too
     calls: tuple[ModuleCall, ...]
     training: bool
+    rung: str = "export"  # of the ladder of captures: "export", or "tape" for the record of one run
     assumptions: tuple[str, ...] = ()  # what capture had to guess, one sentence each
     by_name: Mapping[str, Node] = field(init=False)
 

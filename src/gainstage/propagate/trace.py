@@ -137,6 +137,7 @@ class Trace:
         """Plain data for JSON."""
         return {
             "training": self.training,
+            "rung": self.graph.rung,
             "modules": [
                 {"path": c.path, "call": c.call, "type": c.module_type, "outputs": [s.to_dict() for s in c.outputs]}
                 for c in self.calls

@@ -46,14 +46,16 @@ def _correlated_normals(value: Value, generator: np.random.Generator) -> Array:
     white[(1,) * len(sizes)] = 1.0
     wanted = np.maximum(spectrum(value.correlation(), sizes), 0.0)
     factors = np.sqrt(wanted / np.maximum(spectrum(white, sizes), 1e-300))
-    result = np.zeros(sizes)
-    for subset in np.ndindex(*factors.shape):
-        part = noise
-        for position, rest in enumerate(subset):
-            mean = part.mean(axis=position, keepdims=True)
-            part = part - mean if rest else mean
-        result = result + factors[subset] * part
-    return np.asarray(result)
+    return np.asarray(np.broadcast_to(_scaled_components(noise, factors), sizes))
+
+
+def _scaled_components(part: Array, factors: Array) -> Array:
+    """Sum of the components of ``part``, each times its factor; the first axis of ``factors`` tells mean from deviation."""
+    if (factors == factors.flat[0]).all():
+        return np.asarray(part * factors.flat[0])
+    axis = part.ndim - factors.ndim
+    mean = part.mean(axis=axis, keepdims=True)
+    return _scaled_components(mean, factors[0]) + _scaled_components(part - mean, factors[1])
 
 
 def pooled(samples: Sequence[torch.Tensor]) -> tuple[float, Array]:

@@ -1,95 +1,54 @@
-"""Runs torch.export and leaves the model as it was."""
+"""What holds while a model is traced, whichever way: arguments checked, marks on module calls, nothing left behind."""
 
 from __future__ import annotations
 
 import contextlib
+import copy
 import inspect
 import io
+import logging
+import random
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, is_dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
-from torch.export import ExportedProgram
-from torch.fx.experimental.proxy_tensor import get_proxy_mode, get_proxy_slot
-from torch.fx.proxy import TracerBase
 from torch.nn.modules import transformer
 from torch.utils import _pytree as pytree
+from torch.utils.checkpoint import CheckpointFunction
 
-from gainstage.capture.provenance import user_frames
-from gainstage.capture.refusal import refusal
-from gainstage.errors import GainstageError, InputError
+from gainstage.capture.lowered import CallMark
+from gainstage.errors import CaptureError, InputError
 from gainstage.graph.flatten import tensor_leaves
 
 Loss = Callable[[Any], torch.Tensor]
 
-CALL_MARKS = "gainstage_calls"  # key in the meta of an exported node: which outputs of which module calls it is
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """What is to be captured: a module, the arguments of one call, and what stands for the output (``loss``).
 
-@dataclass(frozen=True, slots=True)
-class CallMark:
-    """An exported node is tensor number ``position`` of what call number ``call`` of the module ``path`` returned."""
-
-    path: str
-    call: int
-    position: int
-
-
-@dataclass(frozen=True, slots=True)
-class Exported:
-    """An exported program, with the tensors that the user fed, in the order of its inputs (None for what is no tensor).
-
-    ``buffers``: values of buffers that are on the meta device in the program, by name.
+    ``buffers``: values of buffers that lie on the meta device, by name. ``names``: parameter name -> canonical name.
     """
 
-    program: ExportedProgram
-    inputs: tuple[torch.Tensor | None, ...]
+    model: nn.Module
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    loss: Loss | None
     buffers: Mapping[str, torch.Tensor]
+    names: Mapping[str, str]
 
 
-def export(
-    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], loss: Loss | None, buffers: Mapping[str, torch.Tensor]
-) -> Exported:
-    """Trace a model with torch.export, non-strict, marking what each module call returns.
-
-    Args:
-        model: on any device, meta included, in the mode that is to be traced.
-        args: positional arguments of forward; tensors in any nesting.
-        kwargs: keyword arguments of forward.
-        loss: applied to the output, in whose place its result comes.
-        buffers: values of buffers on the meta device, by name.
-
-    Returns:
-        The program and the inputs.
+def check_arguments(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    """Refuse what forward does not take.
 
     Raises:
         InputError: arguments that forward does not take, or tensors of size zero.
-        CaptureError: torch.export refused; the message quotes the user's line.
     """
-    _check_arguments(model, args, kwargs)
-    fed_args, fed_kwargs, originals = _on_device_of(model, args, dict(kwargs))
-    with _untouched(model), _marked_calls(model, loss), _plain_attention(), _all_user_frames(), torch.enable_grad(), _quiet():
-        try:
-            program = torch.export.export(model, fed_args, fed_kwargs, strict=False)
-        except GainstageError:
-            raise
-        except Exception as error:
-            raise refusal(error) from error
-    leaves = pytree.tree_leaves(program.example_inputs)
-    inputs = tuple(originals.get(id(x), x) if isinstance(x, torch.Tensor) else None for x in leaves)
-    return Exported(program, inputs, buffers)
-
-
-def decompose(exported: Exported) -> Exported:
-    """The same program after torch's functionalisation, with all operations kept as they are; marks are lost."""
-    with _quiet():
-        return Exported(exported.program.run_decompositions({}), exported.inputs, exported.buffers)
-
-
-def _check_arguments(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
     try:
         inspect.signature(model.forward).bind(*args, **kwargs)
     except TypeError as error:
@@ -111,7 +70,7 @@ def _register_dataclasses(leaf: Any) -> None:
             torch.export.register_dataclass(type(leaf))
 
 
-def _on_device_of(
+def on_device_of(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any], dict[int, torch.Tensor]]:
     """For a model on meta, shadow real inputs by meta tensors; also return shadow id -> real tensor."""
@@ -131,12 +90,36 @@ def _on_device_of(
     return shadowed[0], shadowed[1], originals
 
 
+def copied(
+    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
+    """Copies that share nothing with the originals; results of earlier computations that lie around are copied as values.
+
+    Raises:
+        CaptureError: something that Python cannot copy.
+    """
+    attributes = [value for module in model.modules() for value in module.__dict__.values()]
+    computed = [tensor for tensor in tensor_leaves((attributes, args, dict(kwargs))) if not tensor.is_leaf]
+    memo: dict[int, Any] = {id(tensor): tensor.detach().clone() for tensor in computed}
+    try:
+        copies: tuple[nn.Module, tuple[Any, ...], dict[str, Any]] = copy.deepcopy((model, args, dict(kwargs)), memo)
+    except Exception as error:
+        raise CaptureError(f"the model or an input cannot be copied: {type(error).__name__}: {error}") from error
+    return copies
+
+
+def hookable(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The modules that run in Python, by path: scripted ones take no hooks and keep no attributes."""
+    return [(path, module) for path, module in model.named_modules() if not isinstance(module, torch.jit.ScriptModule)]
+
+
 @contextlib.contextmanager
-def _untouched(model: nn.Module) -> Iterator[None]:
+def untouched(model: nn.Module) -> Iterator[None]:
     """Undo what forward stores on modules: a traced attribute would be a tensor without values."""
     registries = ("_parameters", "_buffers", "_modules")
     before = [
-        (module, dict(module.__dict__), {name: dict(module.__dict__[name]) for name in registries}) for module in model.modules()
+        (module, dict(module.__dict__), {name: dict(module.__dict__[name]) for name in registries})
+        for _, module in hookable(model)
     ]
     try:
         yield
@@ -150,45 +133,61 @@ def _untouched(model: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Hold back warnings of changes to come in torch itself, and the graph that it prints when it fails."""
+def quiet() -> Iterator[None]:
+    """Hold back warnings of changes to come in torch itself, and what it prints and logs when it fails."""
     printed = io.StringIO()
+    loggers = [logging.getLogger(name) for name in ("torch.fx.experimental.symbolic_shapes", "torch._subclasses.fake_tensor")]
+    levels = [logger.level for logger in loggers]
     with warnings.catch_warnings(), contextlib.redirect_stderr(printed):
         warnings.simplefilter("ignore")
-        yield
+        for logger in loggers:
+            logger.setLevel(logging.CRITICAL)
+        try:
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)
     sys.stderr.write(printed.getvalue())  # reached on success only: what the model itself had to say
 
 
 @contextlib.contextmanager
-def _plain_attention() -> Iterator[None]:
-    """Keep torch.nn's transformers from merging a layer into one inference operation, and from looking into a mask.
+def seeded(seed: int) -> Iterator[None]:
+    """The same random numbers in each trace; the generators of torch, NumPy and Python are put back where they were."""
+    devices = range(torch.cuda.device_count())
+    host, host_numpy = random.getstate(), np.random.get_state()  # noqa: NPY002 - the one that models draw from
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        random.seed(seed)
+        np.random.seed(seed)  # noqa: NPY002
+        try:
+            yield
+        finally:
+            random.setstate(host)
+            np.random.set_state(host_numpy)  # noqa: NPY002
 
-    They look whether a mask is the causal one, to take a shortcut with the same result; a trace cannot know.
+
+@contextlib.contextmanager
+def plain_modules() -> Iterator[None]:
+    """Keep torch's own modules from shortcuts that hide what is computed.
+
+    Transformer layers merge into one inference operation, and look whether a mask is the causal one to take a shortcut with the
+    same result, which a trace cannot know. A reentrant checkpoint runs without gradients, and runs again for the backward pass.
     """
     enabled, detect = torch.backends.mha.get_fastpath_enabled(), transformer._detect_is_causal_mask
     torch.backends.mha.set_fastpath_enabled(False)
     transformer._detect_is_causal_mask = lambda mask, is_causal=None, size=None: is_causal is True  # noqa: ARG005
+    CheckpointFunction.apply = lambda function, _preserve, *args: function(*args)  # type: ignore[method-assign]
     try:
         yield
     finally:
+        del CheckpointFunction.apply  # that of its base class shows again
         torch.backends.mha.set_fastpath_enabled(enabled)
         transformer._detect_is_causal_mask = detect
 
 
 @contextlib.contextmanager
-def _all_user_frames() -> Iterator[None]:
-    """Let nodes remember the innermost line of the user's code; torch keeps only the lines of functions named forward."""
-    original = TracerBase._filter_traceback_frames
-    TracerBase._filter_traceback_frames = lambda _tracer, frames: user_frames(frames)  # type: ignore[method-assign, assignment]
-    try:
-        yield
-    finally:
-        TracerBase._filter_traceback_frames = original  # type: ignore[method-assign]
-
-
-@contextlib.contextmanager
-def _marked_calls(model: nn.Module, loss: Loss | None) -> Iterator[None]:
-    """Hook every module while it is traced, so that nodes remember the module calls that returned them.
+def marked_calls(model: nn.Module, loss: Loss | None, mark: Callable[[torch.Tensor, CallMark], None]) -> Iterator[None]:
+    """Hook every module while it is traced, so that ``mark`` is told of each tensor that a module call returns.
 
     The hook of the root returns the tensors of the output alone, so that no output class has to be known to export.
     """
@@ -199,14 +198,14 @@ def _marked_calls(model: nn.Module, loss: Loss | None) -> Iterator[None]:
             call = counts[path] = counts.get(path, -1) + 1
             tensors = tensor_leaves(output)
             for position, tensor in enumerate(tensors):
-                _mark(tensor, CallMark(path, call, position))
+                mark(tensor, CallMark(path, call, position))
             if path:
                 return None
             return tensors if loss is None else [_scalar(loss(output))]
 
         return hook
 
-    handles = [module.register_forward_hook(hook_for(path)) for path, module in model.named_modules()]
+    handles = [module.register_forward_hook(hook_for(path)) for path, module in hookable(model)]
     try:
         yield
     finally:
@@ -219,10 +218,3 @@ def _scalar(loss: Any) -> torch.Tensor:
         return loss
     shown = f"a tensor of shape {tuple(loss.shape)}, {loss.dtype}" if isinstance(loss, torch.Tensor) else type(loss).__name__
     raise InputError(f"The loss returned {shown}, not a single number; reduce it: loss=lambda y: F.cross_entropy(y, target)")
-
-
-def _mark(tensor: torch.Tensor, mark: CallMark) -> None:
-    mode = get_proxy_mode()
-    slot = None if mode is None else get_proxy_slot(tensor, mode.tracer, None)
-    if slot is not None:
-        slot.proxy.node.meta.setdefault(CALL_MARKS, []).append(mark)

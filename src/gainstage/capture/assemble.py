@@ -1,0 +1,121 @@
+"""From nodes without writes to a graph: what reaches no output dropped, what is known computed, what is missing refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import operator
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import nn
+
+from gainstage.capture.calls import module_calls
+from gainstage.capture.constants import fold
+from gainstage.capture.functional import NotFunctional, functionalise
+from gainstage.capture.lowered import UNKNOWN_SIZE, Lowered
+from gainstage.errors import CaptureError, NoSignalError
+from gainstage.graph import Graph, Node, NodeKind, ParameterInfo, TensorMeta
+
+
+def assemble(
+    functional: Lowered,
+    model: nn.Module,
+    parameters: Mapping[str, ParameterInfo],
+    *,
+    rung: str,
+    assumptions: Sequence[str],
+    with_gradient: frozenset[str],
+) -> Graph:
+    """The graph of a model.
+
+    Args:
+        functional: nodes of which none changes an operand.
+        model: the module itself, for its mode and the types of its modules.
+        parameters: canonical name -> info.
+        rung: how the nodes were obtained.
+        assumptions: what had to be assumed so far.
+        with_gradient: parameters that autograd is known to reach.
+
+    Returns:
+        The graph.
+
+    Raises:
+        CaptureError: a size that depends on values, a constant that cannot be computed, a parameter lost on the way.
+        NoSignalError: no floating-point output depends on a parameter.
+    """
+    nodes, guesses = fold(reachable(functional.nodes, functional), functional.outputs)
+    nodes = reachable(nodes, functional)
+    _check_sizes(nodes)
+    varying = {node.name for node in nodes if node.kind is not NodeKind.CONSTANT}
+    outputs = tuple(name for name in functional.outputs if name in varying)
+    _check_reached(nodes, outputs, with_gradient)
+    _check_signal(nodes, outputs)
+    return Graph(
+        nodes=tuple(nodes),
+        outputs=outputs,
+        parameters=parameters,
+        calls=module_calls(functional, varying, model),
+        training=model.training,
+        rung=rung,
+        assumptions=(*assumptions, *guesses),
+    )
+
+
+def value_of(lowered: Lowered, name: str) -> torch.Tensor | None:
+    """Value of a node that is computed from known values alone; None if it is not, or cannot be computed."""
+    try:
+        functional = functionalise(dataclasses.replace(lowered, outputs=[name], marks={}))
+        nodes, _ = fold(reachable(functional.nodes, functional), functional.outputs)
+    except (NotFunctional, CaptureError):
+        return None
+    return {node.name: node.value for node in nodes}.get(functional.outputs[0])
+
+
+def reachable(nodes: Sequence[Node], lowered: Lowered) -> list[Node]:
+    """What the outputs depend on, and those results of a reached operation that a module returned (an LSTM's states)."""
+    reached = set(lowered.outputs)
+    for node in reversed(nodes):
+        if node.name in reached:
+            reached.update(node.operands())
+    pieces = {
+        node.name
+        for node in nodes
+        if node.op is operator.getitem and node.name in lowered.marks and set(node.operands()) <= reached
+    }
+    return [node for node in nodes if node.name in reached or node.name in pieces]
+
+
+def _check_sizes(nodes: Sequence[Node]) -> None:
+    for node in nodes:
+        for meta in node.meta if isinstance(node.meta, tuple) else (node.meta,):
+            if meta is not None and UNKNOWN_SIZE in meta.shape:
+                raise CaptureError(
+                    f"The shape of {node.op_name} in {node.provenance} depends on values, so that its size is not known before "
+                    "the model runs. Use an operation of fixed shape (torch.where instead of boolean indexing)."
+                )
+
+
+def _check_reached(nodes: Sequence[Node], outputs: Sequence[str], with_gradient: frozenset[str]) -> None:
+    reached = set(outputs)
+    for node in reversed(nodes):
+        if node.name in reached and node.op is not torch.ops.aten.detach.default:
+            reached.update(node.operands())
+    lost = sorted(with_gradient - {node.parameter for node in nodes if node.name in reached})
+    if lost:
+        raise CaptureError(f"the outputs depend on {', '.join(lost)} in a way that is no operation of torch")
+
+
+def _check_signal(nodes: Sequence[Node], outputs: Sequence[str]) -> None:
+    has_parameters = any(node.kind is NodeKind.PARAMETER for node in nodes)
+    source = NodeKind.PARAMETER if has_parameters else NodeKind.INPUT
+    carrying: set[str] = set()
+    for node in nodes:
+        if node.kind is source or any(name in carrying for name in node.operands()):
+            carrying.add(node.name)
+    metas = {node.name: node.meta for node in nodes}
+    floating = [name for name in outputs if isinstance(meta := metas[name], TensorMeta) and meta.dtype.is_floating_point]
+    if not any(name in carrying for name in floating):
+        raise NoSignalError(
+            "No floating-point output of the model depends on a parameter or an input, so there is nothing to follow. "
+            "Check that forward returns its result, in tensors, containers or dataclasses."
+        )

@@ -1,0 +1,85 @@
+"""Runs torch.export and leaves the model as it was."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch.export import ExportedProgram
+from torch.fx.experimental.proxy_tensor import get_proxy_mode, get_proxy_slot
+from torch.fx.proxy import TracerBase
+from torch.utils import _pytree as pytree
+
+from gainstage.capture.lowered import CallMark
+from gainstage.capture.provenance import user_frames
+from gainstage.capture.refusal import refusal
+from gainstage.capture.surroundings import Request, marked_calls, on_device_of, plain_modules, quiet, seeded, untouched
+from gainstage.errors import GainstageError
+
+CALL_MARKS = "gainstage_calls"  # key in the meta of an exported node: which outputs of which module calls it is
+
+
+@dataclass(frozen=True, slots=True)
+class Exported:
+    """An exported program, with the tensors that the user fed, in the order of its inputs (None for what is no tensor).
+
+    ``buffers``: values of buffers that are on the meta device in the program, by name.
+    """
+
+    program: ExportedProgram
+    inputs: tuple[torch.Tensor | None, ...]
+    buffers: Mapping[str, torch.Tensor]
+
+
+def export(request: Request) -> Exported:
+    """Trace a model with torch.export, non-strict, marking what each module call returns.
+
+    Raises:
+        CaptureError: torch.export refused; the message quotes the user's line.
+    """
+    model, loss = request.model, request.loss
+    args, kwargs, originals = on_device_of(model, request.args, request.kwargs)
+    with (
+        seeded(0),
+        untouched(model),
+        marked_calls(model, loss, _mark),
+        plain_modules(),
+        _all_user_frames(),
+        torch.enable_grad(),
+        quiet(),
+    ):
+        try:
+            program = torch.export.export(model, args, kwargs, strict=False)
+        except GainstageError:
+            raise
+        except Exception as error:
+            raise refusal(error) from error
+    leaves = pytree.tree_leaves(program.example_inputs)
+    inputs = tuple(originals.get(id(x), x) if isinstance(x, torch.Tensor) else None for x in leaves)
+    return Exported(program, inputs, request.buffers)
+
+
+def decompose(exported: Exported) -> Exported:
+    """The same program after torch's functionalisation, with all operations kept as they are; marks are lost."""
+    with quiet():
+        return Exported(exported.program.run_decompositions({}), exported.inputs, exported.buffers)
+
+
+@contextlib.contextmanager
+def _all_user_frames() -> Iterator[None]:
+    """Let nodes remember the innermost line of the user's code; torch keeps only the lines of functions named forward."""
+    original = TracerBase._filter_traceback_frames
+    TracerBase._filter_traceback_frames = lambda _tracer, frames: user_frames(frames)  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        TracerBase._filter_traceback_frames = original  # type: ignore[method-assign]
+
+
+def _mark(tensor: torch.Tensor, mark: CallMark) -> None:
+    mode = get_proxy_mode()
+    slot = None if mode is None else get_proxy_slot(tensor, mode.tracer, None)
+    if slot is not None:
+        slot.proxy.node.meta.setdefault(CALL_MARKS, []).append(mark)
