@@ -186,9 +186,17 @@ def test_parameters_without_a_level(parameter, words):
         gs.plan(model, (X,))
 
 
-def test_lazy_modules_ask_for_a_forward_pass():
-    with pytest.raises(gs.UnsupportedParameterError, match="lazy"):
-        gs.plan(nn.Sequential(nn.LazyLinear(4)), (X,))
+def test_lazy_modules_are_planned_and_ask_for_a_forward_pass_where_values_are_needed():
+    model = nn.Sequential(nn.LazyLinear(4))
+    plan = gs.plan(model, (X,))
+    for refused in (gs.inspect, gs.verify, lambda model, args: gs.plan(model, args, keep="0.weight")):
+        with pytest.raises(gs.UnsupportedParameterError, match=r"0\.weight.*lazy.*Run the model once"):
+            refused(model, (X,))
+    with pytest.raises(gs.PlanMismatchError, match="run one forward pass"):
+        gs.apply(model, plan)
+    model(X)
+    gs.apply(model, plan)
+    assert gs.verify(model, (X,), plan=plan).ok
 
 
 def test_a_failing_apply_leaves_the_model_unchanged():

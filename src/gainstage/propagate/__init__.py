@@ -3,7 +3,7 @@
 from gainstage.propagate.backward import Backward, propagate_back_along, propagate_backward
 from gainstage.propagate.build import build_trace
 from gainstage.propagate.interpret import check_supported, evaluate, is_sampled, propagate
-from gainstage.propagate.statistics import input_value, level_profile, parameter_moments, parameter_value
+from gainstage.propagate.statistics import check_initialised, input_value, level_profile, parameter_moments, parameter_value
 from gainstage.propagate.trace import CallSignals, ParameterStatistics, Signal, Trace
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "Signal",
     "Trace",
     "build_trace",
+    "check_initialised",
     "check_supported",
     "evaluate",
     "input_value",

@@ -8,8 +8,9 @@ from itertools import pairwise
 
 import numpy as np
 import torch
+from torch.nn.parameter import is_lazy
 
-from gainstage.errors import NonFiniteError
+from gainstage.errors import NonFiniteError, UnsupportedParameterError
 from gainstage.graph import ParameterInfo
 from gainstage.signal import Value, independent, levels, measured
 from gainstage.signal.quadrature import Array
@@ -24,7 +25,9 @@ def parameter_moments(parameters: Mapping[str, torch.Tensor]) -> dict[str, tuple
 
     Raises:
         NonFiniteError: NaN or infinity in a parameter; names them all.
+        UnsupportedParameterError: lazy parameters, which have no values yet.
     """
+    check_initialised(parameters)
     found: dict[str, tuple[float, float]] = {}
     bad: list[str] = []
     for name, tensor in parameters.items():
@@ -41,6 +44,19 @@ def parameter_moments(parameters: Mapping[str, torch.Tensor]) -> dict[str, tuple
     if bad:
         raise NonFiniteError(f"NaN or infinity in parameter(s) {', '.join(bad[:8])}: initialise them before inspecting the model")
     return found
+
+
+def check_initialised(parameters: Mapping[str, torch.Tensor]) -> None:
+    """Refuse parameters without values.
+
+    Raises:
+        UnsupportedParameterError: lazy parameters; names them all.
+    """
+    lazy = [name for name, tensor in parameters.items() if bool(is_lazy(tensor))]
+    if lazy:
+        raise UnsupportedParameterError(
+            f"{', '.join(lazy[:8])}: lazy and not yet initialised, so that there are no values to look at. Run the model once."
+        )
 
 
 def level_profile(tensor: torch.Tensor) -> tuple[Slice, ...]:

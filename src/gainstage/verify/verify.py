@@ -11,7 +11,7 @@ from torch import nn
 from gainstage.errors import InputError, NonFiniteError, PlanMismatchError
 from gainstage.graph import Graph, fingerprint, tensor_leaves
 from gainstage.plan import Plan
-from gainstage.propagate import Trace
+from gainstage.propagate import Trace, check_initialised
 from gainstage.verify import signals
 from gainstage.verify.compare import MODEL_ERROR, compare, predictions, z_bound
 from gainstage.verify.measure import Pass, run_forward, samples_in
@@ -25,8 +25,10 @@ def check_values(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, A
 
     Raises:
         InputError: parameters or inputs on the meta device.
+        UnsupportedParameterError: lazy parameters without values.
         NonFiniteError: NaN or infinity in a parameter or an input, NaN in a buffer (masks may hold infinity).
     """
+    check_initialised(dict(model.named_parameters()))
     on_meta = [name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if tensor.is_meta]
     if on_meta:
         raise InputError(
