@@ -281,7 +281,24 @@ class Running(nn.Module):
         return self.second(self.first(x).relu()).cumsum(1)
 
 
+class Written(nn.Module):
+    """Halves that are written into one tensor, and a token that is replaced."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.token = nn.Linear(WIDTH, 48), nn.Linear(WIDTH, 48), nn.Linear(WIDTH, WIDTH)
+        self.out = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x):
+        y = x.new_empty(x.shape)
+        y[..., :48] = self.first(x).relu()
+        y[..., 48:] = self.second(x)
+        y[:, 0] = 2.0 * self.token(x[:, 1])
+        return self.out(y)
+
+
 MORE = {
+    "written in place": (Written, tokens, 0.05),
     "running": (Running, tokens, 0.05),
     "nearest": (lambda: Upsampled("nearest"), image, 0.05),
     "bilinear": (lambda: Upsampled("bilinear"), image, 0.05),

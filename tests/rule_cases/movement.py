@@ -8,6 +8,7 @@ from gainstage.testing import RuleCase, constant, correlated, entries
 aten = torch.ops.aten
 WIDE = correlated((4, 6, 12), mean=0.3, shares={(0, 1): 0.2, (2,): 0.15})
 ONES = correlated((4, 1, 5), mean=0.3, shares={(0,): 0.2, (2,): 0.15})
+PAIR = correlated((4, 2, 5), mean=-0.2, shares={(0,): 0.3, (1, 2): 0.1})
 MATRIX = correlated((6, 5), mean=0.3, shares={(0,): 0.3})
 INDEX = torch.tensor([[0, 2, 2], [5, 0, 2]])
 PLACES = (torch.arange(60).reshape(4, 3, 5) ** 2) % 6
@@ -55,6 +56,9 @@ CASES = [
     RuleCase(op=aten.concat.default, args=([TOKENS, ONES], 1)),
     RuleCase(op=aten.stack.default, args=([TOKENS, TOKENS], 1)),
     RuleCase(op=aten.concatenate.default, args=([TOKENS, MORE_TOKENS], 0)),
+    RuleCase(op=aten.slice_scatter.default, args=(TOKENS, PAIR, 1, 1, 3)),
+    RuleCase(op=aten.slice_scatter.default, args=(TOKENS, PAIR, 1, 1, 5, 2)),
+    RuleCase(op=aten.select_scatter.default, args=(TOKENS, MATRIX, 0, -1)),
     RuleCase(op=aten.swapaxes.default, args=(TOKENS, 0, 2)),
     RuleCase(op=aten.swapdims.default, args=(TOKENS, 1, 2)),
     RuleCase(op=aten.broadcast_to.default, args=(ONES, [4, 6, 5])),

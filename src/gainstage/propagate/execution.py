@@ -9,6 +9,7 @@ import torch
 
 from gainstage.errors import InputError
 from gainstage.graph import Graph, Node, NodeKind
+from gainstage.propagate.host import run_on_host
 from gainstage.propagate.interpret import resolve
 
 
@@ -57,11 +58,10 @@ class Execution:
         values = {name: self.read(name, instead) for name in node.operands()}
         if "norm" in node.op_name:  # those with running statistics write to them
             values = {name: self._copied(name, value) for name, value in values.items()}
-        arguments = [_on_host(resolve(argument, values)) for argument in node.args]
-        named = {name: _on_host(resolve(argument, values)) for name, argument in node.kwargs.items()}
-        assert node.op is not None
+        arguments = [resolve(argument, values) for argument in node.args]
+        named = {name: resolve(argument, values) for name, argument in node.kwargs.items()}
         try:
-            return node.op(*arguments, **named)
+            return run_on_host(node, arguments, named)
         except Exception as error:
             raise InputError(
                 f"The pass fails at {node.op_name}, in {node.provenance}: {type(error).__name__}: {error}"
@@ -111,8 +111,3 @@ def _weights(graph: Graph, stops: Collection[str]) -> dict[str, frozenset[str]]:
 
 def _is_random(node: Node) -> bool:
     return isinstance(node.op, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in node.op.tags
-
-
-def _on_host(argument: Any) -> Any:
-    """The device of a model that was captured on meta has no values."""
-    return torch.device("cpu") if isinstance(argument, torch.device) and argument.type == "meta" else argument

@@ -16,6 +16,7 @@ import torch
 
 from gainstage.errors import UnsupportedOpError
 from gainstage.graph import Node
+from gainstage.propagate.host import run_on_host
 from gainstage.rules import Call
 from gainstage.signal import Value, known
 from gainstage.signal.axes import axes_of, new_dims
@@ -45,8 +46,7 @@ def sample_node(node: Node, call: Call, args: Sequence[Any], kwargs: Mapping[str
             actual = [filled(argument, drawn) for argument in args]
             named = {name: filled(argument, drawn) for name, argument in kwargs.items()}
             try:
-                assert node.op is not None
-                result = node.op(*actual, **named)
+                result = run_on_host(node, actual, named)
             except Exception as error:
                 raise UnsupportedOpError(
                     f"no rule for {node.op_name}, and it cannot be run on samples, in {node.provenance}: {error}; "
@@ -76,10 +76,9 @@ def is_known(node: Node, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool
 
 def run_known(node: Node, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     """Result of an op on constants."""
-    assert node.op is not None
     drawn = iter([value.constant for value in operands_of([*args, *kwargs.values()])])
     with torch.no_grad():
-        result = node.op(*(filled(a, drawn) for a in args), **{name: filled(a, drawn) for name, a in kwargs.items()})
+        result = run_on_host(node, [filled(a, drawn) for a in args], {name: filled(a, drawn) for name, a in kwargs.items()})
     if isinstance(result, torch.Tensor):
         return constant_value(result)
     return tuple(constant_value(part) for part in result)

@@ -132,6 +132,32 @@ def concatenated(call: Call, tensors: Sequence[Value], dim: int = 0) -> Value:
     return join(parts, dim)
 
 
+@rule(aten.slice_scatter.default)
+def slice_replaced(
+    call: Call, x: Value, src: Value, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1
+) -> Value:
+    """A range of one dimension is another tensor: the two one after the other, and then in order."""
+    size = x.shape[dim]
+    places = range(*slice(start, end, step).indices(size))
+    rest = [i for i in range(size) if i not in places]
+    if not rest or not places:
+        return x if rest else src
+    if step == 1 and places.start == 0:
+        return join([src, take(x, dim, places.stop, size)], dim)
+    if step == 1 and places.stop == size:
+        return join([take(x, dim, 0, places.start), src], dim)
+    side_by_side = join([filter_dim(x, dim % len(x.dims), np.eye(size)[rest]), src], dim)
+    return filter_dim(side_by_side, dim % len(x.dims), np.eye(size)[np.argsort([*rest, *places])])
+
+
+@rule(aten.select_scatter.default)
+def index_replaced(call: Call, x: Value, src: Value, dim: int, index: int) -> Value:
+    """One index of a dimension is another tensor."""
+    dim, index = dim % len(x.dims), int(index) % x.shape[dim]
+    replaced: Value = slice_replaced(call, x, reshape(src, (*x.shape[:dim], 1, *x.shape[dim + 1 :])), dim, index, index + 1)
+    return replaced
+
+
 @rule(aten.broadcast_tensors.default)
 def broadcast(call: Call, tensors: Sequence[Value]) -> tuple[Value, ...]:
     """Each expanded to the shape of all."""

@@ -134,6 +134,35 @@ def concatenated(call: BackwardCall, g: Value, tensors: Sequence[Value], dim: in
     return (tuple(None if a == b else take(g, dim, int(a), int(b)) for a, b in pairwise(bounds)),)
 
 
+@backward(aten.slice_scatter.default)
+def slice_replaced(
+    call: BackwardCall,
+    g: Value,
+    x: Value,
+    src: Value,
+    dim: int = 0,
+    start: int | None = None,
+    end: int | None = None,
+    step: int = 1,
+) -> tuple[Gradient, ...]:
+    """The other tensor its part; of the tensor what is left, zero in between."""
+    size = x.shape[dim]
+    first, last, _ = slice(start, end).indices(size)
+    places = list(range(first, last, step))
+    own = np.eye(size)
+    own[places] = 0.0
+    return (filter_dim(g, dim % len(x.dims), own), take(g, dim, first, last, step))
+
+
+@backward(aten.select_scatter.default)
+def index_replaced(call: BackwardCall, g: Value, x: Value, src: Value, dim: int, index: int) -> tuple[Gradient, ...]:
+    """The other tensor its part; of the tensor what is left, zero in between."""
+    dim, index = dim % len(x.dims), int(index) % x.shape[dim]
+    rest, part = slice_replaced(call, g, x, src, dim, index, index + 1)
+    assert part is not None
+    return (rest, reshape(part, src.shape))
+
+
 @backward(aten.stack.default)
 def stacked(call: BackwardCall, g: Value, tensors: Sequence[Value], dim: int = 0) -> tuple[Any, ...]:
     """Each its part."""

@@ -1,0 +1,45 @@
+"""Operations on the CPU of a graph that may have been captured for another device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from gainstage.graph import Node, TensorMeta
+
+
+def run_on_host(node: Node, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """Result of a node's operation on CPU tensors.
+
+    What the CPU can do with floating-point numbers only (count integers in bins) is done with these, and is cast back.
+    """
+    assert node.op is not None
+    placed, named = _mapped(args, _on_host), {name: _mapped(argument, _on_host) for name, argument in kwargs.items()}
+    try:
+        return node.op(*placed, **named)
+    except NotImplementedError:
+        wide, named = _mapped(placed, _widened), {name: _mapped(argument, _widened) for name, argument in named.items()}
+        return _cast(node.op(*wide, **named), node.meta)
+
+
+def _on_host(argument: Any) -> Any:
+    return torch.device("cpu") if isinstance(argument, torch.device) else argument
+
+
+def _widened(argument: Any) -> Any:
+    is_integer = isinstance(argument, torch.Tensor) and not argument.is_floating_point() and not argument.is_complex()
+    return argument.to(torch.float64) if is_integer else argument
+
+
+def _mapped(argument: Any, function: Callable[[Any], Any]) -> Any:
+    if isinstance(argument, (list, tuple)):
+        return type(argument)(_mapped(item, function) for item in argument)
+    return function(argument)
+
+
+def _cast(result: Any, meta: TensorMeta | tuple[TensorMeta | None, ...] | None) -> Any:
+    if isinstance(result, (list, tuple)) and isinstance(meta, tuple):
+        return [_cast(item, each) for item, each in zip(result, meta, strict=True)]
+    return result.to(meta.dtype) if isinstance(result, torch.Tensor) and isinstance(meta, TensorMeta) else result
