@@ -339,7 +339,9 @@ def test_signals_of_a_plan_are_those_that_it_was_solved_for(build):
     plan = gs.plan(model, (x,))
     graph = capture(model, (x,))
     silent = dataclasses.replace(plan, predictions={}, spreads={})  # nothing to be read off
-    values = planned_values(graph, silent, moments=moments_of(model), source=measured_input)
+    values = planned_values(
+        graph, silent, moments=moments_of(model), tables=dict(model.named_parameters()), source=measured_input
+    )
     for call in graph.calls:
         found = [values[name].second_moment for name in call.outputs]
         assert found == pytest.approx(plan.predictions[f"{call.path}@{call.call}"], rel=1e-3)  # the solver's tolerance

@@ -551,7 +551,7 @@ CASES = [
     Case("hand-layer-norm", lambda: nn.Sequential(HandLayerNorm(), nn.Linear(W, 3)), sequence,
          {"0.g": "norm_scale", "0.b": "norm_shift", "1.weight": "output_head"}, heads=[({"1.weight"}, 3)]),
     Case("positions", Positions, sequence,
-         {"token": "kept", "table": "kept", "relative.weight": "kept", "temperature": "kept", "slope.weight": "slope",
+         {"token": "kept", "table": "kept", "relative.weight": "kept", "temperature": "temperature", "slope.weight": "slope",
           "unused": "unused", "q.weight": "query", "last.weight": "hidden"},
          logits=[({"q.weight"}, {"k.weight"}, False)], heads=[]),
     Case("state-space", StateSpace, sequence,

@@ -11,6 +11,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from gainstage import policies
     from gainstage.api import apply, calibrate, gain, initialize, inspect, measure_inputs, plan, verify
     from gainstage.apply import materialize, param_init_fn
     from gainstage.calibrate import Calibration, CalibrationRow
@@ -93,6 +94,8 @@ _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 def __getattr__(name: str) -> Any:
     """Load a public name at its first use (PEP 562)."""
+    if name == "policies":
+        return importlib.import_module("gainstage.policies")
     if name not in __all__:
         raise AttributeError(f"module 'gainstage' has no attribute {name!r}")
     value = getattr(importlib.import_module(_HOME_OF.get(name, "gainstage.errors")), name)

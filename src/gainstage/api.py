@@ -30,9 +30,10 @@ from gainstage.propagate import (
     parameter_value,
     propagate,
     propagate_backward,
+    table_value,
 )
 from gainstage.report.progress import progress_bar
-from gainstage.roles import infer_roles
+from gainstage.roles import infer_roles, is_data
 from gainstage.signal import Value
 from gainstage.signal.gain import gain
 from gainstage.solve import Present, find_balance, find_family, planned_values, solve
@@ -81,7 +82,13 @@ def present_values(graph: Graph, model: nn.Module) -> dict[str, Any]:
     moments = parameter_moments(tensors)
     index = {name: position for position, name in enumerate(graph.parameters)}
 
+    roles = infer_roles(graph)
+
     def present(info: ParameterInfo) -> Value:
+        is_table = is_data(graph, info.name, roles.of(info.name))
+        table = table_value(tensors[info.name], index[info.name]) if is_table else None
+        if table is not None:
+            return table
         return parameter_value(info, index[info.name], *moments[info.name], level_profile(tensors[info.name]))
 
     return propagate(graph, present, measured_input)
@@ -130,7 +137,7 @@ def plan(
     }
     moments = by_name(inputs, known)
     kept = kept_parameters(graph, [keep] if isinstance(keep, str) else keep, include_frozen=include_frozen)
-    present = Present(moments=moments_of(model), kept=kept)
+    present = Present(moments=moments_of(model), tables=dict(model.named_parameters()), kept=kept)
 
     def source(node: Node) -> Value:
         return moments[node.name].value(known[node.name]) if node.name in moments else measured_input(node)
@@ -258,7 +265,9 @@ def _verify_drawn(
         )
 
     def present() -> Trace:
-        values = planned_values(graph, plan, moments=moments_of(model), source=measured_input, at_plan=False)
+        values = planned_values(
+            graph, plan, moments=moments_of(model), tables=dict(model.named_parameters()), source=measured_input, at_plan=False
+        )
         return build_trace(graph, values)
 
     return verify_drawn(graph, parameters, args, kwargs, plan=plan, present=present, progress=progress)
@@ -296,7 +305,7 @@ def calibrate(model: nn.Module, plan: Plan, args: tuple[Any, ...] = (), kwargs: 
     plan.check_fits(graph.parameters)
     check_mode(plan, graph)
     check_operations(plan, graph)
-    planned = planned_values(graph, plan, moments=moments_of(model), source=measured_input)
+    planned = planned_values(graph, plan, moments=moments_of(model), tables=dict(model.named_parameters()), source=measured_input)
     return calibrate_to(graph, infer_roles(graph), plan, planned, model)
 
 

@@ -1,5 +1,6 @@
 """Policies: named sets of targets, one for each role."""
 
+from gainstage.policies.default import unit
 from gainstage.policies.model import (
     EqualContribution,
     Fan,
@@ -39,4 +40,5 @@ __all__ = [
     "Zero",
     "find_policy",
     "module_default",
+    "unit",
 ]

@@ -11,6 +11,7 @@ _OTHERS: dict[Role, Target] = {
     Role.NORM_SHIFT: Zero(),
     Role.LAYER_SCALE: Keep(),
     Role.BIAS: Zero(),
+    Role.TEMPERATURE: Keep(),
     Role.SLOPE: Keep(),
     Role.KEPT: Keep(),
     Role.UNUSED: Keep(),

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from gainstage.errors import InputError, UnknownNameError, nearest
 from gainstage.policies.classical import GLOROT, GPT2, HE, LECUN, TORCH
+from gainstage.policies.default import UNIT
 from gainstage.policies.model import Policy
-from gainstage.policies.unit import UNIT
 
 POLICIES = {policy.name: policy for policy in (UNIT, TORCH, HE, GLOROT, LECUN, GPT2)}
 

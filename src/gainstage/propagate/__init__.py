@@ -3,7 +3,14 @@
 from gainstage.propagate.backward import Backward, propagate_back_along, propagate_backward
 from gainstage.propagate.build import build_trace
 from gainstage.propagate.interpret import check_supported, evaluate, is_sampled, propagate
-from gainstage.propagate.statistics import check_initialised, input_value, level_profile, parameter_moments, parameter_value
+from gainstage.propagate.statistics import (
+    check_initialised,
+    input_value,
+    level_profile,
+    parameter_moments,
+    parameter_value,
+    table_value,
+)
 from gainstage.propagate.trace import CallSignals, ParameterStatistics, Signal, Trace
 
 __all__ = [
@@ -24,4 +31,5 @@ __all__ = [
     "propagate",
     "propagate_back_along",
     "propagate_backward",
+    "table_value",
 ]

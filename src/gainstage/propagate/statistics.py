@@ -12,7 +12,7 @@ from torch.nn.parameter import is_lazy
 
 from gainstage.errors import NonFiniteError, UnsupportedParameterError
 from gainstage.graph import ParameterInfo
-from gainstage.signal import Value, independent, levels, measured
+from gainstage.signal import Value, independent, known, levels, measured
 from gainstage.signal.quadrature import Array
 
 Slice = tuple[int, int, int, float]  # dimension, start, stop, standard deviation
@@ -119,6 +119,20 @@ def parameter_value(info: ParameterInfo, index: int, mean: float, variance: floa
     shape = [1] * len(value.axes)
     shape[position] = squares.size
     return replace(value, levels=levels.normalised(np.sqrt(squares).reshape(shape)))
+
+
+def table_value(tensor: torch.Tensor, index: int) -> Value | None:
+    """A table that stays as it is, entry by entry; None where its entries look independent of each other, or are not at hand.
+
+    A table of sines says the same in all its slow channels: what positions share in it is not that of independent entries.
+    """
+    if tensor.is_meta or sum(size > 1 for size in tensor.shape) < 2 or not tensor.is_floating_point():
+        return None
+    found = known(tensor.detach())
+    shared = np.abs(found.covariance)
+    shared[(1,) * shared.ndim] = 0.0
+    tolerance = max(0.05, 5.0 / tensor.numel() ** 0.5)
+    return replace(found, lineage=1 << index) if float(shared.max()) > tolerance * found.variance else None
 
 
 def input_value(name: str, tensor: torch.Tensor | None, shape: tuple[int, ...]) -> Value:

@@ -2,5 +2,6 @@
 
 from gainstage.roles.infer import infer_roles
 from gainstage.roles.model import Branch, Head, Logits, Merge, Role, Roles, Setter, Stream, Use
+from gainstage.roles.tables import is_data
 
-__all__ = ["Branch", "Head", "Logits", "Merge", "Role", "Roles", "Setter", "Stream", "Use", "infer_roles"]
+__all__ = ["Branch", "Head", "Logits", "Merge", "Role", "Roles", "Setter", "Stream", "Use", "infer_roles", "is_data"]

@@ -193,11 +193,15 @@ class _Inference:
 
     def logits(self, settled: Settled, attention: Attention) -> Logits:
         sides = [self.nearest(walked) for walked in (attention.query, attention.key)]
+        is_normalised = attention.query.is_normalised or attention.key.is_normalised
+        scalings = (site for i in sorted(attention.path) for site in self.sites.get(i, ()) if site.role is Role.TEMPERATURE)
+        has_lever = not is_normalised or any(sides)
         return Logits(
             node=self.name(attention.node),
             queries=settled.setters(sides[0]),
             keys=settled.setters(sides[1]),
-            is_normalised=attention.query.is_normalised or attention.key.is_normalised,
+            is_normalised=is_normalised,
+            temperatures=() if has_lever else settled.setters(Found(site, None, site.degree) for site in scalings),
         )
 
     def nearest(self, walked: Walked) -> tuple[Found, ...]:

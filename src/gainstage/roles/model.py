@@ -27,8 +27,9 @@ class Role(Enum):
     NORM_SHIFT = "norm_shift"
     LAYER_SCALE = "layer_scale"  # multiplies a signal that no norm has just normalised, entry by entry
     BIAS = "bias"
+    TEMPERATURE = "temperature"  # multiplies attention logits
     SLOPE = "slope"  # a learnable parameter of an activation
-    KEPT = "kept"  # nothing contracts it: positional tables, class tokens, state-space constants, temperatures
+    KEPT = "kept"  # nothing contracts it: positional tables, class tokens, state-space constants
     UNUSED = "unused"  # reaches no output
 
 
@@ -94,13 +95,15 @@ class Logits:
     """Attention logits: the node of the product of queries and keys, or of the whole attention, and what sets their level.
 
     ``node`` is an op such as ``aten.scaled_dot_product_attention`` or the last scaling of the product before the softmax's mask.
-    ``is_normalised``: queries or keys go through a norm of their own, so that the weights' scale cancels.
+    ``is_normalised``: queries or keys go through a norm of their own, so that the weights' scale cancels; queries and keys are
+    then set by the scales of these norms, and where they have none the logits by what multiplies them, the ``temperatures``.
     """
 
     node: str
     queries: tuple[Setter, ...]
     keys: tuple[Setter, ...]
     is_normalised: bool = False
+    temperatures: tuple[Setter, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

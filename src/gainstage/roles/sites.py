@@ -76,7 +76,13 @@ def find_sites(wiring: Wiring) -> Mapping[int, tuple[Site, ...]]:
     interpolating = {
         site.parameter for sites in found.values() for site in sites if site.role is Role.KEPT and math.isnan(site.degree)
     }
-    return {node: tuple(_kept(site, interpolating) for site in sites) for node, sites in found.items()}
+    data = {site.parameter for sites in found.values() for site in sites if site.role is Role.KEPT}
+    return {node: tuple(_token(_kept(site, interpolating), data) for site in sites) for node, sites in found.items()}
+
+
+def _token(site: Site, data: set[str]) -> Site:
+    """A vector that is added here and read as data elsewhere (a class token on its stream) is no bias."""
+    return replace(site, role=Role.KEPT) if site.role is Role.BIAS and site.parameter in data else site
 
 
 def _kept(site: Site, interpolating: set[str]) -> Site:
@@ -210,15 +216,23 @@ class _Reader:
 
     def product(self) -> Site:
         signal = self.wiring.main[self.node]
+        if signal >= 0 and self.node in self.logit_path and _widths(self.shape()) <= 1:
+            return self.temperature()
         if signal < 0 or math.isnan(self.degree) or self.degree <= 0.0:
             return self.plain(Role.KEPT, f"enters {self.place} through a function that is no scale", degree=math.nan)
         if self.wiring.names[self.node] == "div":
             return self.plain(Role.KEPT, f"divides in {self.place}")
-        if self.wiring.is_normalised[signal] and self.node not in self.logit_path:
-            return self.plain(Role.NORM_SCALE, f"multiplies a normalised signal in {self.place}", degree=self.degree)
         if self.node in self.logit_path:
-            return self.plain(Role.KEPT, f"is a temperature: {self.place} feeds a softmax")
+            return self.plain(Role.KEPT, f"is a table that multiplies logits in {self.place}")
+        if self.wiring.is_normalised[signal]:
+            return self.plain(Role.NORM_SCALE, f"multiplies a normalised signal in {self.place}", degree=self.degree)
         return self.plain(Role.LAYER_SCALE, f"multiplies a signal entry by entry in {self.place}", degree=self.degree)
+
+    def temperature(self) -> Site:
+        """What multiplies or divides logits as a whole or head by head; by its own effect, whatever function it comes through."""
+        divides = self.wiring.names[self.node] == "div"
+        text = f"{'divides' if divides else 'multiplies'} the logits in {self.place}, which feeds a softmax"
+        return self.plain(Role.TEMPERATURE, text, degree=-1.0 if divides else 1.0)
 
     def contraction(self) -> Site:
         data, weight, bias = self.wiring.factors(self.node)

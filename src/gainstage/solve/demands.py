@@ -111,8 +111,9 @@ class _Claims:
 
     def logits(self, logits: Logits) -> None:
         target = self.target(Role.QUERY)
-        groups = tuple(group for side in (logits.queries, logits.keys) if (group := self.free(self.levers(side))))
-        if isinstance(target, KeyVariance) and groups and not logits.is_normalised:
+        sides = (logits.queries, logits.keys, logits.temperatures)
+        groups = tuple(group for side in sides if (group := self.free(self.levers(side))))
+        if isinstance(target, KeyVariance) and groups:
             goal = Goal(constant=target.variance)
             self.claim(Demand(kind=Kind.LOGITS, node=logits.node, quantity=Quantity.KEY_VARIANCE, goal=goal, groups=groups))
 

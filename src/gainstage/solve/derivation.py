@@ -210,10 +210,14 @@ class Explainer:
 
     def _logits(self, demand: Demand) -> list[str]:
         goal = demand.goal.constant
-        return [
-            f"logits at {self._place(demand.node)} with variance {goal:g} over the keys, where r is their correlation:",
-            f"scale^2 d_h (n v E[x^2])^2 (1 - r) = {goal:g} with v_q = v_k = v",
-        ]
+        place = f"logits at {self._place(demand.node)} with variance {goal:g} over the keys, where r is their correlation:"
+        roles = {lever.use.role for group in demand.groups for lever in group}
+        cancels = "queries and keys are normalised, so that the scale of their weights cancels"
+        if Role.TEMPERATURE in roles:
+            return [place, f"t^2 d_h E[q^2] E[k^2] (1 - r) = {goal:g} for the temperature t; {cancels}"]
+        if Role.NORM_SCALE in roles:
+            return [place, f"scale^2 d_h (g_q g_k)^2 (1 - r) = {goal:g} for the scales g of the norms; {cancels}"]
+        return [place, f"scale^2 d_h (n v E[x^2])^2 (1 - r) = {goal:g} with v_q = v_k = v"]
 
     def _head(self, demand: Demand) -> list[str]:
         goal = demand.goal.constant

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+
+import torch
 
 from gainstage.graph import Graph, Node, NodeKind, ParameterInfo
 from gainstage.plan import Distribution, Family
 from gainstage.policies import FixedStd, Identity, Keep, ModuleDefault, NearChance, Policy, Target, Zero, module_default
-from gainstage.propagate import evaluate, parameter_value
-from gainstage.roles import Merge, Role, Roles, Stream, Use
+from gainstage.propagate import evaluate, parameter_value, table_value
+from gainstage.roles import Merge, Role, Roles, Stream, Use, is_data
 from gainstage.signal import Value
 from gainstage.solve.constraint import chance_level, is_contraction, is_lookup
 from gainstage.solve.setting import Setting, cut_parameters
@@ -25,12 +27,13 @@ _SCALES = frozenset({Role.NORM_SCALE, Role.LAYER_SCALE})
 class Present:
     """What is known of the parameters as they are.
 
-    ``moments``: mean and variance of a parameter's values, None where there are none (meta device); ``kept``: names to be left
-    alone, with the reason.
+    ``moments``: mean and variance of a parameter's values, None where there are none (meta device); ``tables``: the values
+    themselves, of those that are kept as data; ``kept``: names to be left alone, with the reason.
     """
 
     moments: Callable[[str], tuple[float, float] | None]
     kept: Mapping[str, str]
+    tables: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
 
 def initial_settings(graph: Graph, roles: Roles, policy: Policy, present: Present) -> dict[str, Setting]:
@@ -83,6 +86,8 @@ class _Start:
             return self.by_module(blank)
         if role is Role.LAYER_SCALE and not self.is_setter(blank.info.name):
             return self.kept(blank, "it scales a signal that no demand is made on")
+        if role is Role.TEMPERATURE:
+            return self.temperature(blank)
         if isinstance(target, Zero):
             return replace(blank, is_fixed=True)
         use = self.roles.uses[blank.info.name][0] if self.roles.uses.get(blank.info.name) else None
@@ -106,7 +111,10 @@ class _Start:
         mean, variance, said = self.statistics(blank.info)
         lines = tuple(line for line in (reason, said) if line)
         kept = blank.with_all(mean=mean, variance=variance)
-        return replace(kept, is_fixed=True, given=KEPT, lines=lines)
+        name = blank.info.name
+        is_table = is_data(self.graph, name, self.roles.of(name))
+        table = table_value(self.present.tables[name], blank.index) if is_table and name in self.present.tables else None
+        return replace(kept, is_fixed=True, given=KEPT, table=table, lines=lines)
 
     def statistics(self, info: ParameterInfo) -> tuple[float, float, str]:
         """Mean and variance of present values; on the meta device of what stands for them."""
@@ -134,16 +142,31 @@ class _Start:
     def identity(self, blank: Setting, use: Use | None) -> Setting:
         if is_weight_gain(self.graph, self.roles, blank.info.name):
             return blank.with_all(mean=1.0, variance=0.0)  # such modules divide by the root of the fan-in themselves
-        slope, offset = (1.0, 0.0) if use is None else self.effect(blank, use)
+        slope, offset, _ = (1.0, 0.0, False) if use is None else self.effect(blank, use)
         return replace(blank, slope=slope, offset=offset).with_all(mean=(1.0 - offset) / slope, variance=0.0)
 
-    def effect(self, blank: Setting, use: Use) -> tuple[float, float]:
-        """``slope w + offset``: what reaches the use, through casts, views and an added constant."""
+    def temperature(self, blank: Setting) -> Setting:
+        """Present values, to be scaled where nothing else sets the level of the logits."""
+        name = blank.info.name
+        if not any(setter.use.parameter == name for logits in self.roles.logits for setter in logits.temperatures):
+            return self.kept(blank, "queries and keys set the level of the logits")
+        mean, _, said = self.statistics(blank.info)
+        slope, offset, is_exponential = self.effect(blank, self.roles.uses[name][0])
+        start = replace(blank, slope=slope, offset=offset, is_exponential=is_exponential, lines=(said,) if said else ())
+        return start.with_all(mean=mean, variance=0.0)
+
+    def effect(self, blank: Setting, use: Use) -> tuple[float, float, bool]:
+        """Slope and offset of what reaches the use, through casts, views and an added constant, and whether of its logarithm.
+
+        Told by what reaches it for 0, 1 and 2.
+        """
         chain, last = self.chain(blank.info.name, use.node)
         if not chain:
-            return 1.0, 0.0
-        at_zero, at_one = (self.reaching(blank, chain, last, number) for number in (0.0, 1.0))
-        return (at_one - at_zero, at_zero) if at_one != at_zero else (1.0, 0.0)
+            return 1.0, 0.0, False
+        reached = [self.reaching(blank, chain, last, number) for number in (0.0, 1.0, 2.0)]
+        is_exponential = min(reached) > 0.0 and math.isclose(reached[0] * reached[2], reached[1] ** 2, rel_tol=1e-4)
+        at_zero, at_one = (math.log(number) if is_exponential else number for number in reached[:2])
+        return (at_one - at_zero, at_zero, is_exponential) if at_one != at_zero else (1.0, 0.0, False)
 
     def chain(self, parameter: str, stop: str) -> tuple[list[Node], str]:
         """Nodes between a parameter and its use that read the parameter and constants only; the last of them."""

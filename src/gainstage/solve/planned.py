@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
+
+import torch
 
 from gainstage.graph import Graph, Node, ParameterInfo
 from gainstage.plan import Distribution, Family, ParameterPlan, Plan
-from gainstage.propagate import check_supported, evaluate, parameter_value
+from gainstage.propagate import check_supported, evaluate, parameter_value, table_value
+from gainstage.roles import Role, is_data
 from gainstage.signal import Value, affine
 
 _SAME = 1e-9  # relative: rounding
@@ -18,6 +21,7 @@ def planned_values(
     plan: Plan,
     *,
     moments: Callable[[str], tuple[float, float] | None],
+    tables: Mapping[str, torch.Tensor],
     source: Callable[[Node], Value],
     at_plan: bool = True,
 ) -> dict[str, Any]:
@@ -27,6 +31,7 @@ def planned_values(
         graph: of the model that the plan was made for.
         plan: distributions of its parameters.
         moments: mean and variance of a parameter's present values, for those that the plan keeps.
+        tables: the values themselves, for those that it keeps as data.
         source: statistics of the inputs.
         at_plan: bring the results to the levels of the module calls that the plan records, which were made for its own inputs.
     """
@@ -35,6 +40,9 @@ def planned_values(
     def parameter(info: ParameterInfo) -> Value:
         planned = plan.parameters[info.name]
         if planned.distribution.family is Family.KEEP:
+            is_table = is_data(graph, info.name, Role(planned.role))
+            if is_table and (table := table_value(tables[info.name], index[info.name])) is not None:
+                return table
             present = moments(info.name)
             assert present is not None, info.name
             return parameter_value(info, index[info.name], *present)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -9,6 +10,7 @@ from itertools import pairwise
 from gainstage.graph import ParameterInfo
 from gainstage.plan import Distribution, Mixing
 from gainstage.roles import Roles, Use
+from gainstage.signal import Value
 
 Part = tuple[str, int]  # parameter, and which of its parts
 
@@ -18,9 +20,10 @@ class Setting:
     """Mean and variance of each part of a parameter.
 
     ``cuts``: where the parts begin and end along ``dim``. What the parameter does to a signal is ``slope w + offset``: a norm
-    that multiplies by ``1 + w`` has offset 1. ``is_fixed``: decided by a rule that needs no signal, never scaled; ``given``:
-    the distribution itself, where that rule names one (what is kept has the statistics of its present values here);
-    ``mixing``: the matrix that a whitened first layer is drawn through. ``lines``: what the explanation has to say of this.
+    that multiplies by ``1 + w`` has offset 1; or its exponential, for a temperature. ``is_fixed``: decided by a rule that needs
+    no signal, never scaled; ``given``: the distribution itself, where that rule names one (what is kept has the statistics of
+    its present values here; ``table``, where these are not independent of each other); ``mixing``: the matrix that a whitened
+    first layer is drawn through. ``lines``: what the explanation has to say of this.
     """
 
     info: ParameterInfo
@@ -31,9 +34,11 @@ class Setting:
     variances: tuple[float, ...]
     slope: float = 1.0
     offset: float = 0.0
+    is_exponential: bool = False
     is_fixed: bool = False
     given: Distribution | None = None
     mixing: Mixing | None = None
+    table: Value | None = None
     lines: tuple[str, ...] = ()
 
     @property
@@ -81,6 +86,8 @@ class Setting:
     def scaled(self, part: int, factor: float) -> Setting:
         """What the part does to a signal, with ``factor`` times its second moment."""
         effect = self.slope * self.means[part] + self.offset
+        if self.is_exponential:
+            return self.with_part(part, mean=self.means[part] + 0.5 * math.log(factor) / self.slope)
         mean = (factor**0.5 * effect - self.offset) / self.slope
         return self.with_part(part, mean=mean, variance=factor * self.variances[part])
 

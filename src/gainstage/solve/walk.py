@@ -218,6 +218,8 @@ def _elasticity(tried: Sequence[tuple[float, float]]) -> float:
 
 def value_of(setting: Setting) -> Value:
     """Abstract value of a parameter as it is set at present."""
+    if setting.table is not None:
+        return setting.table
     return parameter_value(setting.info, setting.index, setting.mean, setting.variance, setting.profile)
 
 
