@@ -21,10 +21,10 @@ from gainstage.signal import levels
 from gainstage.signal.axes import Axis, Dim, axes_of, distinct
 from gainstage.signal.movement import expand, merge_dim, refine, reshape
 from gainstage.signal.neighbours import Neighbours, beyond, by_lag, cut, made, outer
+from gainstage.signal.overlap import Taps
 from gainstage.signal.quadrature import Array
 from gainstage.signal.rows import kept, pattern_of, tilted
 from gainstage.signal.spread import weighted
-from gainstage.signal.uneven import Taps
 from gainstage.signal.value import Lean, Value, gaussian
 
 Places = NDArray[np.int64]
@@ -170,7 +170,7 @@ def convolve(x: Value, weight: Value, places: Sequence[Places], groups: int, *, 
         channels = {starts[2] + i: float(axis.size) for i, axis in enumerate(x.dims[2])}
         taps = {starts[3 + d]: float((window > 0.0).sum(1).mean()) for d, window in enumerate(windows) if x.dims[3 + d]}
         kernel = {
-            starts[3 + d]: Taps(place.shape[1], _stride(place), space[d][0] if space[d] else None)
+            x.axes[starts[3 + d]]: Taps(place.shape[1], _stride(place), space[d][0] if space[d] else None)
             for d, place in enumerate(places)
             if x.dims[3 + d]
         }

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from gainstage.signal.axes import Axis, Dim, axes_of, new_dims
 from gainstage.signal.movement import expand, map_tables, merge_dim, reshape
+from gainstage.signal.overlap import Overlap
 from gainstage.signal.quadrature import Array
 from gainstage.signal.value import Marginal, Value, spread_pairs
 
@@ -115,7 +116,7 @@ def lookup(weight: Value, dim: int, index: torch.Tensor) -> Value:
         source=object(),
         lineage=weight.lineage,
         log_variance=weight.log_variance,
-        overlap=_repetition(equal),
+        overlap=Overlap(_repetition(equal)),
     )
     # Two look-ups of one row are equal, of two rows are not: on average over pairs that is more than a correlation shows.
     stray = rows.average(picked(weight.square_covariance())) - rows.fluctuation()

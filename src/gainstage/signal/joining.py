@@ -10,6 +10,7 @@ import numpy as np
 from gainstage.signal import levels, neighbours
 from gainstage.signal.axes import Axis, axes_of
 from gainstage.signal.movement import map_tables, merge_dim, refine, with_axes
+from gainstage.signal.overlap import mixed
 from gainstage.signal.quadrature import Array, covariance_series, quantiles, weights
 from gainstage.signal.value import Joined, Marginal, Value
 
@@ -60,7 +61,7 @@ def join(values: Sequence[Value], dim: int) -> Value:
         is_weight=all(part.is_weight for part in parts),
         levels=levels.of_parts([(part.levels, part.second_moment) for part in ordered], sizes, position, table.ndim),
         joined=Joined(table, new_axis, tuple(parts)),
-        overlap=sum(n * part.overlap for part, n in zip(parts, sizes, strict=True)) / total,
+        overlap=mixed([(part.overlap, n / total) for part, n in zip(parts, sizes, strict=True)]),
         near=neighbours.mixed(
             [(part.neighbours(), n * part.variance) for part, n in zip(parts, sizes, strict=True)], axes_of(dims)
         ),

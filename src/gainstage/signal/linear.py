@@ -17,6 +17,7 @@ from gainstage.signal.axes import Axis
 from gainstage.signal.gram import Gram, factors_of, modulated
 from gainstage.signal.gram import of_sum as gram_of_sum
 from gainstage.signal.neighbours import Neighbours, made, mixed
+from gainstage.signal.overlap import mixed as summed_overlap
 from gainstage.signal.quadrature import Array, coarse, expectation, nodes, quantiles, smoothed, sum_quantiles, weights
 from gainstage.signal.spread import product_stray
 from gainstage.signal.uneven import of_product, of_sum
@@ -168,7 +169,7 @@ def add(x: Value, y: Value, sign: float = 1.0) -> Value:
         lineage=x.lineage | y.lineage,
         read=x.read | y.read,
         log_variance=share**2 * x.log_variance + (1.0 - share) ** 2 * y.log_variance,
-        overlap=share**2 * x.overlap + (1.0 - share) ** 2 * y.overlap,
+        overlap=summed_overlap([(x.overlap, share**2), (y.overlap.renamed(y.axes, x.axes), (1.0 - share) ** 2)]),
         is_weight=x.is_weight and y.is_weight,
         uneven=of_sum(x, y, share),
         levels=profile,

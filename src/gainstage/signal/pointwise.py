@@ -14,6 +14,7 @@ from gainstage.signal.joining import join
 from gainstage.signal.linear import add, affine, amplitude_of, modulate, multiply
 from gainstage.signal.movement import expand, refine, with_axes
 from gainstage.signal.neighbours import through
+from gainstage.signal.overlap import NONE, Overlap
 from gainstage.signal.quadrature import (
     Array,
     coarse,
@@ -71,15 +72,15 @@ def _alike(x: Value, values: Array, **changes: object) -> Value:
     return replace(made, **changes) if changes else made  # type: ignore[arg-type]
 
 
-def _overlap_after(x: Value, series: Array, rho: Array) -> float:
+def _overlap_after(x: Value, series: Array, rho: Array) -> Overlap:
     """A cosine that strays is passed on by the slope of the map of cosines, at the largest there is between two places."""
     apart = rho.ravel()[:-1]
     before, after = x.marginal.series, series
-    if x.overlap == 0.0 or not apart.size or float(before.sum()) <= 0.0 or float(after.sum()) <= 0.0:
-        return 0.0
+    if x.overlap.variance == 0.0 or not apart.size or float(before.sum()) <= 0.0 or float(after.sum()) <= 0.0:
+        return NONE
     at = float(np.clip(apart.max(), 0.0, 1.0))
     slopes = [float(np.polynomial.polynomial.polyval(at, c[1:] * np.arange(1, len(c)))) / float(c.sum()) for c in (before, after)]
-    return x.overlap * (slopes[1] / slopes[0]) ** 2 if slopes[0] > 0.0 else 0.0
+    return x.overlap.times((slopes[1] / slopes[0]) ** 2) if slopes[0] > 0.0 else NONE
 
 
 def _with_neighbours(x: Value, made: Value) -> Value:

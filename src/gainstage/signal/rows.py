@@ -95,7 +95,7 @@ def tilted(
     """
     keys = [n for n in index_a if n in index_b and n not in kept_index]
     strangers = bool(a.read) and bool(b.read) and not a.read & b.read
-    if a.tilt is None or b.overlap <= 0.0 or len(keys) != 1 or strangers:
+    if a.tilt is None or b.overlap.variance <= 0.0 or len(keys) != 1 or strangers:
         return None
     where = index_a.index(keys[0])
     size = a.axes[where].size
@@ -107,7 +107,7 @@ def tilted(
     square = float(b.table[full])
     values = np.zeros_like(b.table)
     index = tuple(0 if p == place else slice(None) if n in index_a else 1 for p, n in enumerate(index_b))
-    values[index] = max(square - apart, 0.0) * b.overlap / (1.0 + (apart / square) ** 2)
+    values[index] = max(square - apart, 0.0) * b.overlap.variance / (1.0 + (apart / square) ** 2)
     return weights, values
 
 

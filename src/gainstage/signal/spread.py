@@ -13,24 +13,27 @@ from dataclasses import replace
 
 import numpy as np
 
-from gainstage.signal.uneven import Taps, of_weights
+from gainstage.signal.axes import Axis
+from gainstage.signal.overlap import Taps, after_kernel, patch_share
+from gainstage.signal.uneven import is_centred, of_weights
 from gainstage.signal.value import Value
 
 
 def weighted(
     y: Value, x: Value, weight: Value, terms: Mapping[int, float], *, alone: Sequence[int] = (), places: Sequence[int] = (),
-    taps: Mapping[int, Taps] | None = None,
+    taps: Mapping[Axis, Taps] | None = None,
 ) -> Value:  # fmt: skip
-    """Outputs of one channel share its weights, whatever they read: ``2 Var(x_i . x_j) / E[x . x]^2`` over their number.
+    """Outputs of one channel share its weights: ``2 E[cos^2] + (kurtosis - 3)/n`` over the number of channels.
 
-    Given the inputs, two outputs with the same Gaussian weights of variance v have ``Cov(y_i^2, y_j^2) = 2 v^2 (x_i . x_j)^2``.
-    Its part ``2 v^2 (E[x_i . x_j])^2`` is in the table of y. A layer of n inputs and N outputs strays by ``2 / (n N)``. What
-    layers have made alike is carried on as the overlap of y: 1/n for each linear layer of n channels.
+    Given the inputs, with C the mean of ``x x'`` over what the N outputs of a channel read, its level is ``w' C w``; over w that
+    strays by ``2 tr(C^2) + (kurtosis of w - 3) sum_r C_rr^2``, relative to ``tr(C)^2``. The ratio ``tr(C^2) / tr(C)^2`` is the mean
+    square cosine of what two outputs read: 1/n for n independent entries, and what layers have made alike, carried on as the
+    overlap. The part ``(E[x_i . x_j])^2`` is in the table of y.
 
     Args:
         y: the outputs.
         x: what the weights are multiplied with.
-        weight: its entries are independent.
+        weight: its entries are independent, or those of a row sum to zero.
         terms: position of an axis of x that is summed over -> number of terms along it (of a map: taps, fewer than places).
         alone: positions of axes along which every coordinate has weights of its own (groups).
         places: those axes among the summed along which another output reads other coordinates (a map).
@@ -39,20 +42,22 @@ def weighted(
     number = math.prod(terms.values())
     free = [p for p in range(x.table.ndim) if p not in terms and p not in alone]
     apart = 1.0 if places else 1.0 - 1.0 / math.prod(x.axes[p].size for p in free)
-    level = number * x.second_moment
-    own = _dot_variance(x, terms, alone, places) / level**2 if level > 0.0 else 0.0
-    inherited = apart * x.overlap
+    mean, entry = (0.0, x.variance) if is_centred(weight) else (x.mean, x.second_moment)  # rows that sum to 0 see no mean
+    if entry <= 0.0:
+        return y
+    own = _dot_variance(x, mean, terms, alone, places) / (number * entry) ** 2
+    inherited = apart * x.overlap.variance * (x.second_moment / entry) ** 2 * patch_share(x.overlap, taps or {})
     channels = math.prod(weight.shape) / number
     groups = math.prod(x.axes[p].size for p in alone)
     return replace(
         y,
-        log_variance=y.log_variance + 2.0 * (own + inherited) / channels,
-        overlap=own / groups + inherited,
-        uneven=of_weights(y, x, weight, shares=(own, inherited), number=number, taps=taps or {}),
+        log_variance=y.log_variance + (2.0 * (own + inherited) + (weight.kurtosis() - 3.0) / number) / channels,
+        overlap=after_kernel(x.overlap, own / groups, inherited, taps or {}),
+        uneven=of_weights(y, weight, alike=own + inherited, number=number),
     )
 
 
-def _dot_variance(x: Value, terms: Mapping[int, float], alone: Sequence[int], places: Sequence[int]) -> float:
+def _dot_variance(x: Value, mean: float, terms: Mapping[int, float], alone: Sequence[int], places: Sequence[int]) -> float:
     """``Var(x_i . x_j)`` for what two outputs of a layer read, as if the entries of x were Gaussian and x had no overlap.
 
     For ``x = m + u``, summed over pairs of terms, with C the covariance of u within what one output reads and between two,
@@ -76,7 +81,7 @@ def _dot_variance(x: Value, terms: Mapping[int, float], alone: Sequence[int], pl
         weight = math.prod(1.0 / size if same else 1.0 - 1.0 / size for same, size in zip(shared, sizes, strict=True))
         picked = {p: slice(same, same + 1) for p, same in zip(free, shared, strict=True)} | {p: slice(0, 1) for p in places}
         between = covariance[tuple(picked.get(p, slice(None)) for p in range(x.table.ndim))]
-        variance += weight * float((pairs * (2.0 * x.mean**2 * (within + between) + within**2 + between**2)).sum())
+        variance += weight * float((pairs * (2.0 * mean**2 * (within + between) + within**2 + between**2)).sum())
     return max(variance, 0.0)
 
 

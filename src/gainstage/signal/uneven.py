@@ -9,8 +9,8 @@ of weights sum to zero.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 
@@ -18,75 +18,25 @@ from gainstage.signal.axes import Axis
 from gainstage.signal.quadrature import Array, expectation
 from gainstage.signal.value import Uneven, Value
 
-REACH = 12  # lags kept
 
-
-@dataclass(frozen=True, slots=True)
-class Taps:
-    """How a kernel runs along an axis: number of taps, stride, and the axis of the outputs (None where there is one only)."""
-
-    count: int
-    stride: int
-    out: Axis | None
-
-
-def of_weights(
-    y: Value, x: Value, weight: Value, *, shares: tuple[float, float], number: float, taps: Mapping[int, Taps]
-) -> Uneven | None:
+def of_weights(y: Value, weight: Value, *, alike: float, number: float) -> Uneven | None:
     """Variance over rows of ``w' C w``; rows that were standardised have one length, and lose the part of independent entries.
 
     Args:
         y: the outputs.
-        x: what is read.
         weight: its rows are the channels.
-        shares: mean square cosine of what two places read: by independent entries, and inherited.
+        alike: mean square cosine of what two outputs read.
         number: of terms in each output.
-        taps: position of an axis of x -> how a kernel runs along it.
     """
     rows = tuple(axis for axis in y.axes if axis in weight.axes)
     if not rows:
         return None
-    own, inherited = shares
-    stray = 2.0 * (own + inherited * patch_share(x, taps))
-    if float(weight.table.min()) < -1e-9 * weight.second_moment:
-        stray = max(stray - 2.0 / number, 0.0)
-    return Uneven(rows, stray, _lags(x, shares, taps))
+    return Uneven(rows, 2.0 * (max(alike - 1.0 / number, 0.0) if is_centred(weight) else alike))
 
 
-def patch_share(x: Value, taps: Mapping[int, Taps]) -> float:
-    """Mean square cosine of two patches over that of two places: ``mean over pairs of taps of e(k - l)``, axis by axis."""
-    share = 1.0
-    for position, tap in taps.items():
-        e = _profile(x, x.axes[position], tap.count)
-        lags = np.arange(tap.count)
-        pairs = np.where(lags == 0, tap.count, 2.0 * (tap.count - lags))
-        share *= float((pairs * e).sum()) / tap.count**2
-    return share
-
-
-def _profile(x: Value, axis: Axis, count: int) -> Array:
-    """``e(d)``: squared covariances between places at lag d, over those of a place with itself; 1 where nothing is known."""
-    known = next((e for a, e in x.uneven.lags if a is axis), None) if x.uneven is not None else None
-    if known is None:
-        return np.ones(count)
-    return np.asarray(np.pad(known[:count], (0, max(count - len(known), 0))))
-
-
-def _lags(x: Value, shares: tuple[float, float], taps: Mapping[int, Taps]) -> tuple[tuple[Axis, Array], ...]:
-    """e(d) of the outputs: of independent entries the taps that two windows share, of what is inherited all pairs of taps."""
-    own, inherited = shares
-    found = []
-    for position, tap in taps.items():
-        if tap.out is None or own + inherited <= 0.0:
-            continue
-        distance = np.arange(REACH) * tap.stride
-        fresh = np.maximum(tap.count - distance, 0) / tap.count
-        wide = _profile(x, x.axes[position], REACH * tap.stride + tap.count)
-        offsets = np.subtract.outer(np.arange(tap.count), np.arange(tap.count)).ravel()
-        passed = wide[np.abs(distance[:, None] + offsets[None, :])].sum(1)
-        old = passed / passed[0] if passed[0] > 0.0 else fresh
-        found.append((tap.out, (own * fresh + inherited * old) / (own + inherited)))
-    return tuple(found)
+def is_centred(weight: Value) -> bool:
+    """Rows that sum to zero: their entries correlate negatively."""
+    return float(weight.table.min()) < -1e-9 * weight.second_moment
 
 
 def of_product(x: Value, y: Value) -> Uneven | None:
@@ -105,10 +55,8 @@ def of_sum(x: Value, y: Value, share: float) -> Uneven | None:
             continue
         names = dict(zip(map(id, value.axes), x.axes, strict=True))
         rows = tuple(names[id(axis)] for axis in value.uneven.axes)
-        lags = tuple((names[id(axis)], e) for axis, e in value.uneven.lags if id(axis) in names)
         before = found.get(rows)
-        variance = part**2 * value.uneven.variance + (before.variance if before else 0.0)
-        found[rows] = Uneven(rows, variance, before.lags if before and share >= 0.5 else lags)
+        found[rows] = Uneven(rows, part**2 * value.uneven.variance + (before.variance if before else 0.0))
     return max(found.values(), key=lambda item: item.variance, default=None)
 
 

@@ -25,6 +25,7 @@ from gainstage.signal import levels
 from gainstage.signal.axes import Axis, Dim, axes_of, new_dims, shape_of
 from gainstage.signal.gram import Gram
 from gainstage.signal.neighbours import Neighbours, far_of, write
+from gainstage.signal.overlap import NONE, Overlap
 from gainstage.signal.quadrature import Array, cumulative, evaluate_series, expectation, invert_series, nodes, power_series
 
 
@@ -158,13 +159,11 @@ class Given:
 class Uneven:
     """Channels, the rows of the weights along these axes, have variances of their own: their relative variance over rows.
 
-    ``lags``: along axes of a map, the squared covariances between channels of places at each lag, over those at lag 0. See
-    :mod:`gainstage.signal.uneven`.
+    See :mod:`gainstage.signal.uneven`.
     """
 
     axes: tuple[Axis, ...]
     variance: float
-    lags: tuple[tuple[Axis, Array], ...] = ()
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
@@ -173,8 +172,7 @@ class Value:
 
     ``source`` and ``amplitude``: the tensor's linear part in an earlier tensor (often itself): its component in each
     subspace of the axes, see :func:`gainstage.signal.linear.cross_table`. ``log_variance``: variance over draws of the log of the
-    level that it inherits from upstream. ``overlap``: variance over draws of the cosine between what two places hold, beyond that
-    of independent entries. ``lineage``: bit mask of the parameters it depends on. ``levels``: where some
+    level that it inherits from upstream. ``overlap``: how the cosine between what two places hold strays. ``lineage``: bit mask of the parameters it depends on. ``levels``: where some
     coordinates are louder than others by design (the query, key and value rows of one projection; the parts of a concatenation),
     the root mean square of each over that of the whole, with one dimension for each axis, of size 1 where it does not vary.
     ``lean``: how each of those coordinates leans on the average over all, where this is not in proportion to its level.
@@ -198,7 +196,7 @@ class Value:
     prior: torch.Tensor | None = None
     lineage: int = 0
     log_variance: float = 0.0
-    overlap: float = 0.0
+    overlap: Overlap = NONE
     constant: torch.Tensor | None = None
     is_weight: bool = False
     levels: Array | None = None
@@ -260,6 +258,12 @@ class Value:
         series = power_series(square / level)
         series[0] = 0.0
         return evaluate_series(series, self.correlation())
+
+    def kurtosis(self) -> float:
+        """``E[(x - m)^4] / Var(x)^2``: 3 for a Gaussian, 1.8 for a uniform distribution; 3 for what does not vary."""
+        centred = (self.marginal.values - expectation(self.marginal.values)) ** 2
+        level = expectation(centred)
+        return expectation(centred**2) / level**2 if level > 0.0 else 3.0
 
     def average(self, table: Array) -> float:
         """Average over all pairs of entries of what is given by what they share."""

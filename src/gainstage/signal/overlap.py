@@ -1,0 +1,96 @@
+"""Overlap: what places hold has a cosine that strays from draw to draw, beyond that of independent entries.
+
+A layer of n inputs makes the outputs at two places alike by chance: their cosine is ``x' W'W x'' / ...``, of variance 1/n more than
+N independent channels have. All that follows reads it. What a kernel reads is a patch, whose cosine averages over pairs of taps,
+so the squared covariances between channels are followed lag by lag.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from gainstage.signal.axes import Axis
+from gainstage.signal.quadrature import Array
+
+REACH = 12  # lags kept
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Overlap:
+    """``variance`` over draws of the cosine between two places, beyond that of independent entries.
+
+    ``lags``: along axes of a map ``e(d)``, the squared covariances between channels of places at lag d, over those at lag 0; 1
+    along any other axis.
+    """
+
+    variance: float = 0.0
+    lags: tuple[tuple[Axis, Array], ...] = ()
+
+    def times(self, factor: float) -> Overlap:
+        """The same with another variance."""
+        return replace(self, variance=self.variance * factor)
+
+    def renamed(self, before: Sequence[Axis], after: Sequence[Axis]) -> Overlap:
+        """The same of a tensor whose axes have other names."""
+        names = dict(zip(before, after, strict=True))
+        return replace(self, lags=tuple((names.get(axis, axis), e) for axis, e in self.lags))
+
+    def along(self, axis: Axis, count: int) -> Array:
+        """``e(d)`` for d = 0 ... count - 1; 1 where nothing is known."""
+        known = next((e for a, e in self.lags if a is axis), None)
+        if known is None:
+            return np.ones(count)
+        return np.asarray(np.pad(known[:count], (0, max(count - len(known), 0))))
+
+
+NONE = Overlap()
+
+
+@dataclass(frozen=True, slots=True)
+class Taps:
+    """How a kernel runs along an axis: number of taps, stride, and the axis of the outputs (None where there is one only)."""
+
+    count: int
+    stride: int
+    out: Axis | None
+
+
+def patch_share(x: Overlap, taps: Mapping[Axis, Taps]) -> float:
+    """Mean square cosine of two patches over that of two places: ``mean over pairs of taps of e(k - l)``, axis by axis."""
+    share = 1.0
+    for axis, tap in taps.items():
+        lags = np.arange(tap.count)
+        pairs = np.where(lags == 0, tap.count, 2.0 * (tap.count - lags))
+        share *= float((pairs * x.along(axis, tap.count)).sum()) / tap.count**2
+    return share
+
+
+def after_kernel(x: Overlap, own: float, inherited: float, taps: Mapping[Axis, Taps]) -> Overlap:
+    """Of independent entries the taps that two windows have in common, of what is inherited all pairs of taps."""
+    found = []
+    for axis, tap in taps.items():
+        if tap.out is None or own + inherited <= 0.0:
+            continue
+        distance = np.arange(REACH) * tap.stride
+        fresh = np.maximum(tap.count - distance, 0) / tap.count
+        wide = x.along(axis, REACH * tap.stride + tap.count)
+        offsets = np.subtract.outer(np.arange(tap.count), np.arange(tap.count)).ravel()
+        passed = wide[np.abs(distance[:, None] + offsets[None, :])].sum(1)
+        old = passed / passed[0] if passed[0] > 0.0 else fresh
+        found.append((tap.out, (own * fresh + inherited * old) / (own + inherited)))
+    kept = [] if taps else x.lags
+    return Overlap(own + inherited, tuple(found) or tuple(kept))
+
+
+def mixed(terms: Sequence[tuple[Overlap, float]]) -> Overlap:
+    """Of independent tensors with these factors to their variances; lag by lag where all have them."""
+    parts = [(overlap, overlap.variance * factor) for overlap, factor in terms if overlap.variance * factor > 0.0]
+    if not parts:
+        return NONE
+    total = sum(variance for _, variance in parts)
+    axes = [axis for axis, _ in parts[0][0].lags if all(any(a is axis for a, _ in o.lags) for o, _ in parts)]
+    lags = tuple((axis, sum((v / total) * overlap.along(axis, REACH) for overlap, v in parts)) for axis in axes)
+    return Overlap(total, tuple((axis, np.asarray(e)) for axis, e in lags))
