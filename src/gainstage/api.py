@@ -25,6 +25,7 @@ from gainstage.propagate import (
     Trace,
     build_trace,
     input_value,
+    kurtosis,
     level_profile,
     parameter_moments,
     parameter_value,
@@ -85,11 +86,12 @@ def present_values(graph: Graph, model: nn.Module) -> dict[str, Any]:
     roles = infer_roles(graph)
 
     def present(info: ParameterInfo) -> Value:
+        tensor = tensors[info.name]
         is_table = is_data(graph, info.name, roles.of(info.name))
-        table = table_value(tensors[info.name], index[info.name]) if is_table else None
+        table = table_value(tensor, index[info.name]) if is_table else None
         if table is not None:
             return table
-        return parameter_value(info, index[info.name], *moments[info.name], level_profile(tensors[info.name]))
+        return parameter_value(info, index[info.name], *moments[info.name], level_profile(tensor), kurtosis=kurtosis(tensor))
 
     return propagate(graph, present, measured_input)
 
