@@ -12,9 +12,8 @@ from gainstage.rules.registry import Call, rule
 from gainstage.signal import Value, contract, join, permute, take
 from gainstage.signal.axes import Axis, Dim
 from gainstage.signal.levels import normalised
-from gainstage.signal.linear import standardised
 from gainstage.signal.movement import merge_dim
-from gainstage.signal.quadrature import Array, quantiles
+from gainstage.signal.quadrature import Array, quantiles, standardised
 from gainstage.signal.recurrent import (
     Gate,
     Life,

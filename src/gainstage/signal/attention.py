@@ -17,9 +17,8 @@ import numpy as np
 import torch
 
 from gainstage.signal import levels
-from gainstage.signal.linear import standardised
 from gainstage.signal.movement import expand, merge_dim, refine
-from gainstage.signal.quadrature import Array, nodes, weights
+from gainstage.signal.quadrature import Array, nodes, standardised, weights
 from gainstage.signal.value import Logits, Marginal, Value, gaussian, measured
 
 

@@ -11,10 +11,10 @@ from gainstage.signal import levels
 from gainstage.signal.axes import Axis
 from gainstage.signal.gram import Gram, modulated
 from gainstage.signal.joining import join
-from gainstage.signal.linear import amplitude_of, averaged, is_gaussian, standardised, without_common
+from gainstage.signal.linear import amplitude_of, averaged, without_common
 from gainstage.signal.movement import merge_dim
 from gainstage.signal.neighbours import Neighbours, cut, far_of, filtered, made
-from gainstage.signal.quadrature import Array, nodes
+from gainstage.signal.quadrature import Array, nodes, standardised
 from gainstage.signal.spread import held
 from gainstage.signal.value import Marginal, Value, gaussian
 
@@ -45,7 +45,7 @@ def filter_dim(x: Value, dim: int, matrix: Array) -> Value:
     mean = x.mean * float(weighted.sum(1).mean() / along.mean())
     result = gaussian(dims, mean, table, profile, lineage=x.lineage, log_variance=x.log_variance, is_weight=x.is_weight)
     result = replace(result, near=near)
-    if not is_gaussian(x):
+    if not x.marginal.is_gaussian:
         result = replace(result, marginal=_filtered_marginal(x, result, _terms(weighted)), rho=None)
     if same_axes:
         factors = _kept_components(x, even, position, matrix)
@@ -179,7 +179,7 @@ def normalise(x: Value, reduced: Sequence[Axis], eps: float, *, centre: bool = T
     table, gram = _evened_pairs(x, profile, table * scale**2)
     result = replace(
         x,
-        uneven=None, mean=mean, table=table, marginal=marginal, rho=x.correlation() if keeps_latent else None,
+        uneven=None if x.uneven is None or x.uneven.shape is None else replace(x.uneven, variance=0.0), mean=mean, table=table, marginal=marginal, rho=x.correlation() if keeps_latent else None,
         amplitude=amplitude, statistic=None, constant=None, prior=None, levels=profile, gram=gram,
         near=without_common(x) if centre else x.near,
     )  # fmt: skip
@@ -218,6 +218,6 @@ def _normalised_marginal(x: Value, mean: float, std: float, profile: Array | Non
     def even() -> Array:
         return standardised(x.marginal.even, mean, std)
 
-    if profile is not None and is_gaussian(x):
+    if profile is not None and x.marginal.is_gaussian:
         return Marginal(latent, lambda: standardised(levels.normal_mixture(profile), mean, std), even)
     return Marginal(latent, even if profile is None else lambda: standardised(x.marginal.values, mean, std), even)

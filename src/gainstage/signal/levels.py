@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from gainstage.signal.quadrature import Array, cumulative, expectation, nodes, weights
+from gainstage.signal.quadrature import Array, cumulative, expectation, nodes, quantiles, weights
 
 
 def split(levels: Array | None, position: int, sizes: Sequence[int]) -> Array | None:
@@ -151,6 +151,13 @@ def normal_mixture(levels: Array) -> Array:
     below = torch.special.ndtr(scaled).numpy() @ shares
     values = np.interp(cumulative(), below, places)
     return np.asarray(values / expectation(values**2) ** 0.5)
+
+
+def mixture(levels: Array, even: Array, mean: float, std: float) -> Array:
+    """Grid values of ``mean + s (x - mean)`` for an s drawn from the levels, at a standard deviation of ``std``."""
+    sizes, shares = groups(levels)
+    values = quantiles((even - mean) * sizes[:, None], shares[:, None] * weights())
+    return np.asarray(mean + values * (std / max(expectation(values**2) ** 0.5, 1e-300)))
 
 
 def mapped(levels: Array | None, even: Array, function: Callable[[Array], Array]) -> Array | None:

@@ -18,7 +18,7 @@ from gainstage.signal.gram import Gram, factors_of, modulated
 from gainstage.signal.gram import of_sum as gram_of_sum
 from gainstage.signal.neighbours import Neighbours, made, mixed
 from gainstage.signal.overlap import mixed as summed_overlap
-from gainstage.signal.quadrature import Array, coarse, expectation, nodes, quantiles, smoothed, sum_quantiles, weights
+from gainstage.signal.quadrature import Array, coarse, expectation, nodes, quantiles, smoothed, standardised, sum_quantiles, weights
 from gainstage.signal.spread import product_stray
 from gainstage.signal.uneven import of_product, of_sum
 from gainstage.signal.value import Lean, Marginal, Statistic, Value, gaussian, gaussian_marginal, statistic_at
@@ -118,7 +118,7 @@ def _common_marginal(x: Value, result: Value, gone: Sequence[Axis]) -> Marginal 
     The rest averages to a Gaussian; nothing where that rest prevails.
     """
     r = float(x.correlation()[tuple(0 if axis in gone else 1 for axis in x.axes)])
-    if r <= 0.0 or is_gaussian(x) or result.variance <= 0.0:
+    if r <= 0.0 or x.marginal.is_gaussian or result.variance <= 0.0:
         return None
     common = smoothed(x.marginal.values, min(r, 1.0))
     share = min((expectation(common**2) - expectation(common) ** 2) / result.variance, 1.0)
@@ -224,7 +224,7 @@ def _summed_lean(x: Value, y: Value, profile: Array) -> Lean:
 
 def _sum_marginal(x: Value, y: Value, sign: float, moments: tuple[float, float], profile: Array | None) -> Marginal:
     mean, std = moments
-    if is_gaussian(x) and is_gaussian(y):
+    if x.marginal.is_gaussian and y.marginal.is_gaussian:
         return gaussian_marginal(mean, std, profile)
     if x.variance <= 0.0 or y.variance <= 0.0:
         base, flip = (x, 1.0) if x.variance >= y.variance else (y, sign)
@@ -239,19 +239,6 @@ def _sum_marginal(x: Value, y: Value, sign: float, moments: tuple[float, float],
         return standardised(sum_quantiles(x.marginal.values, sign * y.marginal.values), mean, std)
 
     return Marginal(object(), values)
-
-
-def standardised(grid: Array, mean: float, std: float) -> Array:
-    """Shift and stretch a distribution to the mean and deviation that are known exactly."""
-    centre = expectation(grid)
-    deviation = max(expectation((grid - centre) ** 2), 0.0) ** 0.5
-    return np.asarray(mean + (grid - centre) * (std / deviation if deviation > 0.0 else 0.0))
-
-
-def is_gaussian(x: Value) -> bool:
-    """Tell whether an entry of average level is Gaussian (or constant)."""
-    values = x.marginal.even
-    return bool(np.allclose(np.diff(values), values[1] - values[0], rtol=1e-6, atol=1e-12))
 
 
 def multiply(x: Value, y: Value) -> Value:
@@ -351,7 +338,7 @@ def modulate(x: Value, profile: Array | None, scale: float) -> Value:
     marginal = Marginal(latent, even, even)
     if after is not None:
         marginal = Marginal(latent, lambda: standardised(scaled.marginal.values, mean, std), even)
-        if is_gaussian(x):
+        if x.marginal.is_gaussian:
             marginal = Marginal(latent, lambda: mean + std * levels.normal_mixture(after), even)
     return replace(scaled, mean=mean, table=table, marginal=marginal, rho=None, levels=after, gram=gram)
 

@@ -6,9 +6,9 @@ from dataclasses import replace
 
 import numpy as np
 
-from gainstage.signal.linear import add, affine, cross_table, multiply, standardised
+from gainstage.signal.linear import add, affine, cross_table, multiply
 from gainstage.signal.pointwise import align
-from gainstage.signal.quadrature import Array, covariance_series, quantiles, weights
+from gainstage.signal.quadrature import Array, covariance_series, quantiles, standardised, weights
 from gainstage.signal.value import Marginal, Value
 
 

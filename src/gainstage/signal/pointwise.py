@@ -10,6 +10,7 @@ import torch
 
 from gainstage.signal import levels
 from gainstage.signal.axes import Dim
+from gainstage.signal.few import with_shapes
 from gainstage.signal.joining import join
 from gainstage.signal.linear import add, affine, amplitude_of, modulate, multiply
 from gainstage.signal.movement import expand, refine, with_axes
@@ -119,14 +120,16 @@ def apply(function: Function, x: Value) -> Value:
 
     values = _within_domain(on_grid(x.marginal.values))
     result = on_latent(x, values) if x.levels is None else _on_levels(x, values, on_grid)
-    result = with_means(x, result, lambda grid: _within_domain(on_grid(grid)))
     slope = _log_slope(x, values, function)
+    result = replace(result, log_variance=slope**2 * x.log_variance)
+    for differing in (with_means, with_shapes):
+        result = differing(x, result, lambda grid: _within_domain(on_grid(grid)))
     statistic = None
     if x.statistic is not None:
         statistic, profile = statistic_at(x.statistic.of, on_grid(x.centres()), result.levels)
         result = replace(result, levels=profile)
     constant = None if x.constant is None else function(x.constant.to(torch.float64))
-    return replace(result, statistic=statistic, constant=constant, log_variance=slope**2 * x.log_variance)
+    return replace(result, statistic=statistic, constant=constant)
 
 
 def slope(function: Function, x: Value) -> Value:

@@ -14,7 +14,9 @@ from dataclasses import replace
 import numpy as np
 
 from gainstage.signal.axes import Axis
+from gainstage.signal.few import shaped
 from gainstage.signal.overlap import Taps, after_kernel, patch_share
+from gainstage.signal.quadrature import kurtosis
 from gainstage.signal.uneven import is_centred, of_weights
 from gainstage.signal.value import Value
 
@@ -49,12 +51,13 @@ def weighted(
     inherited = apart * x.overlap.variance * (x.second_moment / entry) ** 2 * patch_share(x.overlap, taps or {})
     channels = math.prod(weight.shape) / number
     groups = math.prod(x.axes[p].size for p in alone)
-    return replace(
+    made = replace(
         y,
-        log_variance=y.log_variance + (2.0 * (own + inherited) + (weight.kurtosis() - 3.0) / number) / channels,
+        log_variance=y.log_variance + (2.0 * (own + inherited) + (kurtosis(weight.marginal.values) - 3.0) / number) / channels,
         overlap=after_kernel(x.overlap, own / groups, inherited, taps or {}),
         uneven=of_weights(y, weight, alike=own + inherited, number=number),
     )
+    return shaped(made, x, terms)
 
 
 def _dot_variance(x: Value, mean: float, terms: Mapping[int, float], alone: Sequence[int], places: Sequence[int]) -> float:

@@ -56,7 +56,8 @@ def of_sum(x: Value, y: Value, share: float) -> Uneven | None:
         names = dict(zip(map(id, value.axes), x.axes, strict=True))
         rows = tuple(names[id(axis)] for axis in value.uneven.axes)
         before = found.get(rows)
-        found[rows] = Uneven(rows, part**2 * value.uneven.variance + (before.variance if before else 0.0))
+        variance, stray = (part**2 * number for number in (value.uneven.variance, value.uneven.stray))
+        found[rows] = Uneven(rows, variance + (before.variance if before else 0.0), None, stray + (before.stray if before else 0.0))
     return max(found.values(), key=lambda item: item.variance, default=None)
 
 
@@ -73,4 +74,4 @@ def with_means(x: Value, result: Value, function: Callable[[Array], Array]) -> V
     rows = tuple(1 if axis in x.uneven.axes else slice(None) for axis in x.axes)
     table[rows] += steepness**2 * x.uneven.variance * (1.0 - x.correlation()[rows] ** 2)
     table[(1,) * table.ndim] = result.second_moment
-    return replace(result, table=table, uneven=replace(x.uneven, variance=0.0))
+    return replace(result, table=table, uneven=Uneven(x.uneven.axes, 0.0))

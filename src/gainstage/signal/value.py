@@ -26,7 +26,7 @@ from gainstage.signal.axes import Axis, Dim, axes_of, new_dims, shape_of
 from gainstage.signal.gram import Gram
 from gainstage.signal.neighbours import Neighbours, far_of, write
 from gainstage.signal.overlap import NONE, Overlap
-from gainstage.signal.quadrature import Array, cumulative, evaluate_series, expectation, invert_series, nodes, power_series
+from gainstage.signal.quadrature import Array, cumulative, evaluate_series, expectation, flattened, invert_series, nodes, power_series
 
 
 class Marginal:
@@ -45,6 +45,11 @@ class Marginal:
     def values(self) -> Array:
         """``g`` on the grid of :func:`gainstage.signal.quadrature.nodes`."""
         return self._compute()
+
+    @cached_property
+    def is_gaussian(self) -> bool:
+        """Tell whether an entry of average level is Gaussian (or constant)."""
+        return bool(np.allclose(np.diff(self.even), self.even[1] - self.even[0], rtol=1e-6, atol=1e-12))
 
     @property
     def has_even(self) -> bool:
@@ -159,11 +164,15 @@ class Given:
 class Uneven:
     """Channels, the rows of the weights along these axes, have variances of their own: their relative variance over rows.
 
-    See :mod:`gainstage.signal.uneven`.
+    See :mod:`gainstage.signal.uneven`. ``shape``: that of half the channels, at mean 0 and variance 1, where they are sums of few
+    terms; the other half has its mirror image. See :mod:`gainstage.signal.few`. ``stray``: variance over draws of the log of the level that
+    comes of this; an average over samples or places has none of it.
     """
 
     axes: tuple[Axis, ...]
     variance: float
+    shape: Array | None = None
+    stray: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
@@ -259,12 +268,6 @@ class Value:
         series[0] = 0.0
         return evaluate_series(series, self.correlation())
 
-    def kurtosis(self) -> float:
-        """``E[(x - m)^4] / Var(x)^2``: 3 for a Gaussian, 1.8 for a uniform distribution; 3 for what does not vary."""
-        centred = (self.marginal.values - expectation(self.marginal.values)) ** 2
-        level = expectation(centred)
-        return expectation(centred**2) / level**2 if level > 0.0 else 3.0
-
     def average(self, table: Array) -> float:
         """Average over all pairs of entries of what is given by what they share."""
         for axis in self.axes:
@@ -274,9 +277,11 @@ class Value:
     def fluctuation(self) -> float:
         """Variance of the mean of x^2 over all entries, relative to its square: how far one draw's level strays.
 
-        ``average over pairs (i, j) of Cov(x_i^2, x_j^2) / E[x^2]^2``; 2/n for n independent Gaussian entries, 5/n after ReLU.
+        ``average over pairs (i, j) of Cov(x_i^2, x_j^2) / E[x^2]^2``; 2/n for n independent Gaussian entries, 5/n after ReLU; and
+    what channels of different shapes add.
         """
-        return max(self.average(self.square_covariance()), 0.0)
+        uneven = 0.0 if self.uneven is None else self.uneven.stray
+        return max(self.average(self.square_covariance()), 0.0) + uneven
 
     def leaning(self) -> Array:
         """``E[x_i mean(x)] / E[mean(x)^2]`` of each coordinate; its mean is 1."""
@@ -334,18 +339,7 @@ def independent(shape: tuple[int, ...], mean: float, std: float, *, kurtosis: fl
     made = gaussian(dims, mean, table, None, **extra)
     if kurtosis >= 3.0 or std <= 0.0:
         return made
-    return replace(made, marginal=Marginal(made.marginal.latent, lambda: mean + std * _flattened(kurtosis)), rho=None)
-
-
-def _flattened(kurtosis: float) -> Array:
-    """Values of mean 0 and variance 1, between those of a normal (kurtosis 3) and of a uniform variable (1.8)."""
-    normal, uniform = nodes(), 12.0**0.5 * (cumulative() - 0.5)
-    shares = np.linspace(0.0, 1.0, 33)
-    mixtures = [(1.0 - share) * normal + share * uniform for share in shares]
-    found = [expectation(values**4) / expectation(values**2) ** 2 for values in mixtures]
-    share = float(np.interp(-kurtosis, -np.array(found), shares))
-    values = (1.0 - share) * normal + share * uniform
-    return np.asarray(values / expectation(values**2) ** 0.5)
+    return replace(made, marginal=Marginal(made.marginal.latent, lambda: mean + std * flattened(kurtosis)), rho=None)
 
 
 def coins(shape: tuple[int, ...], p: float) -> Value:
