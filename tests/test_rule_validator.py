@@ -10,8 +10,8 @@ import torch
 from gainstage import testing
 from gainstage.errors import InputError, RuleError
 from gainstage.signal import apply, independent, measured, reshape
+from gainstage.signal.marginal import Marginal
 from gainstage.signal.sampling import draw
-from gainstage.signal.value import Marginal
 
 aten = torch.ops.aten
 X = testing.correlated((4, 6, 5), mean=0.3, shares={(0, 1): 0.2, (2,): 0.1})

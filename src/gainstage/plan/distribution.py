@@ -49,7 +49,7 @@ class Family(Enum):
 
     @property
     def kurtosis(self) -> float:
-        """``E[(w - m)^4] / Var(w)^2`` of an entry: 9/5 of a uniform one; cut at 2, ``(3 - 28 r) / (1 - 4 r)^2``, r = phi(2) / P."""
+        """``E[(w - m)^4] / Var(w)^2`` of an entry: 9/5 of a uniform one; cut at 2: ``(3 - 28 r) / (1 - 4 r)^2``, r = phi(2)/P."""
         if self is Family.UNIFORM:
             return 1.8
         if self is Family.TRUNCATED_NORMAL:

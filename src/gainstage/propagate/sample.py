@@ -20,9 +20,9 @@ from gainstage.propagate.host import run_on_host
 from gainstage.rules import Call
 from gainstage.signal import Value, known
 from gainstage.signal.axes import axes_of, new_dims
+from gainstage.signal.marginal import Marginal
 from gainstage.signal.quadrature import cumulative
 from gainstage.signal.sampling import draw, pooled
-from gainstage.signal.value import Marginal
 
 ENTRIES = 2**20  # stop when the draws have this many entries together
 MOST, FEWEST = 32, 4

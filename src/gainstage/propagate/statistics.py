@@ -114,7 +114,7 @@ def kurtosis(tensor: torch.Tensor) -> float:
 
 
 def parameter_value(
-    info: ParameterInfo, index: int, mean: float, variance: float, profile: Sequence[Slice] = (), kurtosis: float = 3.0
+    info: ParameterInfo, index: int, mean: float, variance: float, profile: Sequence[Slice] = (), *, kurtosis: float = 3.0
 ) -> Value:
     """Independent entries with these moments, on average over the whole parameter.
 

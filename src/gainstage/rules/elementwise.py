@@ -10,7 +10,7 @@ import torch
 from gainstage.rules.conditions import add_known
 from gainstage.rules.registry import Call, binary, elementwise, identity, pointwise, rule
 from gainstage.signal import Value, affine, apply, combine, mixture, take
-from gainstage.signal.value import Marginal
+from gainstage.signal.marginal import Marginal
 
 aten = torch.ops.aten
 

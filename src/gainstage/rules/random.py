@@ -10,8 +10,8 @@ import torch
 
 from gainstage.rules.registry import Call, rule
 from gainstage.signal import Value, coins, combine, dropout, independent
+from gainstage.signal.marginal import Marginal
 from gainstage.signal.quadrature import cumulative
-from gainstage.signal.value import Marginal
 
 aten = torch.ops.aten
 

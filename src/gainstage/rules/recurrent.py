@@ -12,6 +12,7 @@ from gainstage.rules.registry import Call, rule
 from gainstage.signal import Value, contract, join, permute, take
 from gainstage.signal.axes import Axis, Dim
 from gainstage.signal.levels import normalised
+from gainstage.signal.marginal import Marginal
 from gainstage.signal.movement import merge_dim
 from gainstage.signal.quadrature import Array, quantiles, standardised
 from gainstage.signal.recurrent import (
@@ -26,7 +27,6 @@ from gainstage.signal.recurrent import (
     simulate,
     tanh_step,
 )
-from gainstage.signal.value import Marginal
 
 aten = torch.ops.aten
 

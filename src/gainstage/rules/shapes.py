@@ -13,9 +13,9 @@ import torch
 from gainstage.rules.conditions import choose
 from gainstage.rules.registry import Call, rule
 from gainstage.signal import Value, affine, expand, filter_dim, join, known, permute, reorder, reshape, select, take
+from gainstage.signal.marginal import Marginal
 from gainstage.signal.quadrature import Array, quantiles, weights
 from gainstage.signal.rolling import roll
-from gainstage.signal.value import Marginal
 
 aten = torch.ops.aten
 

@@ -1,13 +1,14 @@
 """Sums of few terms keep something of the shape of a term: channels of a depthwise convolution are skewed, each its own way.
 
-Given its weights, channel c of ``y = sum over n of w_k x_k`` has the excess kurtosis ``sum w^4 / (sum w^2)^2`` times that of x and
-the skewness ``sum w^3 / (sum w^2)^(3/2)`` times that of x, of either sign. Over Gaussian weights and independent terms
+Given its weights, channel c of ``y = sum over n terms of w x`` has ``sum w^4 / (sum w^2)^2`` times the excess kurtosis of x, and
+``sum w^3 / (sum w^2)^(3/2)`` times its skewness, of either sign. Over Gaussian weights and independent terms
 
     E[sum w^4 / (sum w^2)^2] = 3 / (n + 2),      E[(sum w^3)^2 / (sum w^2)^3] = 15 / ((n + 2)(n + 4)),
 
-so that a channel is much like ``+- a u + sqrt(1 - a^2) z``, u an entry of x at variance 1, z normal, ``a^6 = 15 / ((n + 2)(n + 4))``: the
-heaviest term, and the rest. Its excess kurtosis ``a^4`` is within 20 % of the above for n > 3. A norm removes a channel's mean and variance, not its shape; functions of it then have another
-mean and level in each channel.
+so that a channel is much like ``+- a u + sqrt(1 - a^2) z`` with u an entry of x at variance 1, z normal and
+``a^6 = 15 / ((n + 2)(n + 4))``: the heaviest term, and the rest. Its excess kurtosis, ``a^4`` times that of x, is within 20 % of
+the above for n up to 9, and less beyond. A norm removes a channel's mean and variance, not its shape; functions of it then have
+another mean and level in each channel.
 """
 
 from __future__ import annotations
@@ -19,8 +20,9 @@ from dataclasses import replace
 import numpy as np
 
 from gainstage.signal import levels
+from gainstage.signal.marginal import Marginal
 from gainstage.signal.quadrature import Array, expectation, nodes, quantiles, standardised, sum_quantiles, weights
-from gainstage.signal.value import Marginal, Uneven, Value
+from gainstage.signal.value import Uneven, Value
 
 MOST = 64.0  # terms: beyond, a^3 < .06
 
@@ -50,10 +52,10 @@ def shaped(y: Value, x: Value, terms: Mapping[int, float]) -> Value:
     std, profile = y.variance**0.5, y.levels
 
     def even() -> Array:
-        return y.mean + std * both_signs(shape)
+        return np.asarray(y.mean + std * both_signs(shape))
 
     def values() -> Array:
-        return y.mean + std * both_signs(shape) if profile is None else levels.mixture(profile, even(), y.mean, std)
+        return even() if profile is None else levels.mixture(profile, even(), y.mean, std)
 
     marginal = Marginal(y.marginal.latent, values, even)
     return replace(y, marginal=marginal, rho=None, uneven=replace(y.uneven, shape=shape))

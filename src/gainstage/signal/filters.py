@@ -12,11 +12,13 @@ from gainstage.signal.axes import Axis
 from gainstage.signal.gram import Gram, modulated
 from gainstage.signal.joining import join
 from gainstage.signal.linear import amplitude_of, averaged, without_common
+from gainstage.signal.marginal import Marginal
 from gainstage.signal.movement import merge_dim
 from gainstage.signal.neighbours import Neighbours, cut, far_of, filtered, made
 from gainstage.signal.quadrature import Array, nodes, standardised
 from gainstage.signal.spread import held
-from gainstage.signal.value import Marginal, Value, gaussian
+from gainstage.signal.uneven import shape_alone
+from gainstage.signal.value import Value, gaussian
 
 
 def filter_dim(x: Value, dim: int, matrix: Array) -> Value:
@@ -179,7 +181,7 @@ def normalise(x: Value, reduced: Sequence[Axis], eps: float, *, centre: bool = T
     table, gram = _evened_pairs(x, profile, table * scale**2)
     result = replace(
         x,
-        uneven=None if x.uneven is None or x.uneven.shape is None else replace(x.uneven, variance=0.0), mean=mean, table=table, marginal=marginal, rho=x.correlation() if keeps_latent else None,
+        uneven=shape_alone(x.uneven), mean=mean, table=table, marginal=marginal, rho=x.correlation() if keeps_latent else None,
         amplitude=amplitude, statistic=None, constant=None, prior=None, levels=profile, gram=gram,
         near=without_common(x) if centre else x.near,
     )  # fmt: skip

@@ -9,10 +9,11 @@ import numpy as np
 
 from gainstage.signal import levels, neighbours
 from gainstage.signal.axes import Axis, axes_of
+from gainstage.signal.marginal import Marginal
 from gainstage.signal.movement import map_tables, merge_dim, refine, with_axes
 from gainstage.signal.overlap import mixed
 from gainstage.signal.quadrature import Array, covariance_series, quantiles, weights
-from gainstage.signal.value import Joined, Marginal, Value
+from gainstage.signal.value import Joined, Value
 
 
 def join(values: Sequence[Value], dim: int) -> Value:

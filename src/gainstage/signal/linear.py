@@ -16,12 +16,23 @@ from gainstage.signal import levels
 from gainstage.signal.axes import Axis
 from gainstage.signal.gram import Gram, factors_of, modulated
 from gainstage.signal.gram import of_sum as gram_of_sum
+from gainstage.signal.marginal import Marginal, gaussian_marginal
 from gainstage.signal.neighbours import Neighbours, made, mixed
 from gainstage.signal.overlap import mixed as summed_overlap
-from gainstage.signal.quadrature import Array, coarse, expectation, nodes, quantiles, smoothed, standardised, sum_quantiles, weights
+from gainstage.signal.quadrature import (
+    Array,
+    coarse,
+    expectation,
+    nodes,
+    quantiles,
+    smoothed,
+    standardised,
+    sum_quantiles,
+    weights,
+)
 from gainstage.signal.spread import product_stray
 from gainstage.signal.uneven import of_product, of_sum
-from gainstage.signal.value import Lean, Marginal, Statistic, Value, gaussian, gaussian_marginal, statistic_at
+from gainstage.signal.value import Lean, Statistic, Value, gaussian, statistic_at
 
 
 def spectrum(table: Array, sizes: Sequence[int]) -> Array:

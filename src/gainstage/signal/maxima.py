@@ -12,10 +12,20 @@ import torch
 from gainstage.signal import levels
 from gainstage.signal.axes import Axis
 from gainstage.signal.contraction import Places
+from gainstage.signal.marginal import Marginal
 from gainstage.signal.movement import merge_dim
 from gainstage.signal.neighbours import REACH, Neighbours, lag_counts, made
-from gainstage.signal.quadrature import Array, coarse, evaluate_series, invert_series, nodes, power_series, quantiles, standardised
-from gainstage.signal.value import Largest, Marginal, Value
+from gainstage.signal.quadrature import (
+    Array,
+    coarse,
+    evaluate_series,
+    invert_series,
+    nodes,
+    power_series,
+    quantiles,
+    standardised,
+)
+from gainstage.signal.value import Largest, Value
 
 
 @cache

@@ -7,9 +7,10 @@ from dataclasses import replace
 import numpy as np
 
 from gainstage.signal.linear import add, affine, cross_table, multiply
+from gainstage.signal.marginal import Marginal
 from gainstage.signal.pointwise import align
 from gainstage.signal.quadrature import Array, covariance_series, quantiles, standardised, weights
-from gainstage.signal.value import Marginal, Value
+from gainstage.signal.value import Value
 
 
 def mixture(share: Value, x: Value, y: Value, *, is_choice: bool) -> Value:

@@ -11,8 +11,9 @@ import torch
 
 from gainstage.signal import levels
 from gainstage.signal.axes import Axis, Dim, axes_of, shape_of
+from gainstage.signal.marginal import Marginal
 from gainstage.signal.quadrature import Array
-from gainstage.signal.value import Marginal, Value
+from gainstage.signal.value import Value
 
 
 def map_tables(x: Value, dims: tuple[Dim, ...], change: Callable[[Array], Array], profile: Array | None) -> Value:

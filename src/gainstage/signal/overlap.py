@@ -1,7 +1,7 @@
 """Overlap: what places hold has a cosine that strays from draw to draw, beyond that of independent entries.
 
-A layer of n inputs makes the outputs at two places alike by chance: their cosine is ``x' W'W x'' / ...``, of variance 1/n more than
-N independent channels have. All that follows reads it. What a kernel reads is a patch, whose cosine averages over pairs of taps,
+A layer of n inputs makes the outputs at two places alike by chance: the variance of their cosine is 1/n more than that of
+independent channels. All that follows reads it. What a kernel reads is a patch, whose cosine averages over pairs of taps,
 so the squared covariances between channels are followed lag by lag.
 """
 

@@ -13,6 +13,7 @@ from gainstage.signal.axes import Dim
 from gainstage.signal.few import with_shapes
 from gainstage.signal.joining import join
 from gainstage.signal.linear import add, affine, amplitude_of, modulate, multiply
+from gainstage.signal.marginal import Marginal
 from gainstage.signal.movement import expand, refine, with_axes
 from gainstage.signal.neighbours import through
 from gainstage.signal.overlap import NONE, Overlap
@@ -28,7 +29,7 @@ from gainstage.signal.quadrature import (
 )
 from gainstage.signal.spread import held
 from gainstage.signal.uneven import with_means
-from gainstage.signal.value import Marginal, Value, statistic_at
+from gainstage.signal.value import Value, statistic_at
 
 Function = Callable[..., torch.Tensor]
 

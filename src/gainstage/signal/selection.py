@@ -9,9 +9,10 @@ import torch
 
 from gainstage.signal.axes import Axis, Dim
 from gainstage.signal.gather import same_index_table
+from gainstage.signal.marginal import Marginal
 from gainstage.signal.movement import merge_dim
 from gainstage.signal.quadrature import Array
-from gainstage.signal.value import Marginal, Value
+from gainstage.signal.value import Value
 
 
 def pick(x: Value, first: int, indices: Sequence[torch.Tensor]) -> Value:

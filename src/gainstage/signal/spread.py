@@ -28,8 +28,8 @@ def weighted(
     """Outputs of one channel share its weights: ``2 E[cos^2] + (kurtosis - 3)/n`` over the number of channels.
 
     Given the inputs, with C the mean of ``x x'`` over what the N outputs of a channel read, its level is ``w' C w``; over w that
-    strays by ``2 tr(C^2) + (kurtosis of w - 3) sum_r C_rr^2``, relative to ``tr(C)^2``. The ratio ``tr(C^2) / tr(C)^2`` is the mean
-    square cosine of what two outputs read: 1/n for n independent entries, and what layers have made alike, carried on as the
+    strays by ``2 tr(C^2) + (kurtosis of w - 3) sum_r C_rr^2``, relative to ``tr(C)^2``. ``tr(C^2) / tr(C)^2`` is the mean square
+    cosine of what two outputs read: 1/n for n independent entries, and what layers have made alike, carried on as the
     overlap. The part ``(E[x_i . x_j])^2`` is in the table of y.
 
     Args:

@@ -55,10 +55,15 @@ def of_sum(x: Value, y: Value, share: float) -> Uneven | None:
             continue
         names = dict(zip(map(id, value.axes), x.axes, strict=True))
         rows = tuple(names[id(axis)] for axis in value.uneven.axes)
-        before = found.get(rows)
+        before = found.get(rows, Uneven(rows, 0.0))
         variance, stray = (part**2 * number for number in (value.uneven.variance, value.uneven.stray))
-        found[rows] = Uneven(rows, variance + (before.variance if before else 0.0), None, stray + (before.stray if before else 0.0))
+        found[rows] = Uneven(rows, before.variance + variance, None, before.stray + stray)
     return max(found.values(), key=lambda item: item.variance, default=None)
+
+
+def shape_alone(uneven: Uneven | None) -> Uneven | None:
+    """What a norm leaves of how channels differ."""
+    return None if uneven is None or uneven.shape is None else Uneven(uneven.axes, 0.0, uneven.shape)
 
 
 def with_means(x: Value, result: Value, function: Callable[[Array], Array]) -> Value:

@@ -13,9 +13,7 @@ Beside the table a value knows its marginal distribution, as a function g of a s
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cached_property
 
 import numpy as np
 import torch
@@ -24,59 +22,18 @@ from numpy.typing import NDArray
 from gainstage.signal import levels
 from gainstage.signal.axes import Axis, Dim, axes_of, new_dims, shape_of
 from gainstage.signal.gram import Gram
+from gainstage.signal.marginal import Marginal, gaussian_marginal
 from gainstage.signal.neighbours import Neighbours, far_of, write
 from gainstage.signal.overlap import NONE, Overlap
-from gainstage.signal.quadrature import Array, cumulative, evaluate_series, expectation, flattened, invert_series, nodes, power_series
-
-
-class Marginal:
-    """Distribution of one entry: values of g on the grid. The object's identity is that of the latent variable ``z``.
-
-    ``even``: where levels differ, the distribution of an entry of average level, for lack of which it is that of any entry.
-    """
-
-    def __init__(self, latent: object, compute: Callable[[], Array], even: Callable[[], Array] | None = None) -> None:
-        """Hold the latent's identity and a recipe for the values, followed when they are first needed."""
-        self.latent = latent
-        self._compute = compute
-        self._even = even
-
-    @cached_property
-    def values(self) -> Array:
-        """``g`` on the grid of :func:`gainstage.signal.quadrature.nodes`."""
-        return self._compute()
-
-    @cached_property
-    def is_gaussian(self) -> bool:
-        """Tell whether an entry of average level is Gaussian (or constant)."""
-        return bool(np.allclose(np.diff(self.even), self.even[1] - self.even[0], rtol=1e-6, atol=1e-12))
-
-    @property
-    def has_even(self) -> bool:
-        """Tell whether the distribution at one level is known."""
-        return self._even is not None
-
-    @cached_property
-    def even(self) -> Array:
-        """Values on the grid for an entry of average level."""
-        return self.values if self._even is None else self._even()
-
-    @cached_property
-    def series(self) -> Array:
-        """Mehler coefficients of g."""
-        return power_series(self.values)
-
-    @cached_property
-    def even_series(self) -> Array:
-        """Mehler coefficients of an entry of average level; the first is the square of its mean."""
-        return self.series if self._even is None else power_series(self.even)
-
-
-def gaussian_marginal(mean: float, std: float, profile: Array | None = None) -> Marginal:
-    """``g(z) = mean + std z`` on a latent of its own; where levels differ, a mixture of them."""
-    if profile is None:
-        return Marginal(object(), lambda: mean + std * nodes())
-    return Marginal(object(), lambda: mean + std * levels.normal_mixture(profile), lambda: mean + std * nodes())
+from gainstage.signal.quadrature import (
+    Array,
+    cumulative,
+    evaluate_series,
+    expectation,
+    flattened,
+    invert_series,
+    power_series,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,8 +122,8 @@ class Uneven:
     """Channels, the rows of the weights along these axes, have variances of their own: their relative variance over rows.
 
     See :mod:`gainstage.signal.uneven`. ``shape``: that of half the channels, at mean 0 and variance 1, where they are sums of few
-    terms; the other half has its mirror image. See :mod:`gainstage.signal.few`. ``stray``: variance over draws of the log of the level that
-    comes of this; an average over samples or places has none of it.
+    terms; the other half has its mirror image. See :mod:`gainstage.signal.few`. ``stray``: variance over
+    draws of the log of the level that comes of this; an average over samples or places has none of it.
     """
 
     axes: tuple[Axis, ...]
@@ -181,10 +138,10 @@ class Value:
 
     ``source`` and ``amplitude``: the tensor's linear part in an earlier tensor (often itself): its component in each
     subspace of the axes, see :func:`gainstage.signal.linear.cross_table`. ``log_variance``: variance over draws of the log of the
-    level that it inherits from upstream. ``overlap``: how the cosine between what two places hold strays. ``lineage``: bit mask of the parameters it depends on. ``levels``: where some
-    coordinates are louder than others by design (the query, key and value rows of one projection; the parts of a concatenation),
-    the root mean square of each over that of the whole, with one dimension for each axis, of size 1 where it does not vary.
-    ``lean``: how each of those coordinates leans on the average over all, where this is not in proportion to its level.
+    level that it inherits from upstream. ``overlap``: how the cosine between what two places hold strays. ``lineage``: bit mask
+    of the parameters it depends on. ``levels``: where some coordinates are louder than others by design (the query, key and value
+    rows of one projection; the parts of a concatenation), the root mean square of each over that of the whole, with one
+    dimension for each axis, of size 1 where it does not vary. ``lean``: how each of those coordinates leans on the average over all, where this is not in proportion to its level.
     ``joined``: the tensors that were laid one after the other to make this one. ``near``: what places of a map that lie near
     each other share beyond the table's average. ``gram``: how the table's average over two positions of a sequence is spread
     over pairs of them. ``prior``: the known part of logits, apart from the table: minus infinity where a mask excludes. ``tilt``:
@@ -277,8 +234,8 @@ class Value:
     def fluctuation(self) -> float:
         """Variance of the mean of x^2 over all entries, relative to its square: how far one draw's level strays.
 
-        ``average over pairs (i, j) of Cov(x_i^2, x_j^2) / E[x^2]^2``; 2/n for n independent Gaussian entries, 5/n after ReLU; and
-    what channels of different shapes add.
+        ``average over pairs (i, j) of Cov(x_i^2, x_j^2) / E[x^2]^2``: 2/n for n independent Gaussian entries, 5/n after ReLU;
+        and what channels of different shapes add.
         """
         uneven = 0.0 if self.uneven is None else self.uneven.stray
         return max(self.average(self.square_covariance()), 0.0) + uneven

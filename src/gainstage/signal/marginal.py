@@ -1,0 +1,61 @@
+"""The distribution of one entry of a tensor: a function of a standard normal variable."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cached_property
+
+import numpy as np
+
+from gainstage.signal import levels
+from gainstage.signal.quadrature import Array, nodes, power_series
+
+
+class Marginal:
+    """Distribution of one entry: values of g on the grid. The object's identity is that of the latent variable ``z``.
+
+    ``even``: where levels differ, the distribution of an entry of average level, for lack of which it is that of any entry.
+    """
+
+    def __init__(self, latent: object, compute: Callable[[], Array], even: Callable[[], Array] | None = None) -> None:
+        """Hold the latent's identity and a recipe for the values, followed when they are first needed."""
+        self.latent = latent
+        self._compute = compute
+        self._even = even
+
+    @cached_property
+    def values(self) -> Array:
+        """``g`` on the grid of :func:`gainstage.signal.quadrature.nodes`."""
+        return self._compute()
+
+    @cached_property
+    def is_gaussian(self) -> bool:
+        """Tell whether an entry of average level is Gaussian (or constant)."""
+        return bool(np.allclose(np.diff(self.even), self.even[1] - self.even[0], rtol=1e-6, atol=1e-12))
+
+    @property
+    def has_even(self) -> bool:
+        """Tell whether the distribution at one level is known."""
+        return self._even is not None
+
+    @cached_property
+    def even(self) -> Array:
+        """Values on the grid for an entry of average level."""
+        return self.values if self._even is None else self._even()
+
+    @cached_property
+    def series(self) -> Array:
+        """Mehler coefficients of g."""
+        return power_series(self.values)
+
+    @cached_property
+    def even_series(self) -> Array:
+        """Mehler coefficients of an entry of average level; the first is the square of its mean."""
+        return self.series if self._even is None else power_series(self.even)
+
+
+def gaussian_marginal(mean: float, std: float, profile: Array | None = None) -> Marginal:
+    """``g(z) = mean + std z`` on a latent of its own; where levels differ, a mixture of them."""
+    if profile is None:
+        return Marginal(object(), lambda: mean + std * nodes())
+    return Marginal(object(), lambda: mean + std * levels.normal_mixture(profile), lambda: mean + std * nodes())
