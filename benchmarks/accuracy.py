@@ -5,7 +5,8 @@ python -m benchmarks.accuracy [--only resnet] [--part default] [--most 64]
 Three parts: ``default``, at the initialization that the modules do by themselves, where the prediction is the mean of those from
 the parameters' moments in 8 draws; ``unit``, after ``gainstage.apply`` of that policy; ``gradients``, at the modules' own
 initialization, of module outputs and parameters. Error: ``|log(predicted / mean over draws of measured)|``. What has a mean over
-draws that is not known to 3 % is listed apart, with the spread that was predicted and the one that was measured. Writes
+draws that is not known to 3 % is listed apart, with the spread that was predicted and the one that was measured. "In band" is
+the share of single draws, of all outputs, that lie in the predicted 95 % band, see :func:`covered`. Writes
 benchmarks/results/accuracy.json.
 """
 
@@ -16,7 +17,7 @@ import hashlib
 import json
 import math
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,7 @@ PARTS = {
 }
 LARGEST_ERROR = 0.03  # of the mean over draws: a module with more is listed apart
 INSPECTED = 8
+RESOLUTION = 0.003  # deviation of the log that a band has at least: what norms put out strays by their epsilons alone
 CONTRACTIONS = ("Linear", "Conv", "NonDynamicallyQuantizableLinear")
 
 
@@ -52,6 +54,7 @@ class Row:
     standard_error: float
     predicted_spread: float
     measured_spread: float
+    covered: float
 
     @property
     def error(self) -> float:
@@ -59,6 +62,11 @@ class Row:
         if max(self.predicted, self.measured) < 1e-30:
             return 0.0
         return abs(math.log(self.predicted / self.measured)) if min(self.predicted, self.measured) > 0 else math.inf
+
+    @property
+    def spread_ratio(self) -> float:
+        """Predicted over measured spread, both widened by RESOLUTION."""
+        return math.hypot(self.predicted_spread, RESOLUTION) / math.hypot(self.measured_spread, RESOLUTION)
 
     @property
     def is_settled(self) -> bool:
@@ -101,6 +109,38 @@ def in_bounds(scores: list[Score]) -> float:
     """Share of the contraction outputs of several models within [0.8, 1.25] of their prediction."""
     ratios = [row.measured / row.predicted for score in scores for row in score.rows if row.is_contraction and row.predicted > 0]
     return float(np.mean([0.8 <= ratio <= 1.25 for ratio in ratios])) if ratios else math.nan
+
+
+def covered(predicted: float, spread: float, moments: Sequence[float]) -> float:
+    """Share of single draws in ``predicted exp(-s^2/2 +- 1.96 s)``, ``s^2 = spread^2 + RESOLUTION^2``.
+
+    A level is a product of many factors, so its log is near normal; a log-normal variable of mean m has the median
+    ``m exp(-s^2 / 2)``, about which 95 % of it lie within 1.96 s.
+    """
+    if predicted <= 0.0 or min(moments) <= 0.0:
+        return float(predicted <= 0.0 and max(moments) <= 0.0)
+    s = math.hypot(spread, RESOLUTION)
+    off = np.log(np.array(moments) / predicted) + 0.5 * s**2
+    return float(np.mean(np.abs(off) <= 1.96 * s))
+
+
+def bands(scores: list[Score]) -> dict[str, float]:
+    """Share of draws within the predicted 95 % bands, and quantiles over outputs of predicted over measured spread.
+
+    ``loose``: outputs whose spread is more than 1 %, where RESOLUTION plays no part.
+    """
+    rows = [row for score in scores for row in score.rows if not math.isnan(row.predicted_spread)]
+    if not rows:
+        return {}
+    loose = [row for row in rows if max(row.predicted_spread, row.measured_spread) > 0.01]
+    p10, p50, p90 = (float(value) for value in np.quantile([row.spread_ratio for row in rows], [0.1, 0.5, 0.9]))
+    return {
+        "coverage": float(np.mean([row.covered for row in rows])),
+        "coverage_loose": float(np.mean([row.covered for row in loose])) if loose else math.nan,
+        "spread_p10": p10,
+        "spread_p50": p50,
+        "spread_p90": p90,
+    }
 
 
 def score(name: str, policy: str, most: int) -> Score:
@@ -176,6 +216,7 @@ def _rows(predictions: Mapping[str, tuple[float, float]], draws: Mapping[str, Me
             standard_error=item.error,
             predicted_spread=predictions[key][1],
             measured_spread=item.spread,
+            covered=covered(*predictions[key], item.moments),
         )
         for key, item in draws.items()
         if key in predictions
@@ -186,24 +227,32 @@ def table(scores: list[Score], policy: str) -> Table:
     """One line for each model, one for all together."""
     shown = Table(title=f"{PARTS[policy]}: error against the mean over draws, %", title_justify="left")
     shown.add_column("model")
-    for heading in ("draws", "modules", "p50", "p90", "p99", "apart", "in bounds"):
+    for heading in ("draws", "modules", "p50", "p90", "p99", "apart", "in bounds", "in band", "spread p10", "p50", "p90"):
         shown.add_column(heading, justify="right")
     shown.add_column("worst settled module")
     for item in scores:
         if item.failure:
-            shown.add_row(item.model, *["-"] * 7, item.failure)
+            shown.add_row(item.model, *["-"] * 11, item.failure)
             continue
         settled = [row for row in item.rows if row.is_settled]
         worst = max(settled, key=lambda row: row.error, default=None)
         place = "-" if worst is None else f"{worst.module} {100 * worst.error:.1f}"
         figures = [f"{100 * value:.2f}" for value in item.quantiles()]
         apart = str(len(item.rows) - len(settled))
-        shown.add_row(item.model, str(item.draws), str(len(item.rows)), *figures, apart, f"{100 * item.in_bounds():.1f}", place)
+        figures += [apart, f"{100 * item.in_bounds():.1f}", *_band_figures([item])]
+        shown.add_row(item.model, str(item.draws), str(len(item.rows)), *figures, place)
     count = sum(len(item.rows) for item in scores)
     shown.add_section()
     figures = [f"{100 * value:.2f}" for value in quantiles(scores)]
-    shown.add_row("all", "", str(count), *figures, "", f"{100 * in_bounds(scores):.1f}", "")
+    shown.add_row("all", "", str(count), *figures, "", f"{100 * in_bounds(scores):.1f}", *_band_figures(scores), "")
     return shown
+
+
+def _band_figures(scores: list[Score]) -> list[str]:
+    found = bands(scores)
+    if not found:
+        return ["-"] * 4
+    return [f"{100 * found['coverage']:.1f}", *(f"{found[key]:.2f}" for key in ("spread_p10", "spread_p50", "spread_p90"))]
 
 
 def main() -> None:
@@ -242,7 +291,7 @@ def write(found: Mapping[str, list[Score]]) -> None:
     for policy, scores in found.items():
         models = [_summary(item) for item in scores]
         kept[policy] = {"all": dict(zip(("p50", "p90", "p99"), quantiles(scores), strict=True)), "models": models}
-        kept[policy]["all"]["in_bounds"] = in_bounds(scores)
+        kept[policy]["all"] |= {"in_bounds": in_bounds(scores), **bands(scores)}
     RESULTS.parent.mkdir(exist_ok=True)
     RESULTS.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
 
@@ -257,6 +306,7 @@ def _summary(item: Score) -> dict[str, Any]:
         "failure": item.failure,
         **dict(zip(("p50", "p90", "p99"), item.quantiles(), strict=True)),
         "in_bounds": item.in_bounds(),
+        **bands([item]),
         "worst": [asdict(row) for row in settled[:5]],
         "apart": [asdict(row) for row in item.rows if not row.is_settled],
     }

@@ -72,7 +72,7 @@ def forward_pass(example: Example) -> dict[str, tuple[str, float]]:
     def note(key: str, module: nn.Module, tensor: torch.Tensor) -> None:
         found[key] = (type(module).__name__, _mean_square(tensor))
 
-    with torch.no_grad(), _noted(example.model, note):
+    with torch.no_grad(), module_outputs(example.model, note):
         example.model(*example.args, **(example.kwargs or {}))
     return found
 
@@ -85,7 +85,7 @@ def backward_pass(example: Example) -> dict[str, tuple[str, float]]:
         if tensor.requires_grad:
             tensor.register_hook(lambda g: found.__setitem__(key, (type(module).__name__, _mean_square(g))))
 
-    with _noted(example.model, note):
+    with module_outputs(example.model, note):
         result = example.model(*example.args, **(example.kwargs or {}))
     outputs = [tensor for tensor in tensor_leaves(result) if tensor.requires_grad]
     torch.autograd.backward(outputs, [torch.randn_like(tensor) for tensor in outputs])
@@ -100,7 +100,7 @@ def _mean_square(tensor: torch.Tensor) -> float:
 
 
 @contextmanager
-def _noted(model: nn.Module, note: Callable[[str, nn.Module, torch.Tensor], None]) -> Iterator[None]:
+def module_outputs(model: nn.Module, note: Callable[[str, nn.Module, torch.Tensor], None]) -> Iterator[None]:
     """Call ``note`` with the key, the module and the first floating-point output of every module call."""
     calls: dict[str, int] = {}
 

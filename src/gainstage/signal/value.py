@@ -141,7 +141,8 @@ class Value:
     level that it inherits from upstream. ``overlap``: how the cosine between what two places hold strays. ``lineage``: bit mask
     of the parameters it depends on. ``levels``: where some coordinates are louder than others by design (the query, key and value
     rows of one projection; the parts of a concatenation), the root mean square of each over that of the whole, with one
-    dimension for each axis, of size 1 where it does not vary. ``lean``: how each of those coordinates leans on the average over all, where this is not in proportion to its level.
+    dimension for each axis, of size 1 where it does not vary. ``lean``: how each of those coordinates
+    leans on the average over all, where this is not in proportion to its level.
     ``joined``: the tensors that were laid one after the other to make this one. ``near``: what places of a map that lie near
     each other share beyond the table's average. ``gram``: how the table's average over two positions of a sequence is spread
     over pairs of them. ``prior``: the known part of logits, apart from the table: minus infinity where a mask excludes. ``tilt``:

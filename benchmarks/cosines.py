@@ -1,0 +1,181 @@
+"""Predicted cosines of every module output, between samples, positions and channels, against the mean over draws.
+
+python -m benchmarks.cosines [--only resnet] [--most 16]
+
+For each dimension of a module's output with more than one coordinate: ``E[x_i x_j] / E[x^2]`` over all pairs of entries that
+differ in that dimension and in no other. In one draw it is ``((sum x)^2 - sum x^2) / (n (n - 1))``, averaged over the other
+dimensions, over the mean square; where positions are not alike, both are averages over all pairs of them. Models as they
+initialise themselves; a prediction is the mean of those from the parameters' moments in INSPECTED draws. Error: of the mean over
+draws, absolute; where that mean has a standard error above SETTLED, it says nothing and is left out. Writes
+benchmarks/results/cosines.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from benchmarks.measure import FEWEST, Measured, measured, module_outputs, one_thread
+from benchmarks.zoo.reference import Example, reference_models
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+from torch import nn
+
+import gainstage as gs
+from gainstage.propagate import Signal
+
+RESULTS = Path(__file__).with_name("results") / "cosines.json"
+WITHIN = 0.02
+SETTLED = 0.007  # so that three standard errors are about WITHIN
+INSPECTED = 4
+KINDS = ("samples", "other dimensions")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """One dimension of one module output."""
+
+    module: str
+    dim: int
+    predicted: float
+    measured: float
+    standard_error: float
+
+    @property
+    def error(self) -> float:
+        """Absolute."""
+        return abs(self.predicted - self.measured)
+
+    @property
+    def kind(self) -> str:
+        """Samples lie along dimension 0 of what nearly all modules return."""
+        return KINDS[0] if self.dim == 0 else KINDS[1]
+
+
+def cosine_pass(example: Example) -> dict[str, tuple[str, float]]:
+    """``"path@call dim"`` -> type and cosine of the call's first floating-point output in one forward pass."""
+    found: dict[str, tuple[str, float]] = {}
+
+    def note(key: str, module: nn.Module, tensor: torch.Tensor) -> None:
+        for dim, value in cosines(tensor).items():
+            found[f"{key} {dim}"] = (type(module).__name__, value)
+
+    with torch.no_grad(), module_outputs(example.model, note):
+        example.model(*example.args, **(example.kwargs or {}))
+    return found
+
+
+def cosines(tensor: torch.Tensor) -> dict[int, float]:
+    """Cosine of entries that differ in one dimension only, for each dimension of more than one coordinate; none of a zero."""
+    x = tensor.double()
+    squares = float(x.square().mean())
+    if squares <= 0.0:
+        return {}
+    return {
+        dim: (float(x.sum(dim).square().mean()) / n - squares) / (n - 1) / squares for dim, n in enumerate(tensor.shape) if n > 1
+    }
+
+
+def predicted(build: Callable[[int], Example]) -> dict[str, float]:
+    """As :func:`cosine_pass`, without a pass."""
+    found: dict[str, list[float]] = {}
+    for seed in range(INSPECTED):
+        example = build(seed)
+        for call in gs.inspect(example.model, example.args, example.kwargs).calls:
+            for dim, value in _of_signal(call.outputs[0]).items() if call.outputs else ():
+                found.setdefault(f"{call.path}@{call.call} {dim}", []).append(value)
+    return {key: float(np.mean(values)) for key, values in found.items()}
+
+
+def _of_signal(signal: Signal) -> dict[int, float]:
+    return {dim: signal.cosine(dim) for dim, n in enumerate(signal.shape) if n > 1}
+
+
+def rows_of(predictions: Mapping[str, float], draws: Mapping[str, Measured]) -> list[Row]:
+    """One for each cosine that was both predicted and measured."""
+    return [
+        Row(
+            module=key.rpartition(" ")[0],
+            dim=int(key.rpartition(" ")[2]),
+            predicted=predictions[key],
+            measured=item.mean,
+            standard_error=float(np.std(item.moments, ddof=1) / len(item.moments) ** 0.5),
+        )
+        for key, item in draws.items()
+        if key in predictions
+    ]
+
+
+def summary(rows: Sequence[Row]) -> dict[str, dict[str, float]]:
+    """Quantiles of the error of settled cosines and share of them within bounds, for each kind of dimension."""
+    found = {}
+    for kind in KINDS:
+        errors = [row.error for row in rows if row.kind == kind and row.standard_error <= SETTLED] or [float("nan")]
+        p50, p90, p99 = (float(value) for value in np.quantile(errors, [0.5, 0.9, 0.99]))
+        found[kind] = {"p50": p50, "p90": p90, "p99": p99, "within": float(np.mean(np.array(errors) <= WITHIN))}
+    return found
+
+
+def figures(found: Mapping[str, Mapping[str, float]]) -> list[str]:
+    """Cells of a table: for each kind p50, p90, p99 and the share within bounds, %."""
+    return [
+        f"{one[key]:.3f}" if key != "within" else f"{100 * one[key]:.1f}"
+        for one in found.values()
+        for key in ("p50", "p90", "p99", "within")
+    ]
+
+
+def main() -> None:
+    """Run, print, write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="", help="models whose names contain this")
+    parser.add_argument("--most", type=int, default=FEWEST, help="draws (default: %(default)s)")
+    options = parser.parse_args()
+    warnings.simplefilter("ignore")  # of the model libraries, about themselves
+    one_thread()
+    models = {name: build for name, build in reference_models().items() if options.only in name}
+    found: dict[str, list[Row]] = {}
+    with Progress(console=Console(stderr=True)) as progress:
+        for name, build in progress.track(list(models.items())):
+            draws = measured(f"{name}.cosines", build, cosine_pass, most=options.most)
+            found[name] = rows_of(predicted(build), draws)
+    console = Console(width=None if Console().is_terminal else 170)
+    shown = Table("model", *(f"{kind[:7]} {key}" for kind in KINDS for key in ("p50", "p90", "p99", "%")), "worst")
+    for name, rows in found.items():
+        worst = max(rows, key=lambda row: row.error if row.standard_error <= SETTLED else 0.0)
+        place = f"{worst.module} {worst.dim}: {worst.predicted:.3f}, not {worst.measured:.3f}"
+        shown.add_row(name, *figures(summary(rows)), place)
+    shown.add_row("all", *figures(summary([row for rows in found.values() for row in rows])))
+    console.print(shown)
+    if not options.only:
+        RESULTS.write_text(json.dumps(_result(found), indent=1) + "\n", encoding="utf-8")
+
+
+def _result(found: Mapping[str, Sequence[Row]]) -> dict[str, Any]:
+    models = [
+        {
+            "model": name,
+            "cosines": len(rows),
+            "settled": sum(row.standard_error <= SETTLED for row in rows),
+            **summary(rows),
+            "worst": [asdict(row) for row in sorted(rows, key=lambda row: -row.error)[:5]],
+        }
+        for name, rows in found.items()
+    ]
+    every = [row for rows in found.values() for row in rows]
+    return {
+        "all": {"cosines": len(every), "settled": sum(row.standard_error <= SETTLED for row in every), **summary(every)},
+        "models": models,
+    }
+
+
+if __name__ == "__main__":
+    main()
