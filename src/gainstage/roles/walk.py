@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from gainstage.graph import NodeKind
-from gainstage.roles.coordinates import arriving, last_selections, numbered, values_of
+from gainstage.roles.coordinates import arriving, distinct, last_selections, numbered, values_of
 from gainstage.roles.families import (
     ATTENTION,
     CONTRACTIONS,
@@ -175,8 +175,8 @@ def arriving_rows(wiring: Wiring, site: Site, start: int, nodes: frozenset[int])
     arrived = arriving(wiring, site.node, channels, targets, below)
     if not arrived:
         return None
-    reached = torch.unique(site.rows[values_of(arrived)])
-    return None if len(reached) == len(torch.unique(site.rows)) else reached
+    reached = distinct(site.rows[values_of(arrived)])
+    return None if len(reached) == len(distinct(site.rows)) else reached
 
 
 def _between(wiring: Wiring, source: int, nodes: frozenset[int]) -> set[int]:

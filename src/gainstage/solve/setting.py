@@ -7,6 +7,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
+import numpy as np
+
 from gainstage.graph import ParameterInfo
 from gainstage.plan import Distribution, Mixing
 from gainstage.roles import Roles, Use
@@ -57,7 +59,9 @@ class Setting:
         return self._average(self.variances)
 
     def _average(self, numbers: tuple[float, ...]) -> float:
-        return sum(size * number for size, number in zip(self.sizes, numbers, strict=True)) / self.cuts[-1]
+        if len(numbers) == 1:
+            return numbers[0]
+        return float(np.dot(np.diff(self.cuts), numbers)) / self.cuts[-1]
 
     @property
     def profile(self) -> tuple[tuple[int, int, int, float], ...]:
