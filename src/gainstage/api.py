@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -34,10 +35,10 @@ from gainstage.propagate import (
     table_value,
 )
 from gainstage.report.progress import progress_bar
-from gainstage.roles import infer_roles, is_data
+from gainstage.roles import Roles, infer_roles, is_data
 from gainstage.signal import Value
 from gainstage.signal.gain import gain
-from gainstage.solve import Present, find_balance, find_family, planned_values, solve
+from gainstage.solve import Present, attention_signals, find_balance, find_family, planned_values, solve
 from gainstage.verify import Check, check_inputs, check_mode, check_operations, check_values, verify_drawn
 from gainstage.verify import verify as compare_with
 
@@ -73,17 +74,17 @@ def inspect(
         trace.parameters["layer1.0.conv1.weight"].gradient_second_moment
     """
     graph = capture(model, args, kwargs, loss=loss, buffers=known_buffers(model))
-    values = present_values(graph, model)
-    return build_trace(graph, values, propagate_backward(graph, values))
+    roles = infer_roles(graph)
+    values = present_values(graph, model, roles)
+    trace = build_trace(graph, values, propagate_backward(graph, values))
+    return replace(trace, attention=attention_signals(graph, roles, values))
 
 
-def present_values(graph: Graph, model: nn.Module) -> dict[str, Any]:
+def present_values(graph: Graph, model: nn.Module, roles: Roles) -> dict[str, Any]:
     """Every node at the present parameters: independent entries with their moments, slice by slice where slices differ."""
     tensors = {name: tensor for name, tensor in model.named_parameters() if name in graph.parameters}
     moments = parameter_moments(tensors)
     index = {name: position for position, name in enumerate(graph.parameters)}
-
-    roles = infer_roles(graph)
 
     def present(info: ParameterInfo) -> Value:
         tensor = tensors[info.name]
@@ -248,7 +249,7 @@ def verify(
     graph = capture(model, args, given)
 
     def present() -> Trace:
-        return build_trace(graph, present_values(graph, model))
+        return build_trace(graph, present_values(graph, model, infer_roles(graph)))
 
     return compare_with(graph, model, args, given, plan=plan, present=present)
 

@@ -12,9 +12,10 @@ from gainstage.propagate.statistics import (
     parameter_value,
     table_value,
 )
-from gainstage.propagate.trace import CallSignals, ParameterStatistics, Signal, Trace
+from gainstage.propagate.trace import AttentionSignal, CallSignals, ParameterStatistics, Signal, Trace
 
 __all__ = [
+    "AttentionSignal",
     "Backward",
     "CallSignals",
     "ParameterStatistics",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -107,6 +107,20 @@ class CallSignals:
     outputs: tuple[Signal, ...]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttentionSignal:
+    """One attention at step zero.
+
+    ``logit_variance``: over the keys, of what queries and keys make. ``entropy``: over that of equal probabilities, 1 at most.
+    """
+
+    node: str
+    path: str
+    keys: int
+    logit_variance: float
+    entropy: float
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Trace:
     """Everything predicted for one model: by module call, by node, by parameter."""
@@ -118,6 +132,7 @@ class Trace:
     sampled: tuple[str, ...] = ()
     sampled_backward: tuple[str, ...] = ()
     assumptions: tuple[str, ...] = ()
+    attention: tuple[AttentionSignal, ...] = ()
 
     @property
     def modules(self) -> Mapping[str, tuple[Signal, ...]]:
@@ -146,6 +161,7 @@ class Trace:
                 name: {"second_moment": p.second_moment, "gradient_second_moment": p.gradient_second_moment}
                 for name, p in self.parameters.items()
             },
+            "attention": [asdict(signal) for signal in self.attention],
             "sampled": list(self.sampled),
             "sampled_backward": list(self.sampled_backward),
             "assumptions": list(self.assumptions),

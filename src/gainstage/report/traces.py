@@ -48,6 +48,11 @@ def trace_report(trace: Trace, *, grouped: bool = True) -> Report[Block[ModuleRo
 
 def _remarks(trace: Trace) -> list[Text]:
     remarks = [Text("cosine: between entries of two samples, or of two positions, E[xᵢxⱼ] / E[x²]", style="dim")]
+    if trace.attention:
+        variances = span(signal.logit_variance for signal in trace.attention)
+        entropies = span(signal.entropy for signal in trace.attention)
+        many = plural(len(trace.attention), "attention")
+        remarks.append(Text(f"{many}: logits with variance {variances} over the keys, entropy {entropies} of the most"))
     if trace.sampled:
         shown = ", ".join(trace.sampled[:8]) + (", ..." if len(trace.sampled) > 8 else "")
         remarks.append(Text(f"sampled for want of a rule, so noisier: {plural(len(trace.sampled), 'node')} ({shown})"))

@@ -42,6 +42,44 @@ def participation(variance: float, count: float) -> float:
     return min(max(total, 1.0 / count), 1.0)
 
 
+@lru_cache(maxsize=4096)
+def entropy(variance: float, count: float) -> float:
+    """``E[-sum p log p] = log n + int_0^s t (1 - P(t)) dt - s^2 (1 - P(s))`` for n independent logits of variance s^2.
+
+    P is the participation. By Stein's lemma ``E[sum p l] = s^2 (1 - P(s))`` and ``d E[log sum exp l] / d s = s (1 - P(s))``.
+    """
+    if count <= 1.0:
+        return 0.0
+    std = max(variance, 0.0) ** 0.5
+    points, mass = np.polynomial.legendre.leggauss(12)
+    t = 0.5 * std * (points + 1.0)
+    grown = sum(0.5 * std * m * s * (1.0 - participation(float(s**2), count)) for s, m in zip(t, mass, strict=True))
+    return float(np.log(count) + grown - variance * (1.0 - participation(variance, count)))
+
+
+def relative_entropy(x: Value, variance: float) -> float:
+    """Entropy of a softmax over the last dimension over that of equal ones, averaged over rows that see two keys or more.
+
+    Logits of this variance; what is known of them beforehand counts as in :func:`softmax`: weights a of entropy H act like
+    ``1 / sum a^2`` equal keys, to the difference of their logarithm and H.
+    """
+    dim = len(x.dims) - 1
+    if x.prior is None:
+        return entropy(variance, x.shape[dim]) / float(np.log(x.shape[dim])) if x.shape[dim] > 1 else 1.0
+    share = _shares(x, dim).reshape(-1, x.shape[dim])
+    seen = (share > 1e-9).sum(1).double()
+    known, sizes = torch.special.entr(share).sum(1), 1.0 / share.square().sum(1)
+    rows = torch.unique(
+        torch.stack([seen, known.double(), sizes.double()], 1)[seen > 1].round(decimals=3), dim=0, return_counts=True
+    )
+    if not len(rows[1]):
+        return 1.0
+    picked = np.unique(np.round(np.geomspace(float(rows[0][:, 2].min()), float(rows[0][:, 2].max()), 24), 3))
+    lost = np.interp(rows[0][:, 2].numpy(), picked, [np.log(n) - entropy(variance, float(n)) for n in picked])
+    found = (rows[0][:, 1].numpy() - lost) / np.log(rows[0][:, 0].numpy())
+    return float(np.average(np.maximum(found, 0.0), weights=rows[1].numpy()))
+
+
 def softmax(x: Value, dim: int) -> Value:
     """Probabilities along a dimension, given what is known beforehand of the logits (a mask, a bias).
 
