@@ -30,7 +30,7 @@ from gainstage.signal.quadrature import (
     sum_quantiles,
     weights,
 )
-from gainstage.signal.spread import product_stray
+from gainstage.signal.spread import after_shift, product_stray
 from gainstage.signal.uneven import of_product, of_sum
 from gainstage.signal.value import Lean, Statistic, Value, gaussian, statistic_at
 
@@ -85,11 +85,11 @@ def affine(x: Value, scale: float, shift: float = 0.0) -> Value:
         statistic, profile = statistic_at(x.statistic.of, scale * x.centres() + shift, profile)
     constant = None if x.constant is None else x.constant * scale + shift
     amplitude = scale * amplitude_of(x)
-    rho = x.correlation()
-    return replace(
-        x, mean=mean, table=table, marginal=marginal, rho=rho, statistic=statistic, constant=constant, amplitude=amplitude,
-        levels=profile,
+    result = replace(
+        x, mean=mean, table=table, marginal=marginal, rho=x.correlation(), statistic=statistic, constant=constant,
+        amplitude=amplitude, levels=profile,
     )  # fmt: skip
+    return after_shift(result, x) if shift else result
 
 
 def averaged(table: Array, positions: Sequence[int], axes: Sequence[Axis]) -> Array:

@@ -26,6 +26,7 @@ from gainstage.signal.quadrature import (
     nodes,
     power_series,
     quantiles,
+    stray_passed,
 )
 from gainstage.signal.spread import held
 from gainstage.signal.uneven import with_means
@@ -121,8 +122,8 @@ def apply(function: Function, x: Value) -> Value:
 
     values = _within_domain(on_grid(x.marginal.values))
     result = on_latent(x, values) if x.levels is None else _on_levels(x, values, on_grid)
-    slope = _log_slope(x, values, function)
-    result = replace(result, log_variance=slope**2 * x.log_variance)
+    passed = stray_passed(x.marginal.values, values) if x.log_variance else 0.0
+    result = replace(result, log_variance=passed**2 * x.log_variance)
     for differing in (with_means, with_shapes):
         result = differing(x, result, lambda grid: _within_domain(on_grid(grid)))
     statistic = None
@@ -145,17 +146,6 @@ def slope(function: Function, x: Value) -> Value:
     left, right = here - call_on(function, points - step), call_on(function, points + step) - here
     size = np.sqrt((left**2 + right**2) / 2.0) / step
     return on_latent(x, np.where(left + right < 0.0, -size, size))
-
-
-def _log_slope(x: Value, values: Array, function: Function) -> float:
-    """``d log E[f^2] / d log E[x^2]``: how a stray level is passed on."""
-    if x.log_variance == 0.0:
-        return 0.0
-    base = expectation(values**2)
-    louder = expectation(_within_domain(call_on(function, x.marginal.values * 1.05)) ** 2)
-    if base <= 0.0 or louder <= 0.0:
-        return 0.0
-    return float(np.log(louder / base) / (2 * np.log(1.05)))
 
 
 def align(x: Value, y: Value) -> tuple[Value, Value]:

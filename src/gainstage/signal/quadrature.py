@@ -74,6 +74,18 @@ def flattened(wanted: float) -> Array:
     return standardised((1.0 - share) * normal + share * uniform, 0.0, 1.0)
 
 
+def stray_passed(before: Array, after: Array) -> float:
+    """``d log E[g^2] / d log E[f^2]`` by the scale of the z that both are functions of: how a stray level is passed on."""
+    turned, made = (_louder(values) for values in (before, after))
+    return made / turned if abs(turned) > 1e-6 else 0.0
+
+
+def _louder(values: Array) -> float:
+    """``log E[f(1.05 z)^2] - log E[f(z)^2]``."""
+    base, louder = expectation(values**2), expectation(np.interp(1.05 * nodes(), nodes(), values) ** 2)
+    return float(np.log(louder / base)) if base > 0.0 and louder > 0.0 else 0.0
+
+
 def power_series(values: Array) -> Array:
     """Coefficients ``c_n`` of ``E[f(z) f(z')] = sum_n c_n rho^n`` (Mehler), n = 0..ORDER+1.
 

@@ -16,7 +16,7 @@ import numpy as np
 from gainstage.signal.axes import Axis
 from gainstage.signal.few import shaped
 from gainstage.signal.overlap import Taps, after_kernel, patch_share
-from gainstage.signal.quadrature import kurtosis
+from gainstage.signal.quadrature import kurtosis, stray_passed
 from gainstage.signal.uneven import is_centred, of_weights
 from gainstage.signal.value import Value
 
@@ -95,6 +95,15 @@ def held(x: Value, share: float = 1.0) -> Value:
     3/n after ReLU, where free entries have 5/n. ``share``: of the square that the norm divides by, what is not its epsilon.
     """
     return replace(x, log_variance=-(share**2) * x.fluctuation())
+
+
+def after_shift(y: Value, x: Value) -> Value:
+    """For ``y = a x + b``: what strays of the level, or of a cosine, is a smaller or larger part of the second moment."""
+    if y.second_moment <= 0.0:
+        return y
+    part = y.variance / y.second_moment * (x.second_moment / x.variance) if x.variance > 0.0 else 1.0
+    level = stray_passed(x.marginal.values, y.marginal.values) if x.log_variance else 0.0
+    return replace(y, log_variance=level**2 * x.log_variance, overlap=x.overlap.times(part**2))
 
 
 def product_stray(x: Value, y: Value, product: Value) -> float:
