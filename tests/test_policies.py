@@ -15,7 +15,7 @@ from gainstage.roles import Branch, Role, Setter, Stream
 
 
 def test_every_policy_says_something_of_every_role_and_where_it_comes_from():
-    assert set(POLICIES) == {"unit", "torch", "he", "glorot", "lecun", "gpt2"}
+    assert set(POLICIES) == {"unit", "isometric", "torch", "he", "glorot", "lecun", "gpt2"}
     for policy in POLICIES.values():
         assert set(policy.targets) == set(Role)
         assert policy.source

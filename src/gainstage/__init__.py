@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from gainstage import policies
-    from gainstage.api import apply, calibrate, gain, initialize, inspect, measure_inputs, plan, verify
+    from gainstage.api import apply, calibrate, gain, initialize, inspect, measure_inputs, plan, tailor, verify
     from gainstage.apply import materialize, param_init_fn
     from gainstage.calibrate import Calibration, CalibrationRow
     from gainstage.errors import (
@@ -75,12 +75,13 @@ __all__ = [
     "param_groups",
     "param_init_fn",
     "plan",
+    "tailor",
     "verify",
 ]
 
 # Where each public name lives; what stands in neither tuple is an exception of gainstage.errors.
 _HOMES = {
-    "gainstage.api": ("apply", "calibrate", "gain", "initialize", "inspect", "measure_inputs", "plan", "verify"),
+    "gainstage.api": ("apply", "calibrate", "gain", "initialize", "inspect", "measure_inputs", "plan", "tailor", "verify"),
     "gainstage.apply": ("materialize", "param_init_fn"),
     "gainstage.calibrate": ("Calibration", "CalibrationRow"),
     "gainstage.inputs": ("InputStatistics", "TokenStatistics"),

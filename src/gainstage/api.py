@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from gainstage.apply import apply
+from gainstage.apply import apply, tailor
 from gainstage.apply.buffers import known_buffers
 from gainstage.apply.drawn import DrawnParameters
 from gainstage.calibrate import Calibration
@@ -42,7 +42,7 @@ from gainstage.solve import Present, attention_signals, find_balance, find_famil
 from gainstage.verify import Check, check_inputs, check_mode, check_operations, check_values, verify_drawn
 from gainstage.verify import verify as compare_with
 
-__all__ = ["apply", "calibrate", "gain", "initialize", "inspect", "measure_inputs", "plan", "verify"]
+__all__ = ["apply", "calibrate", "gain", "initialize", "inspect", "measure_inputs", "plan", "tailor", "verify"]
 
 
 def inspect(
@@ -99,7 +99,7 @@ def present_values(graph: Graph, model: nn.Module, roles: Roles) -> dict[str, An
 
 def plan(
     model: nn.Module, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None, *, policy: str | Policy = "unit",
-    balance: str = "forward", roles: Mapping[str, str] | None = None, distribution: str = "normal", keep: Sequence[str] = (),
+    balance: str = "forward", roles: Mapping[str, str] | None = None, distribution: str | None = None, keep: Sequence[str] = (),
     include_frozen: bool = False, inputs: Measured | Mapping[str, Measured] | None = None,
 ) -> Plan:  # fmt: skip
     """Choose a distribution for every parameter; change nothing.
@@ -108,11 +108,12 @@ def plan(
         model: any module, also on the meta device, in the mode that it will be trained in.
         args: positional example inputs; their statistics are measured, those on the meta device are taken as standard normal.
         kwargs: keyword inputs.
-        policy: a named set of targets (unit, torch, he, glorot, lecun, gpt2), or one of your own.
+        policy: a named set of targets (unit, isometric, torch, he, glorot, lecun, gpt2), or one of your own.
         balance: which direction hidden weights keep second moments in: forward, backward (of gradients), or geometric, the
             geometric mean of both variances. Logits, shares of branches and heads keep their meaning forward.
         roles: glob pattern of parameter names -> role, where the graph is not to decide.
-        distribution: what weights are drawn from: normal, truncated_normal, uniform, orthogonal or delta_orthogonal.
+        distribution: what weights are drawn from: normal, truncated_normal, uniform, orthogonal or delta_orthogonal; by default
+            what the policy says.
         keep: glob patterns of parameters to leave as they are.
         include_frozen: plan parameters that take no gradient, too.
         inputs: what :func:`measure_inputs` found, of the first input, or by the name of an input. It takes the place of what the
@@ -132,7 +133,8 @@ def plan(
         plan = gs.plan(model, (x,))
         print(plan.explain("layer3.0.conv2.weight"))
     """
-    chosen, direction, family = find_policy(policy), find_balance(balance), find_family(distribution)
+    chosen, direction = find_policy(policy), find_balance(balance)
+    family = find_family(distribution or chosen.distribution)
     args, kwargs = with_tokens(model, args, kwargs or {}, inputs)
     graph = capture(model, args, kwargs, buffers=known_buffers(model))
     known = {

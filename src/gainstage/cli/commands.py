@@ -208,7 +208,7 @@ def console() -> Console:
 
 
 def _plan_arguments(
-    *, policy: str, balance: str, distribution: str, roles: tuple[str, ...], keep: tuple[str, ...], include_frozen: bool
+    *, policy: str, balance: str, distribution: str | None, roles: tuple[str, ...], keep: tuple[str, ...], include_frozen: bool
 ) -> Any:
     pairs = {}
     for text in roles:

@@ -108,7 +108,7 @@ def plan_options(command: _Command) -> _Command:
                 show_default=True,
                 help="What hidden weights keep: forward, backward (gradients), or geometric, the mean of both.",
             ),
-            click.option("--distribution", default="normal", show_default=True, help="Family that weights are drawn from."),
+            click.option("--distribution", help="Family that weights are drawn from.  [default: what the policy says]"),
             click.option("--role", "roles", multiple=True, metavar="PATTERN=ROLE", help="Role of matching parameters; repeat."),
             click.option("--keep", multiple=True, metavar="PATTERN", help="Parameters to leave as they are; repeat."),
             click.option("--include-frozen", is_flag=True, help="Plan parameters that take no gradient, too."),

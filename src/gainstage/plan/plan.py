@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import torch
 
 from gainstage.errors import InputError, PlanMismatchError, UnknownNameError, nearest
+from gainstage.plan.activation import ActivationPlan
 from gainstage.plan.distribution import ParameterPlan
 from gainstage.plan.schema import SCHEMA_VERSION, checked, read_fields, write_fields
 from gainstage.plan.script import script_of
@@ -48,6 +49,7 @@ class Plan:
         predictions: "path@call" -> second moments of the outputs of that module call, averaged over draws and inputs.
         spreads: "path@call" -> predicted deviations of the logs of these second moments from one draw to another.
         notes: what a reader has to know, one sentence each.
+        activations: changes to activation modules that the policy proposes; only :func:`gainstage.tailor` makes them.
 
     Raises:
         InputError: parameters under other names than their own, predictions that are negative or not finite.
@@ -61,6 +63,7 @@ class Plan:
     predictions: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     spreads: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    activations: tuple[ActivationPlan, ...] = ()
     version: int = field(default=SCHEMA_VERSION, init=False)
 
     def __post_init__(self) -> None:
@@ -91,10 +94,10 @@ class Plan:
         return Plan.from_json, (self.to_json(),)
 
     def explain(self, name: str) -> str:
-        """The distribution of one parameter and how it was derived, as text.
+        """The distribution of one parameter and how it was derived, as text; or the change that is proposed for an activation.
 
         Args:
-            name: any name of the parameter; a tied parameter has several.
+            name: any name of the parameter (a tied parameter has several), or the path of an activation module.
 
         Raises:
             UnknownNameError: for a name that the plan does not have.
@@ -102,6 +105,9 @@ class Plan:
         for parameter in self.parameters.values():
             if name == parameter.name or name in parameter.aliases:
                 return str(parameter)
+        for activation in self.activations:
+            if name == activation.module:
+                return str(activation)
         known = [known for parameter in self.parameters.values() for known in (parameter.name, *parameter.aliases)]
         raise UnknownNameError(f"The plan has no parameter {name!r}{nearest(name, known)}.")
 

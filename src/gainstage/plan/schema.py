@@ -10,6 +10,7 @@ from dataclasses import asdict
 from typing import Any, TypeVar
 
 from gainstage.errors import InputError, PlanFormatError, nearest
+from gainstage.plan.activation import ActivationPlan
 from gainstage.plan.distribution import Block, Distribution, Family, ParameterPlan, Passage
 from gainstage.plan.mixing import Mixing
 
@@ -37,6 +38,7 @@ def write_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
         "version": SCHEMA_VERSION,
         **{key: fields[key] for key in ("policy", "balance", "fingerprint", "training")},
         "notes": list(fields["notes"]),
+        "activations": [{**asdict(change), "derivation": list(change.derivation)} for change in fields["activations"]],
         "parameters": {name: _parameter_to_dict(parameter) for name, parameter in fields["parameters"].items()},
         "predictions": calls,
     }
@@ -85,7 +87,9 @@ def read_fields(text: object) -> dict[str, Any]:
             "use the release of gainstage that wrote it, or make the plan again",
         )
     entries = _record(
-        value, "", ("version", "policy", "balance", "fingerprint", "training", "notes", "parameters", "predictions")
+        value,
+        "",
+        ("version", "policy", "balance", "fingerprint", "training", "notes", "activations", "parameters", "predictions"),
     )
     if not isinstance(entries["training"], bool):
         raise _expected("true or false", entries["training"], "training")
@@ -102,6 +106,7 @@ def read_fields(text: object) -> dict[str, Any]:
         "fingerprint": _text(entries["fingerprint"], "fingerprint"),
         "training": entries["training"],
         "notes": _items(entries["notes"], "notes", _text),
+        "activations": _items(entries["activations"], "activations", _read_activation),
         "parameters": {
             name: _read_parameter(name, parameter, f"parameters[{_quoted(name)}]")
             for name, parameter in _entries(entries["parameters"], "parameters").items()
@@ -228,6 +233,20 @@ def _read_block(value: object, place: str) -> Block:
     entries = _record(value, place, ("dim", "start", "stop", "distribution"))
     dim, start, stop = (_integer(entries[key], f"{place}.{key}") for key in ("dim", "start", "stop"))
     return Block(dim, start, stop, _read_distribution(entries["distribution"], f"{place}.distribution"))
+
+
+def _read_activation(value: object, place: str) -> ActivationPlan:
+    factors = ("alpha", "beta", "gamma", "delta")
+    entries = _record(value, place, ("module", "module_type", *factors, "negative_slope", "derivation"))
+    slope = entries["negative_slope"]
+    read: dict[str, Any] = {
+        "module": _text(entries["module"], f"{place}.module"),
+        "module_type": _text(entries["module_type"], f"{place}.module_type"),
+        **{name: _number(entries[name], f"{place}.{name}") for name in factors},
+        "negative_slope": None if slope is None else _number(slope, f"{place}.negative_slope"),
+        "derivation": _items(entries["derivation"], f"{place}.derivation", _text),
+    }
+    return checked(lambda: ActivationPlan(**read), place)
 
 
 def _read_passage(value: object, place: str) -> Passage:

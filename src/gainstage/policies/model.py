@@ -111,6 +111,20 @@ Target = (
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Tailoring:
+    """What the network's map of cosines is to be, where activations may be changed for it.
+
+    ``cosine``: where a network of ReLUs takes two inputs that have nothing in common (cosine 0); ``curvature``: ``C''(1)`` of a
+    network of smooth activations, whose ``C'(1)`` is 1 then (both as Zhang et al. 2022, arXiv:2203.08120, recommend them).
+    ``slope``: the largest ``C'(1)`` of the network as it is that is left alone (Martens et al. 2021, arXiv:2110.01765).
+    """
+
+    cosine: float = 0.9
+    curvature: float = 0.3
+    slope: float = 1.5
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Policy:
     """Targets by role. :func:`gainstage.plan` takes one, or the name of one that ships with the package.
 
@@ -118,6 +132,8 @@ class Policy:
         name: as it stands in plans.
         targets: a target for every role.
         source: the paper and equation that the targets come from.
+        distribution: family that weights are drawn from, unless the user asks for another.
+        tailoring: targets for activations that may be changed; None: no change is proposed.
 
     Raises:
         InputError: a role has no target.
@@ -130,6 +146,8 @@ class Policy:
     name: str
     targets: Mapping[Role, Target]
     source: str
+    distribution: str = "normal"
+    tailoring: Tailoring | None = None
 
     def __post_init__(self) -> None:
         """Freeze the targets and check that every role has one."""

@@ -5,9 +5,10 @@ from __future__ import annotations
 from gainstage.errors import InputError, UnknownNameError, nearest
 from gainstage.policies.classical import GLOROT, GPT2, HE, LECUN, TORCH
 from gainstage.policies.default import UNIT
+from gainstage.policies.isometric import ISOMETRIC
 from gainstage.policies.model import Policy
 
-POLICIES = {policy.name: policy for policy in (UNIT, TORCH, HE, GLOROT, LECUN, GPT2)}
+POLICIES = {policy.name: policy for policy in (UNIT, ISOMETRIC, TORCH, HE, GLOROT, LECUN, GPT2)}
 
 
 def find_policy(policy: str | Policy) -> Policy:

@@ -86,6 +86,14 @@ class Passages:
         forward = values[node.name].second_moment / first.second_moment
         return Passage(origin=origin, forward=forward, backward=max(back.second_moment, 0.0))
 
+    def between(self, own: Own, values: Mapping[str, Any]) -> list[str]:
+        """Nodes that lie between the origin of a contraction's input and the contraction."""
+        node = self._graph.by_name[own.use.node]
+        operand = data_operand(node, values)
+        if operand is None or operand[0] not in self._carries:
+            return []
+        return [inside.name for inside in self._segment(self._origin[operand[0]], operand[0], node)[1:-1]]
+
     def wanted(self, own: Own, values: Mapping[str, Any], variance: float, forward: float) -> float:
         """The variance that keeps the second moment of the signal, that of the gradient, or the geometric mean of both.
 

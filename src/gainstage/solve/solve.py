@@ -10,7 +10,7 @@ from typing import Any
 from gainstage.errors import InputError
 from gainstage.graph import Graph, Node, fingerprint
 from gainstage.inputs import InputStatistics
-from gainstage.plan import Block, Distribution, Family, ParameterPlan, Plan
+from gainstage.plan import ActivationPlan, Block, Distribution, Family, ParameterPlan, Plan
 from gainstage.policies import Level, Policy, UnitGates
 from gainstage.propagate import Signal, check_supported
 from gainstage.roles import Role, Roles, Use
@@ -23,6 +23,7 @@ from gainstage.solve.initial import Present, initial_settings
 from gainstage.solve.passage import Balance, Passages
 from gainstage.solve.recurrent import is_recurrent, unit_gates
 from gainstage.solve.setting import Setting
+from gainstage.solve.tailoring import propose_activations
 from gainstage.solve.walk import Prepare, Walk
 from gainstage.solve.whitened import find_first_layers
 
@@ -67,6 +68,7 @@ def solve(
         if layer.bias is not None:
             parameters[layer.bias] = layer.bias_of(parameters[layer.parameter], parameters[layer.bias])
     predictions, spreads = _predictions(graph, solution.values)
+    activations, remarks = _activations(policy, explainer)
     return Plan(
         policy=policy.name,
         parameters=parameters,
@@ -75,8 +77,18 @@ def solve(
         balance=balance.value,
         predictions=predictions,
         spreads=spreads,
-        notes=(*_notes(policy, explainer), *first.notes),
+        notes=(*_notes(policy, explainer), *first.notes, *remarks),
+        activations=activations,
     )
+
+
+def _activations(policy: Policy, explainer: Explainer) -> tuple[tuple[ActivationPlan, ...], tuple[str, ...]]:
+    """Changes to activations, where the policy has targets for them."""
+    if policy.tailoring is None:
+        return (), ()
+    values = explainer.solution.values
+    between = [name for own in explainer.demands.own for name in explainer.passages.between(own, values)]
+    return propose_activations(explainer.graph, values, between, policy.tailoring)
 
 
 def _preparations(graph: Graph, policy: Policy) -> dict[str, Prepare]:
