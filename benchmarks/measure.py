@@ -65,14 +65,17 @@ def measured(name: str, draw: Callable[[int], Example], run: Pass, *, most: int 
     return _collected(kept[:most])
 
 
-def forward_pass(example: Example) -> dict[str, tuple[str, float]]:
-    """``"path@call"`` -> type and mean square of the call's first floating-point output in one forward pass."""
+def forward_pass(example: Example, *, with_grad: bool = False) -> dict[str, tuple[str, float]]:
+    """``"path@call"`` -> type and mean square of the call's first floating-point output in one forward pass.
+
+    ``with_grad``: for models that differentiate inside forward.
+    """
     found: dict[str, tuple[str, float]] = {}
 
     def note(key: str, module: nn.Module, tensor: torch.Tensor) -> None:
         found[key] = (type(module).__name__, _mean_square(tensor))
 
-    with torch.no_grad(), module_outputs(example.model, note):
+    with torch.set_grad_enabled(with_grad), module_outputs(example.model, note):
         example.model(*example.args, **(example.kwargs or {}))
     return found
 

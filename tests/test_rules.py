@@ -14,6 +14,7 @@ CASES: list[RuleCase] = [*pointwise.CASES, *movement.CASES, *contraction.CASES, 
 UNSAMPLED = {  # ops whose result is not random numbers that could be compared, and why
     aten.empty.memory_format: "memory that something else is written into",
     aten.empty_like.default: "memory that something else is written into",
+    aten.item.default: "a number, not a tensor",
     aten.new_empty.default: "memory that something else is written into",
 }
 

@@ -17,7 +17,7 @@ from gainstage.calibrate import Calibration
 from gainstage.calibrate import calibrate as calibrate_to
 from gainstage.capture import capture
 from gainstage.errors import InputError, UnknownNameError, nearest
-from gainstage.graph import Graph, Node, NodeKind, ParameterInfo, TensorMeta
+from gainstage.graph import Graph, Node, NodeKind, ParameterInfo, TensorMeta, real_parameters
 from gainstage.inputs import InputStatistics, Measured, TokenStatistics, by_name, with_tokens
 from gainstage.inputs import measure_inputs as gather_inputs
 from gainstage.plan import Plan
@@ -82,7 +82,7 @@ def inspect(
 
 def present_values(graph: Graph, model: nn.Module, roles: Roles) -> dict[str, Any]:
     """Every node at the present parameters: independent entries with their moments, slice by slice where slices differ."""
-    tensors = {name: tensor for name, tensor in model.named_parameters() if name in graph.parameters}
+    tensors = {name: tensor for name, tensor in real_parameters(model).items() if name in graph.parameters}
     moments = parameter_moments(tensors)
     index = {name: position for position, name in enumerate(graph.parameters)}
 
@@ -323,7 +323,7 @@ def measured_input(node: Node) -> Value:
 
 def moments_of(model: nn.Module) -> Callable[[str], tuple[float, float] | None]:
     """Mean and variance of a parameter's present values, measured when asked for; None on the meta device."""
-    tensors = dict(model.named_parameters())
+    tensors = real_parameters(model)
 
     def moments(name: str) -> tuple[float, float] | None:
         return None if tensors[name].is_meta else parameter_moments({name: tensors[name]})[name]

@@ -32,7 +32,7 @@ class UnsupportedOpError(GainstageError):
 
 
 class UnsupportedParameterError(GainstageError):
-    """A parameter that is quantized, complex, sparse, lazy and uninitialised, or of size zero."""
+    """A parameter that is quantized, sparse or no floating-point number, or lazy where its values are needed."""
 
 
 class NonFiniteError(GainstageError):

@@ -89,6 +89,8 @@ OF_TWO = (
     aten.mul.Tensor,
     aten.maximum.default,
     aten.minimum.default,
+    aten.tanh_backward.default,
+    aten.sigmoid_backward.default,
 )
 APART = correlated((4, 6, 10), std=1.5, shares={(2,): 0.2})  # channels have nothing in common, as after a linear map
 STEPS = "a jump falls between two points of the grid"

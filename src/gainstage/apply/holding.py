@@ -15,6 +15,7 @@ from gainstage.apply.box import grid_boxes, whole_box
 from gainstage.apply.flattened import flat_views, flattened_holdings
 from gainstage.apply.parts import Holding, join, walk
 from gainstage.errors import InputError, PlanMismatchError
+from gainstage.graph import as_real
 
 
 def holdings_of(model: nn.Module, known: Container[str] = ()) -> dict[str, Holding]:
@@ -56,12 +57,14 @@ def _holding(name: str, parameter: nn.Parameter) -> Holding:
     tensor: Any = sys.modules.get("torch.distributed.tensor")
     shape = tuple(parameter.shape)
     if tensor is None or not isinstance(parameter, tensor.DTensor):
+        memory = as_real(parameter.detach())
+        shape = tuple(memory.shape)
         return Holding(
             shape=shape,
-            dtype=parameter.dtype,
+            dtype=memory.dtype,
             aliases=(),
             parameter=parameter,
-            memory=parameter.detach(),
+            memory=memory,
             boxes=(whole_box(shape),),
         )
     with torch.no_grad():  # the local tensor itself, not a copy that autograd knows

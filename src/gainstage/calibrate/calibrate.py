@@ -14,7 +14,7 @@ from gainstage.calibrate.result import Calibration
 from gainstage.calibrate.scaling import Scaling
 from gainstage.calibrate.sites import collect_sites
 from gainstage.errors import NonFiniteError
-from gainstage.graph import Graph
+from gainstage.graph import Graph, real_parameters
 from gainstage.plan import Plan
 from gainstage.roles import Roles
 
@@ -33,7 +33,7 @@ def calibrate(graph: Graph, roles: Roles, plan: Plan, planned: Mapping[str, Any]
         NonFiniteError: NaN or infinity arises in the pass, or in a parameter that is scaled.
         InputError: the pass fails, or a parameter cannot be written.
     """
-    present = {name: tensor.detach() for name, tensor in model.named_parameters() if name in graph.parameters}
+    present = {name: tensor for name, tensor in real_parameters(model).items() if name in graph.parameters}
     devices = sorted({tensor.device.index or 0 for tensor in present.values() if tensor.is_cuda})
     scaling = Scaling(graph, collect_sites(graph, roles), plan, planned, dict(present))
     with torch.no_grad(), torch.random.fork_rng(devices=devices):

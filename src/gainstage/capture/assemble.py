@@ -13,8 +13,9 @@ from gainstage.capture.calls import module_calls
 from gainstage.capture.constants import fold
 from gainstage.capture.functional import NotFunctional, functionalise
 from gainstage.capture.lowered import UNKNOWN_SIZE, Lowered
+from gainstage.capture.regions import fuse_complex
 from gainstage.errors import CaptureError, NoSignalError
-from gainstage.graph import Graph, Node, NodeKind, ParameterInfo, TensorMeta
+from gainstage.graph import Graph, Node, NodeKind, ParameterInfo, Ref, TensorMeta
 
 
 def assemble(
@@ -43,8 +44,9 @@ def assemble(
         CaptureError: a size that depends on values, a constant that cannot be computed, a parameter lost on the way.
         NoSignalError: no floating-point output depends on a parameter.
     """
-    nodes, guesses = fold(reachable(functional.nodes, functional), functional.outputs)
-    nodes = reachable(nodes, functional)
+    nodes, guesses = fold(reachable(_without_empty_pieces(functional.nodes), functional), functional.outputs)
+    nodes, names = fuse_complex(reachable(nodes, functional), functional.outputs, functional.marks)
+    functional = dataclasses.replace(functional, outputs=names)
     _check_sizes(nodes)
     varying = {node.name for node in nodes if node.kind is not NodeKind.CONSTANT}
     outputs = tuple(name for name in functional.outputs if name in varying)
@@ -83,6 +85,22 @@ def reachable(nodes: Sequence[Node], lowered: Lowered) -> list[Node]:
         if node.op is operator.getitem and node.name in lowered.marks and set(node.operands()) <= reached
     }
     return [node for node in nodes if node.name in reached or node.name in pieces]
+
+
+def _without_empty_pieces(nodes: Sequence[Node]) -> list[Node]:
+    """Concatenations without what has no entries, as parameters of size zero have none."""
+    metas = {node.name: node.meta for node in nodes}
+
+    def is_empty(piece: Ref) -> bool:
+        meta = metas[piece.name]
+        return isinstance(meta, TensorMeta) and 0 in meta.shape
+
+    return [
+        dataclasses.replace(node, args=([piece for piece in node.args[0] if not is_empty(piece)], *node.args[1:]))
+        if node.op is torch.ops.aten.cat.default and not is_empty(Ref(node.name))
+        else node
+        for node in nodes
+    ]
 
 
 def _check_sizes(nodes: Sequence[Node]) -> None:

@@ -12,7 +12,7 @@ from torch.nn.parameter import is_lazy
 from gainstage.capture.refusal import refusal
 from gainstage.capture.surroundings import copied, quiet, seeded
 from gainstage.errors import UnsupportedParameterError
-from gainstage.graph import ParameterInfo
+from gainstage.graph import ParameterInfo, as_real
 
 
 def parameter_table(model: nn.Module) -> tuple[Mapping[str, ParameterInfo], Mapping[str, str]]:
@@ -37,8 +37,8 @@ def parameter_table(model: nn.Module) -> tuple[Mapping[str, ParameterInfo], Mapp
         owner = type(modules[path])
         infos[name] = ParameterInfo(
             name=name,
-            shape=tuple(tensors[key].shape),
-            dtype=tensors[key].dtype,
+            shape=tuple(as_real(tensors[key]).shape),
+            dtype=as_real(tensors[key]).dtype,
             requires_grad=tensors[key].requires_grad,
             aliases=tuple(aliases),
             module_path=path,
@@ -76,14 +76,10 @@ def _refuse(parameters: Mapping[str, nn.Parameter]) -> None:
 
 
 def _objection(parameter: nn.Parameter) -> str:
-    if parameter.is_complex():
-        return f"complex, {parameter.dtype}"
     if parameter.layout is not torch.strided:
         return f"not dense, {parameter.layout}"
     if parameter.is_quantized:
         return f"quantized, {parameter.dtype}"
-    if not parameter.is_floating_point():
+    if not parameter.is_floating_point() and not parameter.is_complex():
         return f"not floating-point, {parameter.dtype}"
-    if parameter.numel() == 0:
-        return f"of size zero, shape {tuple(parameter.shape)}"
     return ""

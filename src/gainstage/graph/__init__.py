@@ -12,6 +12,7 @@ from gainstage.graph.model import (
     Ref,
     TensorMeta,
 )
+from gainstage.graph.real import as_real, real_parameters
 
 __all__ = [
     "Graph",
@@ -22,6 +23,8 @@ __all__ = [
     "Provenance",
     "Ref",
     "TensorMeta",
+    "as_real",
     "fingerprint",
+    "real_parameters",
     "tensor_leaves",
 ]

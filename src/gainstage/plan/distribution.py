@@ -178,8 +178,8 @@ class ParameterPlan:
         dtype = _TYPES.get(self.dtype)
         if dtype is None:
             raise InputError(f"{self.name}: {self.dtype!r} is not a floating-point type; known are {', '.join(_TYPES)}")
-        if any(size < 1 for size in self.shape):
-            raise InputError(f"{self.name}: a dimension of shape {list(self.shape)} is not positive")
+        if any(size < 0 for size in self.shape):
+            raise InputError(f"{self.name}: a dimension of shape {list(self.shape)} is negative")
         if len(set(self.output_dims)) < len(self.output_dims) or any(dim < 0 for dim in self.output_dims):
             raise InputError(f"{self.name}: output_dims {list(self.output_dims)} are not different dimensions counted from 0")
         end = 0

@@ -2,7 +2,7 @@
 
 from gainstage.propagate.backward import Backward, propagate_back_along, propagate_backward
 from gainstage.propagate.build import build_trace
-from gainstage.propagate.interpret import check_supported, evaluate, is_sampled, propagate
+from gainstage.propagate.interpret import evaluate, is_sampled, propagate
 from gainstage.propagate.statistics import (
     check_initialised,
     input_value,
@@ -23,7 +23,6 @@ __all__ = [
     "Trace",
     "build_trace",
     "check_initialised",
-    "check_supported",
     "evaluate",
     "input_value",
     "is_sampled",

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import operator
-from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
-
-import torch
 
 from gainstage.errors import GainstageError, UnsupportedOpError
 from gainstage.graph import Graph, Node, NodeKind, ParameterInfo, Ref, TensorMeta
@@ -18,35 +15,6 @@ from gainstage.signal import Value
 Result = Any  # Value, tuple of Values, or None for an op without statistics
 ParameterValues = Callable[[ParameterInfo], Value]
 InputValues = Callable[[Node], Value]
-
-
-def check_supported(graph: Graph) -> None:
-    """Refuse ops that have no rule and cannot be sampled either.
-
-    Raises:
-        UnsupportedOpError: all such ops at once, with module path, the user's line, and the line that would add a rule.
-    """
-    missing = [node for node in graph.nodes if node.kind is NodeKind.OP and not _has_way(node)]
-    if not missing:
-        return
-    counts = Counter(node.op_name for node in missing)
-    first = {node.op_name: node for node in reversed(missing)}
-    lines = [
-        f"  {name} ({count} call{'s' * (count > 1)}), first in {first[name].provenance}\n"
-        f"    add: @gainstage.rules.rule(torch.ops.{name})"
-        for name, count in counts.items()
-    ]
-    raise UnsupportedOpError("no rule, and no way to sample, for these operations:\n" + "\n".join(lines))
-
-
-def _has_way(node: Node) -> bool:
-    assert node.op is not None
-    return (
-        rule_of(node.op) is not None
-        or is_free(node.op)
-        or node.op is operator.getitem
-        or isinstance(node.op, torch._ops.OpOverload)
-    )
 
 
 def evaluate(node: Node, values: Mapping[str, Result], parameter: ParameterValues, source: InputValues, graph: Graph) -> Result:
@@ -113,7 +81,6 @@ def resolve(argument: Any, values: Mapping[str, Result]) -> Any:
 
 def propagate(graph: Graph, parameter: ParameterValues, source: InputValues) -> dict[str, Result]:
     """Result of every node, in order."""
-    check_supported(graph)
     values: dict[str, Result] = {}
     for node in graph.nodes:
         values[node.name] = evaluate(node, values, parameter, source, graph)

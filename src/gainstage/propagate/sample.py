@@ -68,10 +68,16 @@ def constant_value(tensor: torch.Tensor) -> Value:
 
 
 def is_known(node: Node, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
-    """Tell whether an op sees constants and realisations only, and draws nothing itself."""
+    """Tell whether an op sees constants, realisations and numbers only, and draws nothing itself."""
     operands = operands_of([*args, *kwargs.values()])
-    random = isinstance(node.op, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in node.op.tags
-    return bool(operands) and not random and all(value.constant is not None for value in operands)
+    if not operands:
+        return not isinstance(node.op, torch._ops.OpOverload)  # arithmetic of sizes; an op without operands may be random
+    return not is_random(node) and all(value.constant is not None for value in operands)
+
+
+def is_random(node: Node) -> bool:
+    """Tell whether an op may draw random numbers."""
+    return isinstance(node.op, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in node.op.tags
 
 
 def run_known(node: Node, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
@@ -81,7 +87,7 @@ def run_known(node: Node, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any
         result = run_on_host(node, [filled(a, drawn) for a in args], {name: filled(a, drawn) for name, a in kwargs.items()})
     if isinstance(result, torch.Tensor):
         return constant_value(result)
-    return tuple(constant_value(part) for part in result)
+    return tuple(constant_value(part) for part in result) if isinstance(result, (tuple, list)) else result  # or a number
 
 
 def _count(call: Call) -> int:

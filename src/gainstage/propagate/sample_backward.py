@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from gainstage.errors import UnsupportedOpError
 from gainstage.graph import Node
-from gainstage.propagate.sample import ENTRIES, FEWEST, MOST, filled, operands_of, pooled_value
+from gainstage.propagate.sample import ENTRIES, FEWEST, MOST, filled, is_random, operands_of, pooled_value
 from gainstage.signal import Value
 from gainstage.signal.sampling import draw
 
@@ -41,7 +42,12 @@ def sample_backward(node: Node, g: Any, args: Sequence[Any], kwargs: Mapping[str
             reached = [(out, weight) for (out, _), weight in zip(pairs, weights, strict=True) if out.requires_grad]
             if not reached or not wanted:
                 return ()
-            grads = torch.autograd.grad([o for o, _ in reached], wanted, [w for _, w in reached], allow_unused=True)
+            try:
+                grads = torch.autograd.grad([o for o, _ in reached], wanted, [w for _, w in reached], allow_unused=True)
+            except RuntimeError as error:
+                if is_random(node):
+                    return ()  # what is drawn has no derivative
+                raise UnsupportedOpError(f"no gradient of {node.op_name} in {node.provenance}: {error}") from error
             by_leaf = iter(grads)
             found.append([next(by_leaf) if leaf.requires_grad else None for leaf in leaves])
     pooled_values = iter([_pooled_gradient(list(draws)) for draws in zip(*found, strict=True)])

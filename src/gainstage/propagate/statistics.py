@@ -33,6 +33,9 @@ def parameter_moments(parameters: Mapping[str, torch.Tensor]) -> dict[str, tuple
     bad: list[str] = []
     for name, tensor in parameters.items():
         data = tensor.detach()
+        if data.numel() == 0:
+            found[name] = (0.0, 0.0)
+            continue
         variance, mean = (float(v) for v in torch.var_mean(data.to(torch.float32), correction=0))
         if not (abs(mean) < float("inf") and variance < float("inf")):
             bad.append(name)

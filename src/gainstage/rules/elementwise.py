@@ -73,6 +73,8 @@ elementwise(torch.div, aten.div.Tensor, aten.div.Scalar, aten.divide.Tensor, ate
 elementwise(torch.maximum, aten.maximum.default, aten.max.other, aten.fmax.default)
 elementwise(torch.minimum, aten.minimum.default, aten.min.other, aten.fmin.default)
 elementwise(torch.pow, aten.pow.Tensor_Tensor)
+for derivative in (aten.tanh_backward.default, aten.sigmoid_backward.default):  # models that differentiate themselves
+    elementwise(derivative, derivative)
 
 identity(
     aten.alias.default,
@@ -87,6 +89,7 @@ identity(
     aten.type_as.default,
     aten.lift_fresh_copy.default,
     aten.positive.default,
+    aten.item.default,
 )
 
 

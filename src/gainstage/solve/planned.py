@@ -9,7 +9,7 @@ import torch
 
 from gainstage.graph import Graph, Node, ParameterInfo
 from gainstage.plan import Distribution, Family, ParameterPlan, Plan
-from gainstage.propagate import check_supported, evaluate, parameter_value, table_value
+from gainstage.propagate import evaluate, parameter_value, table_value
 from gainstage.roles import Role, is_data
 from gainstage.signal import Value, affine
 
@@ -49,7 +49,6 @@ def planned_values(
         return planned_value(info, index[info.name], planned)
 
     recorded = _recorded(graph, plan) if at_plan else {}
-    check_supported(graph)
     values: dict[str, Any] = {}
     for node in graph.nodes:
         value = evaluate(node, values, parameter, source, graph)

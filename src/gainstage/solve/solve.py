@@ -12,7 +12,7 @@ from gainstage.graph import Graph, Node, fingerprint
 from gainstage.inputs import InputStatistics
 from gainstage.plan import ActivationPlan, Block, Distribution, Family, ParameterPlan, Plan
 from gainstage.policies import Level, Policy, UnitGates
-from gainstage.propagate import Signal, check_supported
+from gainstage.propagate import Signal
 from gainstage.roles import Role, Roles, Use
 from gainstage.signal import Value
 from gainstage.solve.constraint import is_contraction
@@ -50,7 +50,6 @@ def solve(
         InputError: a balance for a policy without levels to balance.
         UnsupportedOpError: operations that cannot be predicted.
     """
-    check_supported(graph)
     settings = initial_settings(graph, roles, policy, present)
     first = find_first_layers(graph, roles, policy, inputs or {}, settings)
     for layer in first.layers.values():

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from gainstage.graph import ParameterInfo
+from gainstage.graph import ParameterInfo, real_parameters
 from gainstage.plan import Distribution, Family, ParameterPlan, Plan
 from gainstage.verify.result import Finding, FindingKind
 
@@ -52,7 +52,7 @@ def lost_ties(plan: Plan, parameters: Mapping[str, ParameterInfo]) -> tuple[list
 
 def not_as_planned(plan: Plan, model: nn.Module) -> list[Finding]:
     """Parameters whose mean or deviation cannot come from the planned distribution."""
-    tensors = dict(model.named_parameters())
+    tensors = real_parameters(model)
     parts = [(planned, *part) for planned in plan.parameters.values() for part in _parts(planned)]
     bound = NormalDist().inv_cdf(1.0 - FALSE_ALARMS / (4.0 * max(len(parts), 1)))  # two-sided, mean and deviation
     findings: list[Finding] = []
@@ -166,7 +166,7 @@ def equal_values(model: nn.Module, parameters: Mapping[str, ParameterInfo]) -> l
 
     Only trained parameters of at least two dimensions whose rows differ: constants, tables and repeated rows are equal by design.
     """
-    tensors = dict(model.named_parameters())
+    tensors = real_parameters(model)
     groups: dict[object, list[str]] = {}
     for name, info in parameters.items():
         tensor = tensors[name].detach()

@@ -33,7 +33,7 @@ def unchanged(call: BackwardCall, g: Value, x: Value, *args: Any, **kwargs: Any)
     return (g,)
 
 
-@backward(aten.detach.default)
+@backward(aten.detach.default, aten.item.default)
 def stopped(call: BackwardCall, g: Value, x: Value) -> tuple[Gradient, ...]:
     """Nothing: the gradient ends here."""
     return (None,)

@@ -1,0 +1,168 @@
+"""Complex numbers: what is computed with them becomes one operation from real tensors to real tensors.
+
+Tables are those of real entries, and one complex entry is two dependent ones: only the whole region has a table on either side.
+A complex parameter enters as its real form, with a last dimension of two.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import operator
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from gainstage.capture.views import packet_name
+from gainstage.graph import Node, NodeKind, Ref, TensorMeta
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Region:
+    """Several operations as one: a function of the values of ``operands``, which returns those of ``results``."""
+
+    nodes: tuple[Node, ...]
+    operands: tuple[str, ...]
+    results: tuple[str, ...]
+
+    @property
+    def __name__(self) -> str:
+        """The operations that it begins and ends with."""
+        ends = dict.fromkeys((packet_name(self.nodes[0].op), packet_name(self.nodes[-1].op)))
+        return "..".join(ends)
+
+    def __call__(self, *operands: torch.Tensor) -> Any:
+        """Run the operations."""
+        values: dict[str, Any] = dict(zip(self.operands, operands, strict=True))
+        for node in self.nodes:
+            assert node.op is not None
+            values[node.name] = node.op(*_filled(node.args, values), **_filled(node.kwargs, values))
+        results = tuple(values[name] for name in self.results)
+        return results[0] if len(results) == 1 else results
+
+
+def fuse_complex(nodes: Sequence[Node], outputs: Sequence[str], marked: Collection[str]) -> tuple[list[Node], list[str]]:
+    """The same graph with no complex value between its operations.
+
+    Args:
+        nodes: a graph without writes, its constants computed.
+        outputs: names of the outputs.
+        marked: names that are wanted after it (what modules return), if they are real.
+
+    Returns:
+        The nodes, and the names of the outputs: for a complex one that of its real form.
+    """
+    if not any(_is_complex(node) and node.kind is not NodeKind.CONSTANT for node in nodes):
+        return list(nodes), list(outputs)
+    complex_outputs = {node.name for node in nodes if node.name in outputs and _is_complex(node)}
+    nodes = [made for node in nodes for made in _with_real_ends(node, complex_outputs)]
+    outputs = [f"{name}_real" if name in complex_outputs else name for name in outputs]
+    found = list(nodes)
+    for names in _regions(nodes):
+        inside = [node for node in nodes if node.name in names]
+        outside = [node for node in found if node.name not in names]
+        wanted = {*outputs, *marked, *(name for node in outside for name in node.operands())}
+        results = [node for node in inside if node.name in wanted and not _is_complex(node)]
+        found = outside + _as_one(inside, results)
+    return _in_order(found), outputs
+
+
+def _is_complex(node: Node) -> bool:
+    metas = node.meta if isinstance(node.meta, tuple) else (node.meta,)
+    return any(meta is not None and meta.dtype.is_complex for meta in metas)
+
+
+def _with_real_ends(node: Node, complex_outputs: Collection[str]) -> Iterator[Node]:
+    """A complex input or parameter in its real form, and the operation that makes it complex; an output the other way."""
+    assert not isinstance(node.meta, tuple) or node.kind is NodeKind.OP
+    if node.kind in (NodeKind.INPUT, NodeKind.PARAMETER) and isinstance(node.meta, TensorMeta) and node.meta.dtype.is_complex:
+        value = None if node.value is None else torch.view_as_real(node.value.resolve_conj())
+        real = TensorMeta((*node.meta.shape, 2), node.meta.dtype.to_real())
+        yield dataclasses.replace(node, name=f"{node.name}_real", meta=real, value=value)
+        op, args = torch.ops.aten.view_as_complex.default, (Ref(f"{node.name}_real"),)
+        yield dataclasses.replace(node, kind=NodeKind.OP, op=op, args=args, value=None, parameter=None)
+        return
+    yield node
+    if node.name in complex_outputs and isinstance(node.meta, TensorMeta):
+        meta = TensorMeta((*node.meta.shape, 2), node.meta.dtype.to_real())
+        op = torch.ops.aten.view_as_real.default
+        yield dataclasses.replace(node, name=f"{node.name}_real", op=op, args=(Ref(node.name),), kwargs={}, meta=meta)
+
+
+def _regions(nodes: Sequence[Node]) -> list[set[str]]:
+    """Sets of operations that complex values connect, each with what lies on the way from one of them to another."""
+    is_complex = {node.name for node in nodes if _is_complex(node) and node.kind is NodeKind.OP}
+    regions: list[set[str]] = []
+    for node in nodes:
+        read = {name for name in node.operands() if name in is_complex}
+        if node.kind is NodeKind.OP and (read or node.name in is_complex):
+            joined = [region for region in regions if region & read]
+            regions = [region for region in regions if not region & read] + [set().union({node.name}, *joined)]
+    while True:
+        grown = [region | _between(nodes, region) for region in regions]
+        merged: list[set[str]] = []
+        for region in grown:
+            meeting = [other for other in merged if other & region]
+            merged = [other for other in merged if not other & region] + [region.union(*meeting)]
+        if merged == regions:
+            return regions
+        regions = merged
+
+
+def _between(nodes: Sequence[Node], region: set[str]) -> set[str]:
+    """Operations that depend on a region and that it depends on."""
+    after: set[str] = set(region)
+    for node in nodes:
+        if any(name in after for name in node.operands()):
+            after.add(node.name)
+    before: set[str] = set(region)
+    for node in reversed(nodes):
+        if node.name in before:
+            before.update(node.operands())
+    return after & before
+
+
+def _as_one(inside: Sequence[Node], results: Sequence[Node]) -> list[Node]:
+    """One operation in the place of several, and its results under their old names."""
+    names = {node.name for node in inside}
+    operands = tuple(dict.fromkeys(name for node in inside for name in node.operands() if name not in names))
+    op = Region(tuple(inside), operands, tuple(node.name for node in results))
+    args = tuple(Ref(name) for name in operands)
+    if len(results) == 1:
+        return [dataclasses.replace(results[0], op=op, args=args, kwargs={})]
+    metas = tuple(node.meta if isinstance(node.meta, TensorMeta) else None for node in results)
+    whole = dataclasses.replace(inside[-1], name=f"{inside[-1].name}_region", op=op, args=args, kwargs={}, meta=metas)
+    pieces = [
+        dataclasses.replace(node, op=operator.getitem, args=(Ref(whole.name), position), kwargs={})
+        for position, node in enumerate(results)
+    ]
+    return [whole, *pieces]
+
+
+def _in_order(nodes: Sequence[Node]) -> list[Node]:
+    """The nodes such that each reads earlier ones only, otherwise in the order given."""
+    found: list[Node] = []
+    known: set[str] = set()
+    waiting = list(nodes)
+    while waiting:
+        late: list[Node] = []
+        for node in waiting:
+            if all(name in known for name in node.operands()):
+                found.append(node)
+                known.add(node.name)
+            else:
+                late.append(node)
+        assert len(late) < len(waiting), "regions read each other"
+        waiting = late
+    return found
+
+
+def _filled(argument: Any, values: Mapping[str, Any]) -> Any:
+    if isinstance(argument, Ref):
+        return values[argument.name]
+    if isinstance(argument, dict):
+        return {key: _filled(item, values) for key, item in argument.items()}
+    if isinstance(argument, (list, tuple)):
+        return type(argument)(_filled(item, values) for item in argument)
+    return argument
