@@ -1,65 +1,56 @@
 """Elements per second of drawing: every distribution and element type, shards, matrices; against torch and against memory.
 
-python -m benchmarks.apply
+python -m benchmarks.apply [--only fills|shards]
 
-Torch's fills and ours are measured in turn, in one process. "memory" is the speed of ``Tensor.fill_``: what writing the same
-bytes costs at all. Shards and matrices are drawn on one thread, without saving old values, as ``materialize`` does.
+Ours, torch's and plain writing (``Tensor.fill_``) take turns in one process, so that whatever else the machine does meets all
+three. Shards and matrices are drawn on one thread, without saving old values, as ``materialize`` does. Writes
+benchmarks/results/apply.json; what is left out by --only stays there as it was.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import argparse
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
 
 import torch
-from benchmarks.fills import SIZE, STD, Fill, measure_fills, seconds
+from benchmarks.fills import MATRIX, SIZE, STD, measure_fills
+from benchmarks.tables import RESULTS, machine, plain_table
 from rich.console import Console
-from rich.table import Table
 
 from gainstage.apply.box import Box, grid_boxes, whole_box
 from gainstage.apply.stage import drawing_tasks
 from gainstage.plan import Distribution, Family, ParameterPlan
 
 REPETITIONS = 5
-MATRIX = 1024  # an orthogonal matrix takes the cube of its size
+DRAWING = RESULTS / "apply.json"
 
 
 def main() -> None:
-    """Print the tables."""
+    """Measure, print, write."""
+    measurements: Mapping[str, Callable[[], list[dict[str, Any]]]] = {
+        "fills": lambda: [asdict(fill) for fill in measure_fills()],
+        "shards": lambda: list(measure_shards()),
+    }
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", choices=measurements)
+    only = parser.parse_args().only
+    results = json.loads(DRAWING.read_text(encoding="utf-8")) if only and DRAWING.exists() else {}
     console = Console(width=100)
-    memory = {(dtype, threads): memory_speed(dtype, threads) for dtype in ("float32", "bfloat16") for threads in (1, 2)}
-    fills = Table(title=f"Millions of elements per second, {SIZE} x {SIZE} in place, best of several")
-    for column in ("distribution", "type", "threads", "gainstage", "torch.nn.init", "ratio", "memory"):
-        fills.add_column(column, justify="left" if column in {"distribution", "type"} else "right")
-    for fill in measure_fills():
-        fills.add_row(*fill_row(fill, memory[fill.dtype, fill.threads]))
-    console.print(fills)
-    shards = Table(title="Part of a parameter: milliseconds, and share of what the whole takes")
-    for column in ("parameter", "part", "ms", "of the whole"):
-        shards.add_column(column, justify="left" if column in {"parameter", "part"} else "right")
-    for row in shard_rows():
-        shards.add_row(*row)
-    console.print(shards)
+    for name, measure in measurements.items():
+        if only in (None, name):
+            results[name] = {"machine": machine(), "rows": measure()}
+            title, layout = TABLES[name]
+            console.print(plain_table(title, *layout(results[name]["rows"])), "")
+            console.print(f"load average at the start: {results[name]['machine']['load']}\n")
+            DRAWING.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 
 
-def fill_row(fill: Fill, memory: float) -> Sequence[str]:
-    """A row of the first table."""
-    ours, theirs = (SIZE**2 / 1e3 / milliseconds for milliseconds in (fill.ours_ms, fill.torch_ms))
-    name = fill.family.replace("_", " ")
-    return name, fill.dtype, str(fill.threads), f"{ours:.0f}", f"{theirs:.0f}", f"{ours / theirs:.2f}", f"{memory:.0f}"
-
-
-def memory_speed(dtype: str, threads: int) -> float:
-    """Millions of elements per second."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    tensor = torch.empty(SIZE, SIZE, dtype=getattr(torch, dtype))
-    best = min(seconds(lambda: tensor.fill_(1.0)) for _ in range(REPETITIONS + 1))  # the first also maps the memory
-    torch.set_num_threads(before)
-    return SIZE**2 / 1e6 / best
-
-
-def shard_rows() -> Iterator[Sequence[str]]:
-    """Rows of the second table."""
+def measure_shards() -> Iterator[dict[str, Any]]:
+    """Milliseconds for parts of a parameter."""
     for family, size in ((Family.NORMAL, SIZE), (Family.ORTHOGONAL, MATRIX)):
         planned = ParameterPlan(
             name="w", shape=(size, size), dtype="float32", role="", distribution=Distribution(family=family, std=STD)
@@ -72,15 +63,14 @@ def shard_rows() -> Iterator[Sequence[str]]:
             "one column": grid_boxes([everything, [(0, 1)]]),
         }
         times = {name: _best(_drawing(planned, boxes)) for name, boxes in parts.items()}
-        for name, time in times.items():
-            yield f"{family.value}, {size} x {size}", name, f"{1e3 * time:.1f}", f"{time / times['the whole']:.0%}"
+        for name, taken in times.items():
+            yield {"family": family.value, "size": size, "part": name, "ms": taken, "share": taken / times["the whole"]}
 
 
 def _drawing(planned: ParameterPlan, boxes: Sequence[Box]) -> Callable[[], None]:
-    count = sum(torch.Size(box.sizes).numel() for box in boxes)
+    memory = torch.zeros(sum(torch.Size(box.sizes).numel() for box in boxes))
 
     def draw() -> None:
-        memory = torch.empty(count)
         for tasks in drawing_tasks(planned, 0, boxes, memory):
             for task in tasks:
                 task.draw()
@@ -89,11 +79,47 @@ def _drawing(planned: ParameterPlan, boxes: Sequence[Box]) -> Callable[[], None]
 
 
 def _best(call: Callable[[], None]) -> float:
+    """Processor time in milliseconds, which other programs disturb least."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
-    best = min(seconds(call) for _ in range(REPETITIONS))
+    taken = []
+    for _ in range(REPETITIONS):
+        start = time.process_time()
+        call()
+        taken.append(time.process_time() - start)
     torch.set_num_threads(before)
-    return best
+    return 1e3 * min(taken)
+
+
+def fills_table(fills: Sequence[Mapping[str, Any]]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Headings and rows: millions of elements per second, and how many times torch's."""
+    headings = ("distribution", "type", "threads", "gainstage", "torch", "writing", "times faster", "median", "processor")
+    return headings, [
+        (
+            fill["family"].replace("_", " "),
+            fill["dtype"],
+            str(fill["threads"]),
+            *(f"{fill['size'] ** 2 / 1e3 / fill[time]:.0f}" for time in ("ours", "torch", "memory")),
+            f"{fill['torch'] / fill['ours']:.2f}",
+            f"{fill['ratio']:.2f}",
+            f"{fill['ours_processor'] / fill['torch_processor']:.2f}",
+        )
+        for fill in fills
+    ]
+
+
+def shards_table(shards: Sequence[Mapping[str, Any]]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Headings and rows."""
+    return ("parameter", "part", "processor ms", "of the whole"), [
+        (f"{row['family']}, {row['size']} x {row['size']}", row["part"], f"{row['ms']:.1f}", f"{row['share']:.0%}")
+        for row in shards
+    ]
+
+
+TABLES: Mapping[str, tuple[str, Callable[[Any], tuple[Sequence[str], Sequence[Sequence[str]]]]]] = {
+    "fills": (f"Millions of elements per second: {SIZE} x {SIZE} in place, orthogonal {MATRIX} x {MATRIX}", fills_table),
+    "shards": ("Parts of a parameter", shards_table),
+}
 
 
 if __name__ == "__main__":

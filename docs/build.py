@@ -18,9 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from benchmarks.apply import fills_table, shards_table
 from benchmarks.calibrate import calibration_table
 from benchmarks.situations.rows import HEADINGS, SITUATIONS, cells
-from benchmarks.speed import fills_table, large_table, stages_table
+from benchmarks.speed import large_table, stages_table
 from torch import nn
 
 import gainstage as gs
@@ -68,9 +69,9 @@ def table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in (headings, marks, *rows))
 
 
-def speed_table(name: str, layout: Callable[[Any], tuple[Sequence[str], Sequence[Sequence[str]]]]) -> str:
-    """One of the tables of the speed benchmark, and what it was measured on."""
-    measured = results("speed").get(name)
+def timed_table(program: str, name: str, layout: Callable[[Any], tuple[Sequence[str], Sequence[Sequence[str]]]]) -> str:
+    """One of the tables of a benchmark of speed, and what it was measured on."""
+    measured = results(program).get(name)
     if not measured:
         return NOT_MEASURED
     on = measured["machine"]
@@ -186,10 +187,11 @@ BLOCKS: Mapping[str, Callable[[], str]] = {
     "accuracy": accuracy,
     "calibration": calibration,
     "explanation": explanation,
-    "fills": lambda: speed_table("fills", fills_table),
-    "large": lambda: speed_table("large", large_table),
+    "fills": lambda: timed_table("apply", "fills", fills_table),
+    "large": lambda: timed_table("speed", "large", large_table),
     "policies": policies,
-    "stages": lambda: speed_table("stages", stages_table),
+    "shards": lambda: timed_table("apply", "shards", shards_table),
+    "stages": lambda: timed_table("speed", "stages", stages_table),
     "summary": summary,
 }
 
