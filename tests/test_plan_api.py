@@ -114,6 +114,20 @@ class Partly(nn.Module):
         return self.used(x) + self.table
 
 
+def test_the_callers_default_device_is_of_no_account():
+    with torch.device("meta"):
+        model = network()
+        on_meta = gs.plan(model, (torch.randn(8, 16),))
+        real = network().to_empty(device="cpu")
+        gs.initialize(real, (X,))
+        signal = gs.inspect(real, (X,)).modules[""][0].second_moment
+        assert gs.verify(real, (X,)).ok
+        gain = gs.gain(torch.relu)
+    assert on_meta.to_json() == gs.plan(model, (torch.empty(8, 16, device="meta"),)).to_json()
+    assert signal == gs.inspect(real, (X,)).modules[""][0].second_moment
+    assert gain == gs.gain(torch.relu)
+
+
 def test_what_is_never_called_and_what_nothing_contracts_is_kept_and_said():
     model = Partly()
     before = copy.deepcopy(model.state_dict())

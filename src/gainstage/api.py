@@ -74,10 +74,11 @@ def inspect(
         trace.parameters["layer1.0.conv1.weight"].gradient_second_moment
     """
     graph = capture(model, args, kwargs, loss=loss, buffers=known_buffers(model))
-    roles = infer_roles(graph)
-    values = present_values(graph, model, roles)
-    trace = build_trace(graph, values, propagate_backward(graph, values))
-    return replace(trace, attention=attention_signals(graph, roles, values))
+    with _host():
+        roles = infer_roles(graph)
+        values = present_values(graph, model, roles)
+        trace = build_trace(graph, values, propagate_backward(graph, values))
+        return replace(trace, attention=attention_signals(graph, roles, values))
 
 
 def present_values(graph: Graph, model: nn.Module, roles: Roles) -> dict[str, Any]:
@@ -147,9 +148,9 @@ def plan(
     def source(node: Node) -> Value:
         return moments[node.name].value(known[node.name]) if node.name in moments else measured_input(node)
 
-    return solve(
-        graph, infer_roles(graph, roles), chosen, present=present, source=source, family=family, balance=direction, inputs=moments
-    )
+    with _host():
+        found = infer_roles(graph, roles)
+        return solve(graph, found, chosen, present=present, source=source, family=family, balance=direction, inputs=moments)
 
 
 def measure_inputs(
@@ -251,7 +252,8 @@ def verify(
     graph = capture(model, args, given)
 
     def present() -> Trace:
-        return build_trace(graph, present_values(graph, model, infer_roles(graph)))
+        with _host():
+            return build_trace(graph, present_values(graph, model, infer_roles(graph)))
 
     return compare_with(graph, model, args, given, plan=plan, present=present)
 
@@ -270,10 +272,10 @@ def _verify_drawn(
         )
 
     def present() -> Trace:
-        values = planned_values(
-            graph, plan, moments=moments_of(model), tables=dict(model.named_parameters()), source=measured_input, at_plan=False
-        )
-        return build_trace(graph, values)
+        tables = dict(model.named_parameters())
+        with _host():
+            values = planned_values(graph, plan, moments=moments_of(model), tables=tables, source=measured_input, at_plan=False)
+            return build_trace(graph, values)
 
     return verify_drawn(graph, parameters, args, kwargs, plan=plan, present=present, progress=progress)
 
@@ -310,8 +312,16 @@ def calibrate(model: nn.Module, plan: Plan, args: tuple[Any, ...] = (), kwargs: 
     plan.check_fits(graph.parameters)
     check_mode(plan, graph)
     check_operations(plan, graph)
-    planned = planned_values(graph, plan, moments=moments_of(model), tables=dict(model.named_parameters()), source=measured_input)
-    return calibrate_to(graph, infer_roles(graph), plan, planned, model)
+    tables = dict(model.named_parameters())
+    with _host():
+        planned = planned_values(graph, plan, moments=moments_of(model), tables=tables, source=measured_input)
+        found = infer_roles(graph)
+    return calibrate_to(graph, found, plan, planned, model)
+
+
+def _host() -> torch.device:
+    """A context for numbers that are not the model's: they lie on the host, whatever device the caller made the default."""
+    return torch.device("cpu")
 
 
 def measured_input(node: Node) -> Value:

@@ -50,10 +50,11 @@ def gain(f: Function | nn.Module, *, backward: bool = False) -> float:
     """
     if not callable(f):
         raise InputError(f"gain takes a function of a tensor or a module, not {type(f).__name__}")
-    evaluate = _entrywise(f, backward=backward)
-    total = _integrate(evaluate, _DOMAIN)
-    if total is None:
-        total = _integrate(evaluate, _LARGE_DOMAIN)
+    with torch.device("cpu"):  # whatever the caller made the default
+        evaluate = _entrywise(f, backward=backward)
+        total = _integrate(evaluate, _DOMAIN)
+        if total is None:
+            total = _integrate(evaluate, _LARGE_DOMAIN)
     what = "f'(z)" if backward else "f(z)"
     if total is None:
         raise InputError(f"{_name(f)} has no finite gain: E[{what}^2] is infinite, or {what} too irregular to be integrated")
