@@ -106,6 +106,7 @@ def apply(choice: ModelChoice, *, plan: Path, output: Path | None) -> None:
     """
     import gainstage as gs
     from gainstage.cli.files import check_state_name, write_state
+    from gainstage.cli.progress import progress_bar
 
     if Path(choice.source).is_dir():
         _apply_to_checkpoint(choice, plan, output)
@@ -115,17 +116,20 @@ def apply(choice: ModelChoice, *, plan: Path, output: Path | None) -> None:
     check_state_name(output)
     drawn_from = _read_plan(plan)
     loaded = choice.load()
-    gs.apply(loaded.model, drawn_from, seed=choice.seed)
+    with progress_bar("drawing") as progress:
+        gs.apply(loaded.model, drawn_from, seed=choice.seed, progress=progress)
     write_state(output, loaded.model)
     click.echo(f"{len(drawn_from.parameters)} parameters drawn with seed {choice.seed}, written to {output}")
 
 
 def _apply_to_checkpoint(choice: ModelChoice, plan: Path, output: Path | None) -> None:
     from gainstage.apply.checkpoint import apply_to_checkpoint
+    from gainstage.cli.progress import progress_bar
 
     if output is not None:
         raise InputError("a checkpoint directory is written in place; copy it first, and leave out --output")
-    drawn, kept = apply_to_checkpoint(Path(choice.source), _read_plan(plan), seed=choice.seed)
+    with progress_bar("files") as progress:
+        drawn, kept = apply_to_checkpoint(Path(choice.source), _read_plan(plan), seed=choice.seed, progress=progress)
     click.echo(f"{len(drawn)} tensors drawn with seed {choice.seed}, {len(kept)} left as they were, in {choice.source}")
 
 
@@ -140,6 +144,7 @@ def verify(choice: ModelChoice, *, plan: Path | None, weights: Path | None, as_j
     Exit code 1 where something is wrong.
     """
     import gainstage as gs
+    from gainstage.cli.progress import progress_bar
 
     drawn_from = None if plan is None else _read_plan(plan)
     loaded = choice.load()
@@ -148,7 +153,8 @@ def verify(choice: ModelChoice, *, plan: Path | None, weights: Path | None, as_j
 
         read_state(weights, loaded.model)
     elif drawn_from is not None:
-        gs.apply(loaded.model, drawn_from, seed=choice.seed)
+        with progress_bar("drawing") as progress:
+            gs.apply(loaded.model, drawn_from, seed=choice.seed, progress=progress)
     check = gs.verify(loaded.model, loaded.args, loaded.kwargs, plan=drawn_from)
     if as_json:
         _write_json(check.to_dict())
