@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from gainstage.errors import RoleConflictError
 from gainstage.graph import Graph, NodeKind, TensorMeta
 from gainstage.policies import EqualContribution, FanScaled, KeyVariance, Level, NearChance, Policy, StreamShare
 from gainstage.roles import Branch, Head, Logits, Merge, Role, Roles, Setter, Stream, Use
@@ -15,6 +16,16 @@ from gainstage.solve.setting import Part, Setting, covers, parts_of
 # Levels that gradients may have a say in. Elsewhere the level is about what the signal means: how peaked an attention is, how far
 # a gate opens, which share a branch has, how near chance a head is.
 _BALANCED = frozenset({Role.DEPTHWISE, Role.HIDDEN})
+
+# Roles that a structure of the graph gives a weight, and what it demands. Any other role yields to them.
+_DEMANDING = {
+    Role.TIED_HEAD: Kind.HEAD,
+    Role.OUTPUT_HEAD: Kind.HEAD,
+    Role.QUERY: Kind.LOGITS,
+    Role.KEY: Kind.LOGITS,
+    Role.RESIDUAL_END: Kind.STREAM,
+    Role.MERGE_END: Kind.MERGE,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +71,7 @@ class _Claims:
     policy: Policy
     settings: Mapping[str, Setting]
     levels: list[Demand] = field(default_factory=list)
-    taken: set[Part] = field(default_factory=set)
+    taken: dict[Part, Use] = field(default_factory=dict)
     carriers: set[str] = field(init=False)
     weight_gains: Mapping[str, Use] = field(init=False)  # by the contraction
 
@@ -81,14 +92,23 @@ class _Claims:
                 found.setdefault(part, Lever(part, setter.use, setter.power))
         return tuple(found.values())
 
-    def free(self, levers: Iterable[Lever]) -> tuple[Lever, ...]:
-        """Those that answer to no demand yet."""
-        return tuple(lever for lever in levers if lever.part not in self.taken)
+    def free(self, levers: Sequence[Lever]) -> tuple[Lever, ...]:
+        """Those that answer to no demand yet.
+
+        Raises:
+            RoleConflictError: there is none, as all answer to a demand of another kind through another use.
+        """
+        free = tuple(lever for lever in levers if lever.part not in self.taken)
+        if levers and not free:
+            pairs = [(self.taken[lever.part], lever.use) for lever in levers]
+            if all(_contradict(taken, use) for taken, use in pairs):
+                raise _conflict(*pairs[0])
+        return free
 
     def claim(self, demand: Demand) -> None:
         """Add a demand; its parts answer to it alone."""
         self.levels.append(demand)
-        self.taken.update(lever.part for group in demand.groups for lever in group)
+        self.taken.update({lever.part: lever.use for group in demand.groups for lever in group})
 
     def target(self, role: Role) -> object:
         return self.policy.targets[role]
@@ -213,11 +233,25 @@ class _Claims:
                 continue
             target = self.target(role)
             rule = target if isinstance(target, Level | FanScaled) else Level()
-            parts = {(name, part) for part in range(len(setting.variances))} - self.taken
+            parts = {(name, part) for part in range(len(setting.variances))} - self.taken.keys()
             starts = (bool(parts) or role is not Role.TIED_HEAD) and use.node not in self.weight_gains
             is_balanced = bool(parts) and isinstance(target, Level) and role in _BALANCED
             found.append(Own(use=use, target=rule, parts=frozenset(parts), starts=starts, is_balanced=is_balanced))
         return found
+
+
+def _contradict(first: Use, second: Use) -> bool:
+    kinds = _DEMANDING.get(first.role), _DEMANDING.get(second.role)
+    return first.node != second.node and None not in kinds and kinds[0] is not kinds[1]
+
+
+def _conflict(first: Use, second: Use) -> RoleConflictError:
+    name = first.parameter
+    return RoleConflictError(
+        f"{name} is asked to be two things, and has one scale: {first.role.value} in {first.node} ({first.reason}) and "
+        f"{second.role.value} in {second.node} ({second.reason}). Say which of them counts, roles={{{name!r}: "
+        f"{first.role.value!r}}}, or leave it as it is, keep=[{name!r}]."
+    )
 
 
 def _carriers(graph: Graph) -> set[str]:
