@@ -136,7 +136,8 @@ def test_what_is_never_called_and_what_nothing_contracts_is_kept_and_said():
     assert plan.parameters["table"].role == "kept"
     for name in ("spare.weight", "spare.bias", "table"):
         assert torch.equal(model.state_dict()[name], before[name])
-    assert "kept as they are: table, spare.weight, spare.bias" in plan.notes
+    assert "kept as they are: table" in plan.notes
+    assert any("no output depends on them: spare.weight, spare.bias." in note for note in plan.notes)
     assert "reaches no output" in plan.explain("spare.weight")
 
 
@@ -147,6 +148,17 @@ class Integers(nn.Module):
 
     def forward(self, index):
         return index + 1
+
+
+class Idle(nn.Module):
+    """Has parameters, and uses none."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(16, 16)
+
+    def forward(self, x):
+        return x.relu()
 
 
 BAD = {
@@ -178,6 +190,62 @@ def test_values_that_are_not_finite(value):
     assert all(torch.isfinite(parameter).all() for parameter in model.parameters())
     with pytest.raises(gs.NonFiniteError, match="input"):
         gs.plan(network(), (X * value,))
+
+
+class Shared(nn.Module):
+    """One matrix is both the queries' and the end of a residual branch; another ends two branches."""
+
+    def __init__(self):
+        super().__init__()
+        self.both, self.key, self.value, self.end, self.head = (nn.Linear(16, 16, bias=False) for _ in range(5))
+
+    def forward(self, x):
+        x = x + self.both(nn.functional.scaled_dot_product_attention(self.both(x), self.key(x), self.value(x)))
+        for _ in range(2):
+            x = x + self.end(x.relu())
+        return self.head(x)
+
+
+def test_one_parameter_in_two_roles_is_refused_until_one_of_them_is_chosen():
+    model, x = Shared(), torch.randn(2, 5, 16)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(gs.RoleConflictError, match=r"both.weight is asked to be two things.*query in .* and residual_end in"):
+        gs.initialize(model, (x,))
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    plans = [gs.plan(model, (x,), roles={"both.weight": role}) for role in ("query", "residual_end")]
+    assert [plan.parameters["both.weight"].role for plan in plans] == ["query", "residual_end"]
+    assert len({plan.parameters["both.weight"].distribution.std for plan in plans}) == 2
+    assert gs.plan(model, (x,), keep=["both.weight"]).parameters["both.weight"].role == "query"
+
+
+def test_a_buffer_that_is_not_a_number_is_named():
+    """Also where only a running average is taken of it: it would never become a number again."""
+    model = nn.Sequential(nn.Linear(16, 16), nn.BatchNorm1d(16))
+    model[1].running_var[3] = float("nan")
+    for call in (gs.inspect, gs.plan):
+        for training in (True, False):
+            with pytest.raises(gs.NonFiniteError, match=r"NaN in buffer.*1\.running_var"):
+                call(model.train(training), (X,))
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda model: gs.plan("resnet", (X,)), "model is str; give a torch.nn.Module"),
+        (lambda model: gs.inspect(model, X), r"as a tuple, not as Tensor: args=\(x,\)"),
+        (lambda model: gs.plan(model, (X,), roles=["0.weight"]), "roles is list; give a dict"),
+        (lambda model: gs.apply(model, None), "takes a model and a plan, not Sequential and NoneType"),
+        (lambda model: gs.apply(gs.plan(model, (X,)), model), "takes a model and a plan, not Plan and Sequential"),
+    ],
+)
+def test_arguments_of_another_kind(call, words):
+    with pytest.raises(gs.InputError, match=words):
+        call(network())
+
+
+def test_a_model_that_uses_none_of_its_parameters_is_refused():
+    with pytest.raises(gs.NoSignalError, match=r"any of its 2 parameters \(layer.weight, layer.bias\)"):
+        gs.plan(Idle(), (X,))
 
 
 def test_nothing_to_follow():

@@ -73,6 +73,7 @@ def inspect(
         trace.modules["layer1.0.conv1"][0].second_moment
         trace.parameters["layer1.0.conv1.weight"].gradient_second_moment
     """
+    _check_call(model, args)
     graph = capture(model, args, kwargs, loss=loss, buffers=known_buffers(model))
     with _host():
         roles = infer_roles(graph)
@@ -134,6 +135,7 @@ def plan(
         plan = gs.plan(model, (x,))
         print(plan.explain("layer3.0.conv2.weight"))
     """
+    _check_call(model, args)
     chosen, direction = find_policy(policy), find_balance(balance)
     family = find_family(distribution or chosen.distribution)
     args, kwargs = with_tokens(model, args, kwargs or {}, inputs)
@@ -245,6 +247,7 @@ def verify(
         check = gs.verify(model, (x,), plan=plan)
         assert check.ok, check
     """
+    _check_call(model, args)
     given = dict(kwargs or {})
     if plan is not None and all(parameter.is_meta for parameter in model.parameters()):
         return _verify_drawn(model, args, given, plan, seed=seed, progress=progress)
@@ -306,6 +309,7 @@ def calibrate(model: nn.Module, plan: Plan, args: tuple[Any, ...] = (), kwargs: 
         plan = gs.initialize(model, (x,), seed=0)
         print(gs.calibrate(model, plan, (x,)))
     """
+    _check_call(model, args)
     given = dict(kwargs or {})
     check_values(model, args, given)
     graph = capture(model, args, given)
@@ -322,6 +326,18 @@ def calibrate(model: nn.Module, plan: Plan, args: tuple[Any, ...] = (), kwargs: 
 def _host() -> torch.device:
     """A context for numbers that are not the model's: they lie on the host, whatever device the caller made the default."""
     return torch.device("cpu")
+
+
+def _check_call(model: object, args: object) -> None:
+    """Tell a model and its positional arguments from what is neither.
+
+    Raises:
+        InputError: for anything else.
+    """
+    if not isinstance(model, nn.Module):
+        raise InputError(f"The model is {type(model).__name__}; give a torch.nn.Module.")
+    if not isinstance(args, (tuple, list)):
+        raise InputError(f"The positional arguments of forward come as a tuple, not as {type(args).__name__}: args=(x,).")
 
 
 def measured_input(node: Node) -> Value:

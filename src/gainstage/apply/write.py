@@ -58,10 +58,11 @@ def apply(
 
     Raises:
         PlanMismatchError: the plan was made for another model.
-        InputError: parameters on the meta device, or without memory of their own; a seed that is no integer.
+        InputError: what is no model or no plan; parameters on meta, or without memory of their own; a seed that is no integer.
         RankError: another process has another plan or seed, failed, or does not answer.
     """
     number = integer_seed(seed)
+    _check_kinds(model, plan)
     found = holdings_of(model, plan.parameters)
 
     def check() -> str:
@@ -74,6 +75,11 @@ def apply(
     Writer(number, progress).write(
         [(plan.parameters[name], holding) for name, holding in found.items()], lambda work: together(ranks, work, timeout)
     )
+
+
+def _check_kinds(model: object, plan: object) -> None:
+    if not (isinstance(model, nn.Module) and isinstance(plan, Plan)):
+        raise InputError(f"apply takes a model and a plan, not {type(model).__name__} and {type(plan).__name__}.")
 
 
 def sharing_ranks(found: Mapping[str, Holding]) -> frozenset[int]:

@@ -14,7 +14,7 @@ from gainstage.capture.constants import fold
 from gainstage.capture.functional import NotFunctional, functionalise
 from gainstage.capture.lowered import UNKNOWN_SIZE, Lowered
 from gainstage.capture.regions import fuse_complex
-from gainstage.errors import CaptureError, NoSignalError
+from gainstage.errors import CaptureError, NonFiniteError, NoSignalError
 from gainstage.graph import Graph, Node, NodeKind, ParameterInfo, Ref, TensorMeta
 
 
@@ -43,11 +43,13 @@ def assemble(
     Raises:
         CaptureError: a size that depends on values, a constant that cannot be computed, a parameter lost on the way.
         NoSignalError: no floating-point output depends on a parameter.
+        NonFiniteError: NaN in a buffer that the outputs depend on.
     """
     nodes, guesses = fold(reachable(_without_empty_pieces(functional.nodes), functional), functional.outputs)
     nodes, names = fuse_complex(reachable(nodes, functional), functional.outputs, functional.marks)
     functional = dataclasses.replace(functional, outputs=names)
     _check_sizes(nodes)
+    _check_buffers(nodes, model)
     varying = {node.name for node in nodes if node.kind is not NodeKind.CONSTANT}
     outputs = tuple(name for name in functional.outputs if name in varying)
     _check_reached(nodes, outputs, with_gradient)
@@ -111,6 +113,18 @@ def _check_sizes(nodes: Sequence[Node]) -> None:
                     f"The shape of {node.op_name} in {node.provenance} depends on values, so that its size is not known before "
                     "the model runs. Use an operation of fixed shape (torch.where instead of boolean indexing)."
                 )
+
+
+def _check_buffers(nodes: Sequence[Node], model: nn.Module) -> None:
+    """Infinity is what masks are made of; NaN is never meant."""
+    names = {f"b_{name.replace('.', '_')}": name for name, _ in model.named_buffers()}
+    spoiled = [
+        names[node.name]
+        for node in nodes
+        if node.name in names and node.value is not None and not node.value.is_meta and bool(node.value.isnan().any())
+    ]
+    if spoiled:
+        raise NonFiniteError(f"NaN in buffer(s) {', '.join(spoiled)}: load or compute them before the model is looked at.")
 
 
 def _check_reached(nodes: Sequence[Node], outputs: Sequence[str], with_gradient: frozenset[str]) -> None:

@@ -28,6 +28,10 @@ _KNOWN = (
         "(a Python argument, torch.where, or model.eval() if only training takes the branch)",
     ),
     _Known(
+        ("PackedParams",),
+        "a quantized module keeps packed integers, for which no level can be set. Build the model without quantization",
+    ),
+    _Known(
         ("numpy",),
         "the code leaves torch for NumPy, and the graph would end there. Use torch operations instead",
     ),

@@ -106,7 +106,7 @@ def apply(choice: ModelChoice, *, plan: Path, output: Path | None) -> None:
     """
     import gainstage as gs
     from gainstage.cli.files import check_state_name, write_state
-    from gainstage.cli.progress import progress_bar
+    from gainstage.report.progress import progress_bar
 
     if Path(choice.source).is_dir():
         _apply_to_checkpoint(choice, plan, output)
@@ -124,7 +124,7 @@ def apply(choice: ModelChoice, *, plan: Path, output: Path | None) -> None:
 
 def _apply_to_checkpoint(choice: ModelChoice, plan: Path, output: Path | None) -> None:
     from gainstage.apply.checkpoint import apply_to_checkpoint
-    from gainstage.cli.progress import progress_bar
+    from gainstage.report.progress import progress_bar
 
     if output is not None:
         raise InputError("a checkpoint directory is written in place; copy it first, and leave out --output")
@@ -144,7 +144,7 @@ def verify(choice: ModelChoice, *, plan: Path | None, weights: Path | None, as_j
     Exit code 1 where something is wrong.
     """
     import gainstage as gs
-    from gainstage.cli.progress import progress_bar
+    from gainstage.report.progress import progress_bar
 
     drawn_from = None if plan is None else _read_plan(plan)
     loaded = choice.load()

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
-from gainstage.errors import RoleConflictError, UnknownNameError
+from gainstage.errors import InputError, RoleConflictError, UnknownNameError
 from gainstage.graph import Graph
 from gainstage.roles.model import Branch, Head, Logits, Merge, Role, Roles, Setter, Stream, Use
 
@@ -43,6 +43,7 @@ def apply_overrides(roles: Roles, graph: Graph, overrides: Mapping[str, str]) ->
         overrides: pattern (``*`` and ``?`` as in file names) of parameter names, aliases included -> the name of a role.
 
     Raises:
+        InputError: what is no mapping.
         UnknownNameError: a pattern without a parameter, or a role that does not exist.
         RoleConflictError: a role that the graph makes impossible, or two patterns that contradict each other.
     """
@@ -55,6 +56,8 @@ def apply_overrides(roles: Roles, graph: Graph, overrides: Mapping[str, str]) ->
 
 
 def _resolve(graph: Graph, overrides: Mapping[str, str]) -> Mapping[str, _Said]:
+    if not isinstance(overrides, Mapping):
+        raise InputError(f"roles is {type(overrides).__name__}; give a dict, such as roles={{'*.out.weight': 'residual_end'}}.")
     names = {name: info.name for info in graph.parameters.values() for name in (info.name, *info.aliases)}
     found: dict[str, _Said] = {}
     for pattern, text in overrides.items():

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from gainstage.errors import InputError
+from gainstage.errors import InputError, NoSignalError
 from gainstage.graph import Graph, Node, fingerprint
 from gainstage.inputs import InputStatistics
 from gainstage.plan import ActivationPlan, Block, Distribution, Family, ParameterPlan, Plan
@@ -48,8 +48,14 @@ def solve(
 
     Raises:
         InputError: a balance for a policy without levels to balance.
+        NoSignalError: the model has parameters, and uses none.
         UnsupportedOpError: operations that cannot be predicted.
     """
+    if graph.parameters and not any(roles.uses.values()):
+        raise NoSignalError(
+            f"No output of the model depends on any of its {len(graph.parameters)} parameters "
+            f"({_listed(list(graph.parameters))}): their modules are never called, and there is nothing to plan."
+        )
     settings = initial_settings(graph, roles, policy, present)
     first = find_first_layers(graph, roles, policy, inputs or {}, settings)
     for layer in first.layers.values():
@@ -150,15 +156,26 @@ def _predictions(graph: Graph, values: Mapping[str, Any]) -> tuple[dict[str, tup
     return predictions, spreads
 
 
+def _listed(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    return f"{', '.join(names[:_NAMED])}{more}"
+
+
 def _notes(policy: Policy, explainer: Explainer) -> tuple[str, ...]:
     solution = explainer.solution
     kept = [
         name for name, setting in solution.settings.items() if setting.given is not None and setting.given.family is Family.KEEP
     ]
     notes = [f"targets of policy {policy.name!r}: {policy.source}", *explainer.graph.assumptions, *explainer.roles.notes]
-    if kept:
-        more = f" and {len(kept) - _NAMED} more" if len(kept) > _NAMED else ""
-        notes.append(f"kept as they are: {', '.join(kept[:_NAMED])}{more}")
+    unused = [name for name in kept if explainer.roles.of(name) is Role.UNUSED]
+    used = [name for name in kept if name not in unused]
+    if used:
+        notes.append(f"kept as they are: {_listed(used)}")
+    if unused:
+        notes.append(
+            f"kept as they are, since no output depends on them: {_listed(unused)}. With these inputs they are never trained; "
+            "where their module is called otherwise, plan with such inputs"
+        )
     for demand in explainer.demands.levels:
         progress = solution.demands[demand]
         if not progress.is_met:
