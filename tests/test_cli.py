@@ -4,27 +4,25 @@ import ast
 import importlib.util
 import json
 import os
-import re
 import subprocess
 import sys
 import textwrap
 import time
 from contextlib import nullcontext
-from io import StringIO
 from pathlib import Path
 
 import pytest
 import torch
 from click.testing import CliRunner
-from rich.console import Console
 from torch import nn
 
 import gainstage
-from gainstage.cli import main, progress
+from gainstage.cli import main
 from gainstage.cli.files import read_state, to_json, write_state
 from gainstage.cli.inputs import InputSpecification, draw_inputs, parse_input, smallest_vocabulary
 from gainstage.cli.models import load, parse_settings
 from gainstage.errors import InputError, PlanMismatchError, UnknownNameError
+from gainstage.report import progress
 
 MODEL_FILE = """
 import torch
@@ -374,20 +372,6 @@ def test_rules_lists_the_registry():
     rows = json.loads(run("rules", "--json").stdout)
     assert {row["op"] for row in rows} == {str(op) for op in rules()}
     assert all(row["rule"] for row in rows)
-
-
-@pytest.mark.parametrize(("late", "terminal"), [(True, True), (False, True), (True, False)])
-def test_a_bar_is_drawn_on_terminals_for_what_takes_longer_than_a_second(monkeypatch, late, terminal):
-    clock = iter([0.0, 0.5, 2.0 if late else 0.9])
-    monkeypatch.setattr(progress.time, "monotonic", lambda: next(clock))
-    drawn = Console(file=StringIO(), force_terminal=terminal, width=80)
-    with progress.progress_bar("drawing", drawn) as show:
-        show(1, 4)
-        assert drawn.file.getvalue() == ""
-        show(2, 4)
-    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", drawn.file.getvalue())
-    assert ("drawing" in text and "50%" in text) is (late and terminal)
-    assert max(map(len, re.split(r"[\r\n]", text))) <= 80
 
 
 def test_drawing_reports_its_progress(model_file, tmp_path, monkeypatch):
