@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from gainstage import policies
-    from gainstage.api import apply, calibrate, gain, initialize, inspect, measure_inputs, plan, tailor, verify
+    from gainstage.api import apply, calibrate, gain, initialize, inspect, measure_inputs, plan, tailor, task_gradients, verify
     from gainstage.apply import materialize, param_init_fn
     from gainstage.calibrate import Calibration, CalibrationRow
     from gainstage.errors import (
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from gainstage.plan import Distribution, Family, Mixing, Plan
     from gainstage.policies import Policy
     from gainstage.propagate.trace import ParameterStatistics, Signal, Trace
+    from gainstage.verify import TaskGradients
 
 __version__ = "0.1.0"
 
@@ -60,6 +61,7 @@ __all__ = [
     "RoleConflictError",
     "RuleError",
     "Signal",
+    "TaskGradients",
     "TokenStatistics",
     "Trace",
     "UnknownNameError",
@@ -76,18 +78,22 @@ __all__ = [
     "param_init_fn",
     "plan",
     "tailor",
+    "task_gradients",
     "verify",
 ]
 
 # Where each public name lives; what stands in neither tuple is an exception of gainstage.errors.
 _HOMES = {
-    "gainstage.api": ("apply", "calibrate", "gain", "initialize", "inspect", "measure_inputs", "plan", "tailor", "verify"),
+    "gainstage.api": (
+        "apply", "calibrate", "gain", "initialize", "inspect", "measure_inputs", "plan", "tailor", "task_gradients", "verify",
+    ),  # fmt: skip
     "gainstage.apply": ("materialize", "param_init_fn"),
     "gainstage.calibrate": ("Calibration", "CalibrationRow"),
     "gainstage.inputs": ("InputStatistics", "TokenStatistics"),
     "gainstage.optim": ("FirstUpdate", "param_groups"),
     "gainstage.plan": ("Distribution", "Family", "Mixing", "Plan"),
     "gainstage.policies": ("Policy",),
+    "gainstage.verify": ("TaskGradients",),
     "gainstage.propagate.trace": ("ParameterStatistics", "Signal", "Trace"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}

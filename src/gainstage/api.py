@@ -39,10 +39,21 @@ from gainstage.roles import Roles, infer_roles, is_data
 from gainstage.signal import Value
 from gainstage.signal.gain import gain
 from gainstage.solve import Present, attention_signals, find_balance, find_family, planned_values, solve
-from gainstage.verify import Check, check_inputs, check_mode, check_operations, check_values, verify_drawn
+from gainstage.verify import (
+    Check,
+    TaskGradients,
+    check_inputs,
+    check_mode,
+    check_operations,
+    check_values,
+    check_weights,
+    judge_tasks,
+    measure_tasks,
+    verify_drawn,
+)
 from gainstage.verify import verify as compare_with
 
-__all__ = ["apply", "calibrate", "gain", "initialize", "inspect", "measure_inputs", "plan", "tailor", "verify"]
+__all__ = ["apply", "calibrate", "gain", "initialize", "inspect", "measure_inputs", "plan", "tailor", "task_gradients", "verify"]
 
 
 def inspect(
@@ -103,6 +114,7 @@ def plan(
     model: nn.Module, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None, *, policy: str | Policy = "unit",
     balance: str = "forward", roles: Mapping[str, str] | None = None, distribution: str | None = None, keep: Sequence[str] = (),
     include_frozen: bool = False, inputs: Measured | Mapping[str, Measured] | None = None,
+    priors: Mapping[str, Any] | None = None,
 ) -> Plan:  # fmt: skip
     """Choose a distribution for every parameter; change nothing.
 
@@ -121,6 +133,9 @@ def plan(
         inputs: what :func:`measure_inputs` found, of the first input, or by the name of an input. It takes the place of what the
             examples show, and a layer that multiplies the input directly is whitened: its weights are drawn with
             ``Cov(w) = Sigma^-1 / r``, and its bias takes off the mean.
+        priors: glob pattern of names of heads' biases -> how likely each output's class is: a probability for each output (of one
+            softmax where they sum to 1), integer labels, or targets [samples, outputs], which are counted. The bias is
+            ``log p`` under a softmax, ``-log((1 - p) / p)`` for outputs that are decided one by one.
 
     Returns:
         The plan: what :func:`apply` draws, what :func:`verify` checks, and ``plan.explain(name)``.
@@ -151,8 +166,10 @@ def plan(
         return moments[node.name].value(known[node.name]) if node.name in moments else measured_input(node)
 
     with _host():
-        found = infer_roles(graph, roles)
-        return solve(graph, found, chosen, present=present, source=source, family=family, balance=direction, inputs=moments)
+        return solve(
+            graph, infer_roles(graph, roles), chosen, present=present, source=source, family=family, balance=direction,
+            inputs=moments, priors=priors,
+        )  # fmt: skip
 
 
 def measure_inputs(
@@ -259,6 +276,52 @@ def verify(
             return build_trace(graph, present_values(graph, model, infer_roles(graph)))
 
     return compare_with(graph, model, args, given, plan=plan, present=present)
+
+
+def task_gradients(
+    model: nn.Module,
+    args: tuple[Any, ...] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    losses: Mapping[str, Callable[[Any], torch.Tensor]],
+    weights: Mapping[str, float] | None = None,
+) -> TaskGradients:
+    """How strongly each of several losses pulls at the parameters they share: predicted, and measured; change nothing.
+
+    A head's initialization follows from its fan-in and from what the trunk gives it, whatever its loss will be multiplied with.
+    What the weights of the losses decide is whose gradient the trunk follows.
+
+    Args:
+        model: with values, in its mode.
+        args: positional arguments of forward.
+        kwargs: keyword arguments of forward.
+        losses: task -> a function of the model's output that returns the task's loss, without its weight.
+        weights: task -> what its loss is multiplied with; 1 for those that are not there.
+
+    Returns:
+        A row for each task: the norm of its gradient over all shared parameters, predicted and measured, its share, and the
+        weight that would make the shares equal; a finding where one task has more than nine tenths.
+
+    Raises:
+        InputError: fewer than two tasks, nothing that they share, a loss that is no number, weights of other tasks.
+        NonFiniteError: NaN or infinity in a parameter, an input, a loss or a gradient.
+
+    Example::
+
+        losses = {"depth": lambda y: F.l1_loss(y[0], depth), "label": lambda y: F.cross_entropy(y[1], label)}
+        print(gs.task_gradients(model, (x,), losses=losses, weights={"depth": 0.1}))
+    """
+    given = dict(kwargs or {})
+    chosen = check_weights(losses, weights)
+    check_values(model, args, given)
+    values, measured = measure_tasks(model, args, given, losses)
+    predicted: dict[str, dict[str, float]] = {}
+    for task, loss in losses.items():
+        trace = inspect(model, args, given, loss=loss)
+        found = {name: statistics.gradient_second_moment for name, statistics in trace.parameters.items()}
+        predicted[task] = {name: moment for name, moment in found.items() if moment is not None}
+    trained = {name: parameter.numel() for name, parameter in model.named_parameters() if parameter.requires_grad}
+    return judge_tasks(chosen, trained, values, measured, predicted)
 
 
 def _verify_drawn(

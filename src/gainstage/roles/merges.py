@@ -53,7 +53,7 @@ def find_siblings(wiring: Wiring, residuals: Mapping[int, Residual], excluded: I
     found = []
     for i in range(len(wiring.nodes) - 1, -1, -1):
         name = wiring.names[i]
-        if i in covered or i in residuals:
+        if i in covered or i in residuals or wiring.shape(i) == ():  # a sum of losses
             continue
         if name == "add" and len(wiring.signals[i]) == 2:
             operands = summands(wiring, i, residuals)

@@ -126,8 +126,15 @@ class _Claims:
                     goal=goal,
                     groups=(levers,),
                     width=head.width,
+                    prior=self.prior_square(head),
                 )
             )
+
+    def prior_square(self, head: Head) -> float:
+        """Mean square of the class priors in the head's bias, which add to what its weight makes."""
+        biases = (setting for setting in self.settings.values() if setting.prior)
+        found = (s for s in biases if any(use.node == head.output for use in self.roles.uses[s.info.name]))
+        return sum(setting.mean**2 + setting.variance for setting in found)
 
     def logits(self, logits: Logits) -> None:
         target = self.target(Role.QUERY)

@@ -171,7 +171,7 @@ class Explainer:
         return [given, f"Var(w) = {goal:.4g} / ({fan_in:.6g} x {level:.4g}{further}) = {variance:.4g}{why}"]
 
     def _result(self, demand: Demand, setting: Setting, part: int, progress: Progress) -> str:
-        found = measure(demand.quantity, self.graph, demand.node, self.solution.values)
+        found = measure(demand.quantity, self.graph, demand.node, self.solution.values) - demand.prior
         goal = goal_value(demand.goal, self.solution.values)
         variance, mean = setting.variances[part], setting.means[part]
         chosen = f"w = {mean:.4g}" if variance == 0.0 else f"Var(w) = {variance:.4g}, std {math.sqrt(variance):.4g}"
@@ -228,7 +228,7 @@ class Explainer:
                 f"E[loss] = log C + s^2 (1 - 1/C)/2 for C = {demand.width} logits of variance s^2: "
                 f"s^2 = {goal:.4g} is 1 % above chance"
             )
-        lines = [text]
+        lines = [text] if not demand.prior else [text, f"its bias holds class priors of mean square {demand.prior:.4g} besides"]
         names = {lever.part[0] for group in demand.groups for lever in group}
         if any(self.roles.of(name) is Role.TIED_HEAD for name in names):
             lines.append(

@@ -25,7 +25,8 @@ class Setting:
     that multiplies by ``1 + w`` has offset 1; or its exponential, for a temperature. ``is_fixed``: decided by a rule that needs
     no signal, never scaled; ``given``: the distribution itself, where that rule names one (what is kept has the statistics of
     its present values here; ``table``, where these are not independent of each other); ``mixing``: the matrix that a whitened
-    first layer is drawn through. ``lines``: what the explanation has to say of this.
+    first layer is drawn through. ``prior``: a constant for each output of a head's bias. ``lines``: what the explanation has to
+    say of this.
     """
 
     info: ParameterInfo
@@ -41,6 +42,7 @@ class Setting:
     given: Distribution | None = None
     mixing: Mixing | None = None
     table: Value | None = None
+    prior: tuple[float, ...] = ()
     lines: tuple[str, ...] = ()
 
     @property

@@ -21,6 +21,7 @@ from gainstage.solve.derivation import Explainer
 from gainstage.solve.distributions import blocks_around, blocks_of, distribution_of, fitting_family, padding_row
 from gainstage.solve.initial import Present, initial_settings
 from gainstage.solve.passage import Balance, Passages
+from gainstage.solve.priors import prior_blocks, with_priors
 from gainstage.solve.recurrent import is_recurrent, unit_gates
 from gainstage.solve.setting import Setting
 from gainstage.solve.tailoring import propose_activations
@@ -33,6 +34,7 @@ _NAMED = 8  # parameters that a note names
 def solve(
     graph: Graph, roles: Roles, policy: Policy, *, present: Present, source: Callable[[Node], Value], family: Family,
     balance: Balance = Balance.FORWARD, inputs: Mapping[str, InputStatistics] | None = None,
+    priors: Mapping[str, Any] | None = None,
 ) -> Plan:  # fmt: skip
     """Find a distribution for every parameter, so that the policy's targets hold in the predicted signals.
 
@@ -45,6 +47,7 @@ def solve(
         family: what weights are drawn from.
         balance: which direction hidden weights keep second moments in.
         inputs: input node -> statistics of its data set; layers that read it directly are whitened.
+        priors: pattern of names of heads' biases -> probabilities of their classes, or labels to count.
 
     Raises:
         InputError: a balance for a policy without levels to balance.
@@ -56,7 +59,7 @@ def solve(
             f"No output of the model depends on any of its {len(graph.parameters)} parameters "
             f"({_listed(list(graph.parameters))}): their modules are never called, and there is nothing to plan."
         )
-    settings = initial_settings(graph, roles, policy, present)
+    settings = with_priors(initial_settings(graph, roles, policy, present), roles, priors or {})
     first = find_first_layers(graph, roles, policy, inputs or {}, settings)
     for layer in first.layers.values():
         setting = settings[layer.parameter]
@@ -112,6 +115,8 @@ def _parameter_plan(setting: Setting, explainer: Explainer, family: Family) -> P
     if setting.given is not None:
         distribution: Distribution = setting.given
         blocks: tuple[Block, ...] = ()
+    elif setting.prior:
+        distribution, blocks = prior_blocks(setting.prior)
     else:
         drawn, why = fitting_family(family, setting, contraction, graph)
         if drawn is Family.DELTA_ORTHOGONAL:

@@ -174,7 +174,7 @@ class Walk:
         if progress.seen == stamp or progress.has_no_effect or len(progress.tried) > _MOST_STEPS:
             return None
         progress.seen = stamp
-        found = measure(demand.quantity, self._graph, demand.node, self._values)
+        found = measure(demand.quantity, self._graph, demand.node, self._values) - demand.prior
         goal = goal_value(demand.goal, self._values)
         if not (0.0 < found < math.inf and 0.0 < goal < math.inf):
             progress.has_no_effect = True

@@ -1,6 +1,7 @@
 """Measure a real pass, compare it with the prediction, and name what is wrong."""
 
 from gainstage.verify.result import Check, CheckRow, Finding, FindingKind
+from gainstage.verify.tasks import TaskGradients, TaskRow, check_weights, judge_tasks, measure_tasks
 from gainstage.verify.verify import check_inputs, check_mode, check_operations, check_values, verify, verify_drawn
 
 __all__ = [
@@ -8,10 +9,15 @@ __all__ = [
     "CheckRow",
     "Finding",
     "FindingKind",
+    "TaskGradients",
+    "TaskRow",
     "check_inputs",
     "check_mode",
     "check_operations",
     "check_values",
+    "check_weights",
+    "judge_tasks",
+    "measure_tasks",
     "verify",
     "verify_drawn",
 ]

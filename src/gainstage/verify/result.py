@@ -21,6 +21,7 @@ class FindingKind(StrEnum):
     SATURATED = "saturated attention"
     LOUD_HEAD = "loud head"  # first loss far above chance
     UNUSED = "unused parameters"  # they reach no output
+    TASK_DROWNS = "task drowns the others"  # at the parameters that several losses share
     LARGE_SPREAD = "large spread"  # levels are within a band that is wide, and this draw is not near its middle
 
     @property

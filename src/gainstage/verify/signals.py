@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from gainstage.graph import Graph, Node, NodeKind, TensorMeta
+from gainstage.plan import Family, Plan
 from gainstage.verify.blame import first_attention, following, nearest_parameters, unused_parameters
 from gainstage.verify.compare import Prediction
 from gainstage.verify.measure import Pass
@@ -227,8 +228,8 @@ def first_losses(heads: Mapping[int, tuple[str, int]], outputs: Mapping[int, tor
     return losses
 
 
-def loud_heads(heads: Mapping[int, tuple[str, int]], found: Pass) -> list[Finding]:
-    """Heads whose first loss would be more than twice what chance gives, were it a cross-entropy."""
+def loud_heads(heads: Mapping[int, tuple[str, int]], found: Pass, plan: Plan | None) -> list[Finding]:
+    """Heads whose first loss would be more than twice what chance gives, were it a cross-entropy; not those with class priors."""
     return [
         Finding(
             kind=FindingKind.LOUD_HEAD,
@@ -237,8 +238,14 @@ def loud_heads(heads: Mapping[int, tuple[str, int]], found: Pass) -> list[Findin
             remedy="Make the head's weights smaller (gs.initialize(model, ...)); a tied embedding sets its level too.",
         )
         for position, (loss, chance) in found.first_losses.items()
-        if loss > 2.0 * chance
+        if loss > 2.0 * chance and not _has_priors(heads[position][0], plan)
     ]
+
+
+def _has_priors(weight: str, plan: Plan | None) -> bool:
+    """Whether the plan gives each class a bias of its own."""
+    bias = None if plan is None else plan.parameters.get(weight.rpartition("weight")[0] + "bias")
+    return bias is not None and any(block.distribution.family is Family.CONSTANT for block in bias.blocks)
 
 
 def unused(graph: Graph, found: Pass) -> list[Finding]:

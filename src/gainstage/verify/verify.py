@@ -153,7 +153,7 @@ def _judge(
     symptoms = [
         *signals.saturated(graph, found),
         *signals.extreme_levels(graph, rows, input_level),
-        *signals.loud_heads(heads, found),
+        *signals.loud_heads(heads, found, plan),
     ]
     findings += [finding for finding in symptoms if not findings or finding.where not in {known.where for known in findings}]
     findings += signals.unused(graph, found)
