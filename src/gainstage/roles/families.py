@@ -13,6 +13,7 @@ from gainstage.graph import Node, Ref
 
 RESHAPING = frozenset({
     "view", "_unsafe_view", "reshape", "view_as", "reshape_as", "_reshape_alias", "transpose", "swapaxes", "permute", "movedim",
+    "broadcast_tensors",
     "t", "numpy_T", "mT", "flatten", "unflatten", "squeeze", "unsqueeze", "expand", "expand_as", "repeat", "tile",
     "repeat_interleave", "contiguous", "clone", "alias", "detach", "to", "_to_copy", "type_as", "float", "half", "bfloat16",
     "lift_fresh", "lift_fresh_copy", "roll", "flip", "pad", "constant_pad_nd", "reflection_pad1d", "reflection_pad2d",
