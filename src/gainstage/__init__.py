@@ -85,8 +85,17 @@ __all__ = [
 # Where each public name lives; what stands in neither tuple is an exception of gainstage.errors.
 _HOMES = {
     "gainstage.api": (
-        "apply", "calibrate", "gain", "initialize", "inspect", "measure_inputs", "plan", "tailor", "task_gradients", "verify",
-    ),  # fmt: skip
+        "apply",
+        "calibrate",
+        "gain",
+        "initialize",
+        "inspect",
+        "measure_inputs",
+        "plan",
+        "tailor",
+        "task_gradients",
+        "verify",
+    ),
     "gainstage.apply": ("materialize", "param_init_fn"),
     "gainstage.calibrate": ("Calibration", "CalibrationRow"),
     "gainstage.inputs": ("InputStatistics", "TokenStatistics"),
