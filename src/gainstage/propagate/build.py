@@ -8,6 +8,7 @@ from typing import Any
 from gainstage.graph import Graph, NodeKind
 from gainstage.propagate.backward import Backward
 from gainstage.propagate.interpret import is_sampled
+from gainstage.propagate.path import main_path
 from gainstage.propagate.trace import CallSignals, ParameterStatistics, Signal, Trace
 from gainstage.signal import Value
 
@@ -38,6 +39,7 @@ def build_trace(graph: Graph, values: Mapping[str, Any], backward: Backward | No
         sampled=sampled,
         sampled_backward=() if backward is None else backward.sampled,
         assumptions=graph.assumptions,
+        depth=None if backward is None else main_path(graph, signals),
     )
 
 

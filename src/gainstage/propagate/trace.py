@@ -9,7 +9,9 @@ from typing import Any
 import numpy as np
 
 from gainstage.errors import InputError
+from gainstage.findings import Finding
 from gainstage.graph import Graph
+from gainstage.propagate.depth import Depth
 from gainstage.signal import Value
 
 
@@ -133,6 +135,12 @@ class Trace:
     sampled_backward: tuple[str, ...] = ()
     assumptions: tuple[str, ...] = ()
     attention: tuple[AttentionSignal, ...] = ()
+    depth: Depth | None = None
+
+    @property
+    def findings(self) -> tuple[Finding, ...]:
+        """What depth does to inputs, where it is more than networks train with."""
+        return () if self.depth is None else self.depth.findings()
 
     @property
     def modules(self) -> Mapping[str, tuple[Signal, ...]]:
@@ -162,6 +170,8 @@ class Trace:
                 for name, p in self.parameters.items()
             },
             "attention": [asdict(signal) for signal in self.attention],
+            "depth": None if self.depth is None else self.depth.to_dict(),
+            "findings": [finding.to_dict() for finding in self.findings],
             "sampled": list(self.sampled),
             "sampled_backward": list(self.sampled_backward),
             "assumptions": list(self.assumptions),

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from rich.text import Text
 
+from gainstage.report.findings import finding_text
 from gainstage.report.numbers import number, shape, span
 from gainstage.report.tables import Block, Column, Report, blocks, plural, short_type
-from gainstage.verify import Check, CheckRow, Finding
+from gainstage.verify import Check, CheckRow
 
 
 def check_report(check: Check, *, grouped: bool = True) -> Report[Block[CheckRow]]:
@@ -32,14 +33,8 @@ def check_report(check: Check, *, grouped: bool = True) -> Report[Block[CheckRow
             Text(
                 "second moments; error: of the measurement, spread: of one draw, both in units of log; z: deviations", style="dim"
             ),
-            *map(_finding, check.findings),
+            *map(finding_text, check.findings),
         ],
-    )
-
-
-def _finding(finding: Finding) -> Text:
-    return Text.assemble(
-        (f"{finding.kind}: {finding.where or 'the model'}", "bold red"), f"\n  {finding.evidence}\n  → {finding.remedy}"
     )
 
 

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from rich.text import Text
 
 from gainstage.propagate.trace import Signal, Trace
-from gainstage.report.numbers import cosine_span, shape, span
+from gainstage.report.findings import finding_text
+from gainstage.report.numbers import cosine_span, number, shape, span
 from gainstage.report.tables import Block, Column, Report, blocks, plural, short_type
 
 
@@ -56,6 +57,11 @@ def _remarks(trace: Trace) -> list[Text]:
     if trace.sampled:
         shown = ", ".join(trace.sampled[:8]) + (", ..." if len(trace.sampled) > 8 else "")
         remarks.append(Text(f"sampled for want of a rule, so noisier: {plural(len(trace.sampled), 'node')} ({shown})"))
+    if trace.depth is not None:
+        scale, count = trace.depth.scale, len(trace.depth.stations) - 1
+        kept = f"of {number(scale)} layers" if scale < math.inf else "without end"
+        remarks.append(Text(f"two inputs stay distinguishable over a depth scale {kept}; the main path has {count}", style="dim"))
+    remarks.extend(map(finding_text, trace.findings))
     remarks.extend(Text(f"assumed: {assumption}") for assumption in trace.assumptions)
     return remarks
 

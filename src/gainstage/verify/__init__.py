@@ -1,6 +1,7 @@
 """Measure a real pass, compare it with the prediction, and name what is wrong."""
 
-from gainstage.verify.result import Check, CheckRow, Finding, FindingKind
+from gainstage.findings import Finding, FindingKind
+from gainstage.verify.result import Check, CheckRow
 from gainstage.verify.tasks import TaskGradients, TaskRow, check_weights, judge_tasks, measure_tasks
 from gainstage.verify.verify import check_inputs, check_mode, check_operations, check_values, verify, verify_drawn
 

@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from torch import nn
 
+from gainstage.findings import Finding, FindingKind
 from gainstage.graph import ParameterInfo, real_parameters
 from gainstage.plan import Distribution, Family, ParameterPlan, Plan
-from gainstage.verify.result import Finding, FindingKind
 
 FALSE_ALARMS = 1e-3  # probability that any parameter of a model that was drawn as planned is called wrong
 _FEW_ENTRIES = 16  # below this a sample deviation is no evidence, the range of the values still is

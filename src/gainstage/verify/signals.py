@@ -7,12 +7,13 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
+from gainstage.findings import Finding, FindingKind
 from gainstage.graph import Graph, Node, NodeKind, TensorMeta
 from gainstage.plan import Family, Plan
 from gainstage.verify.blame import first_attention, following, nearest_parameters, unused_parameters
 from gainstage.verify.compare import Prediction
 from gainstage.verify.measure import Pass
-from gainstage.verify.result import CheckRow, Finding, FindingKind
+from gainstage.verify.result import CheckRow
 
 DEAD, EXPLODING = 1e-4, 1e4  # second moments: float16 loses the squares of the one, and a softmax saturates on the other
 SPREAD, FAR = math.log(2.0), math.log(1.25)  # of log levels: a wide band, and a level that is away from its middle

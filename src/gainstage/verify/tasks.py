@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from gainstage.errors import InputError, NonFiniteError
-from gainstage.verify.result import Finding, FindingKind
+from gainstage.findings import Finding, FindingKind
 from gainstage.verify.untouched import untouched
 
 DROWNS = 0.9  # of the squares of all tasks' gradients

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from gainstage.errors import InputError, NonFiniteError, PlanMismatchError
+from gainstage.findings import Finding
 from gainstage.graph import Graph, fingerprint, tensor_leaves
 from gainstage.plan import Plan
 from gainstage.propagate import Trace, check_initialised
@@ -16,7 +17,7 @@ from gainstage.verify import signals
 from gainstage.verify.compare import MODEL_ERROR, compare, predictions, z_bound
 from gainstage.verify.measure import Pass, run_forward, samples_in
 from gainstage.verify.parameters import equal_values, lost_ties, not_as_planned
-from gainstage.verify.result import Check, Finding
+from gainstage.verify.result import Check
 from gainstage.verify.streamed import run_streamed
 
 
