@@ -270,7 +270,7 @@ class _FailureError(Exception):
 def large_model():
     """Several tasks for each thread, a matrix, a strided parameter."""
     torch.manual_seed(0)
-    return holder(torch.randn(2048, 2048), torch.randn(40, 30), torch.randn(2000, 1000).T, torch.randn(1024, 1024))
+    return holder(torch.randn(2048, 4096), torch.randn(40, 30), torch.randn(2000, 1000).T, torch.randn(1024, 1024))
 
 
 @pytest.mark.parametrize("count", [1, 2])

@@ -14,8 +14,8 @@ from gainstage.apply.draw import draw_matrix, draw_mixed, draw_runs, pieces
 from gainstage.apply.stream import Stream, stream_of
 from gainstage.plan import Distribution, Family, ParameterPlan
 
-# Entries per task: long enough (5 ms) to hide what a task costs, short enough to share among threads.
-_TASK = 2**20
+# Entries per task: long enough (10 ms) to hide what a task costs, short enough to share among threads.
+_TASK = 2**21
 
 # Entries that are drawn before they are converted into another type: they stay in the cache.
 _DRAWN = 2**18
