@@ -31,6 +31,7 @@ if TYPE_CHECKING:
         UnsupportedParameterError,
     )
     from gainstage.inputs import InputStatistics, TokenStatistics
+    from gainstage.integrations import Flow
     from gainstage.optim import FirstUpdate, param_groups
     from gainstage.plan import Distribution, Family, Mixing, Plan
     from gainstage.policies import Policy
@@ -46,6 +47,7 @@ __all__ = [
     "Distribution",
     "Family",
     "FirstUpdate",
+    "Flow",
     "GainstageError",
     "InputError",
     "InputStatistics",
@@ -98,6 +100,7 @@ _HOMES = {
     ),
     "gainstage.apply": ("materialize", "param_init_fn"),
     "gainstage.calibrate": ("Calibration", "CalibrationRow"),
+    "gainstage.integrations": ("Flow",),
     "gainstage.inputs": ("InputStatistics", "TokenStatistics"),
     "gainstage.optim": ("FirstUpdate", "param_groups"),
     "gainstage.plan": ("Distribution", "Family", "Mixing", "Plan"),

@@ -38,7 +38,7 @@ from gainstage.report.progress import progress_bar
 from gainstage.roles import Roles, infer_roles, is_data
 from gainstage.signal import Value
 from gainstage.signal.gain import gain
-from gainstage.solve import Present, attention_signals, find_balance, find_family, planned_values, solve
+from gainstage.solve import Present, attention_signals, find_balance, find_determinant, find_family, planned_values, solve
 from gainstage.verify import (
     Check,
     TaskGradients,
@@ -114,7 +114,7 @@ def plan(
     model: nn.Module, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None, *, policy: str | Policy = "unit",
     balance: str = "forward", roles: Mapping[str, str] | None = None, distribution: str | None = None, keep: Sequence[str] = (),
     include_frozen: bool = False, inputs: Measured | Mapping[str, Measured] | None = None,
-    priors: Mapping[str, Any] | None = None,
+    priors: Mapping[str, Any] | None = None, logdet_std: float | None = None, logdet: int | None = None,
 ) -> Plan:  # fmt: skip
     """Choose a distribution for every parameter; change nothing.
 
@@ -136,6 +136,9 @@ def plan(
         priors: glob pattern of names of heads' biases -> how likely each output's class is: a probability for each output (of one
             softmax where they sum to 1), integer labels, or targets [samples, outputs], which are counted. The bias is
             ``log p`` under a softmax, ``-log((1 - p) / p)`` for outputs that are decided one by one.
+        logdet_std: for a normalizing flow that returns ``(z, log_determinant)``: the deviation of the log-determinant over draws
+            and inputs, 0.1 for one. The last weights of the scale networks are drawn so that it holds; 0 sets them to zero.
+        logdet: which output is the log-determinant; without it the one of shape [batch].
 
     Returns:
         The plan: what :func:`apply` draws, what :func:`verify` checks, and ``plan.explain(name)``.
@@ -159,6 +162,7 @@ def plan(
         node.name: node.meta.shape for node in graph.nodes if isinstance(node.meta, TensorMeta) and node.kind is NodeKind.INPUT
     }
     moments = by_name(inputs, known)
+    determinant = find_determinant(graph, logdet_std, logdet)
     kept = kept_parameters(graph, [keep] if isinstance(keep, str) else keep, include_frozen=include_frozen)
     present = Present(moments=moments_of(model), tables=dict(model.named_parameters()), kept=kept)
 
@@ -166,9 +170,10 @@ def plan(
         return moments[node.name].value(known[node.name]) if node.name in moments else measured_input(node)
 
     with _host():
+        found = infer_roles(graph, roles, log_determinant=determinant)
         return solve(
-            graph, infer_roles(graph, roles), chosen, present=present, source=source, family=family, balance=direction,
-            inputs=moments, priors=priors,
+            graph, found, chosen, present=present, source=source, family=family, balance=direction,
+            inputs=moments, priors=priors, logdet_std=logdet_std,
         )  # fmt: skip
 
 

@@ -58,6 +58,7 @@ CASES = [
     RuleCase(op=aten.concatenate.default, args=([TOKENS, MORE_TOKENS], 0)),
     RuleCase(op=aten.slice_scatter.default, args=(TOKENS, PAIR, 1, 1, 3)),
     RuleCase(op=aten.slice_scatter.default, args=(TOKENS, PAIR, 1, 1, 5, 2)),
+    RuleCase(op=aten.index_put.default, args=(TOKENS, [None, constant(torch.tensor([1, 4])), None], PAIR)),
     RuleCase(op=aten.select_scatter.default, args=(TOKENS, MATRIX, 0, -1)),
     RuleCase(op=aten.swapaxes.default, args=(TOKENS, 0, 2)),
     RuleCase(op=aten.swapdims.default, args=(TOKENS, 1, 2)),

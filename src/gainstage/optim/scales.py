@@ -22,6 +22,7 @@ _CONTRACTED = frozenset(
         Role.ROUTER,
         Role.RESIDUAL_END,
         Role.MERGE_END,
+        Role.COUPLING_SCALE,
         Role.GATE,
         Role.RECURRENT,
         Role.DEPTHWISE,

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from gainstage.graph import Graph
 from gainstage.roles.attention import Attention, find_attentions
 from gainstage.roles.claims import Claims, Settled
+from gainstage.roles.flows import find_scales
 from gainstage.roles.gates import find_gates
 from gainstage.roles.heads import Output, find_outputs, find_routers
 from gainstage.roles.merges import Siblings, find_siblings, summands
-from gainstage.roles.model import Branch, Head, Logits, Merge, Role, Roles, Stream
+from gainstage.roles.model import Branch, Head, LogDeterminant, Logits, Merge, Role, Roles, Stream
 from gainstage.roles.override import apply_overrides
 from gainstage.roles.sites import Site, find_sites
 from gainstage.roles.streams import Chain, Residual, find_residuals, link
@@ -19,12 +20,13 @@ from gainstage.roles.walk import Found, Walked, walk_back
 from gainstage.roles.wiring import Wiring, wire
 
 
-def infer_roles(graph: Graph, overrides: Mapping[str, str] | None = None) -> Roles:
+def infer_roles(graph: Graph, overrides: Mapping[str, str] | None = None, *, log_determinant: str | None = None) -> Roles:
     """What every parameter of a model is for.
 
     Args:
         graph: a captured model.
         overrides: patterns of parameter names -> the name of a role; what each does is said at ``apply_overrides``.
+        log_determinant: the node that is one, in a flow.
 
     Returns:
         Uses of all parameters, and the structures that they are part of.
@@ -34,7 +36,7 @@ def infer_roles(graph: Graph, overrides: Mapping[str, str] | None = None) -> Rol
         RoleConflictError: a role that the graph makes impossible, or two patterns that contradict each other.
     """
     wiring = wire(graph)
-    roles = _Inference(wiring, find_sites(wiring)).roles()
+    roles = _Inference(wiring, find_sites(wiring), log_determinant).roles()
     return apply_overrides(roles, graph, overrides) if overrides else roles
 
 
@@ -53,12 +55,19 @@ class _Parts:
 class _Inference:
     wiring: Wiring
     sites: Mapping[int, tuple[Site, ...]]
+    log_determinant: str | None = None
 
     def roles(self) -> Roles:
         claims = Claims(self.wiring.graph, tuple(site for found in self.sites.values() for site in found))
         parts = self.parts()
         self.claim(claims, parts)
-        return self.built(claims.settle(), parts)
+        if self.log_determinant is None:
+            return self.built(claims.settle(), parts)
+        scales = find_scales(self.wiring, self.sites, self.wiring.number[self.log_determinant])
+        claims.add(scales, Role.COUPLING_SCALE, f"the log-determinant {self.log_determinant} is a direct function of it")
+        settled = claims.settle()
+        determinant = LogDeterminant(self.log_determinant, settled.setters(scales))
+        return replace(self.built(settled, parts), log_determinant=determinant)
 
     def name(self, i: int) -> str:
         return self.wiring.nodes[i].name

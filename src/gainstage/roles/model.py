@@ -16,6 +16,7 @@ class Role(Enum):
     KEY = "key"
     VALUE = "value"  # averaged by a softmax
     ROUTER = "router"  # a softmax over experts
+    COUPLING_SCALE = "coupling_scale"  # the log-determinant of a flow is a direct function of it
     RESIDUAL_END = "residual_end"  # sets the level of a branch that is added to the stream it comes from
     MERGE_END = "merge_end"  # sets the level of a branch that is added or concatenated to its siblings
     GATE = "gate"  # its output multiplies another tensor, through a nonlinearity
@@ -115,6 +116,14 @@ class Head:
     width: int
 
 
+@dataclass(frozen=True, slots=True)
+class LogDeterminant:
+    """The log-determinant of a flow, [batch], and the weights that it is a direct function of."""
+
+    node: str
+    setters: tuple[Setter, ...]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Roles:
     """Everything that a solver needs to know about what parameters are for."""
@@ -124,6 +133,7 @@ class Roles:
     merges: tuple[Merge, ...] = ()
     logits: tuple[Logits, ...] = ()
     heads: tuple[Head, ...] = ()
+    log_determinant: LogDeterminant | None = None
     notes: tuple[str, ...] = field(default=())
 
     def of(self, parameter: str) -> Role:

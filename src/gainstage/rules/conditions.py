@@ -75,6 +75,8 @@ def where(call: Call, condition: Value, x: Any, y: Any) -> Value:
 def choose(condition: Value, x: Any, y: Any) -> Value:
     """``c x + (1 - c) y``: exact for conditions on the latent of x and y, and for those that are independent of both."""
     valid = None if condition.constant is None else condition.constant.bool()
+    if valid is None and condition.mean > 1.0 - 1e-9 and isinstance(x, Value) and x.shape == condition.shape:
+        return x  # for sure: where(isfinite(x), x, NaN)
     for chosen, other, seen in ((x, y, valid), (y, x, None if valid is None else ~valid)):
         if isinstance(chosen, Value) and seen is not None and chosen.constant is None and _only_number(other) < EXCLUDES:
             return exclude(chosen, seen)

@@ -30,7 +30,7 @@ from gainstage.signal.quadrature import (
 )
 from gainstage.signal.spread import held
 from gainstage.signal.uneven import with_means
-from gainstage.signal.value import Value, statistic_at
+from gainstage.signal.value import Value, known, statistic_at
 
 Function = Callable[..., torch.Tensor]
 
@@ -206,6 +206,7 @@ def combine(function: Function, x: Value, y: Value) -> Value:
     Two functions of the same latent are one function of it. A tensor met by a statistic of itself (its mean square, its
     maximum) meets a number. What else is not independent shares a source, see :func:`cross_table`.
     """
+    x, y = _as_numbers(x), _as_numbers(y)
     parts = _part_by_part(x, y)
     if parts is not None:
         return join([combine(function, a, b) for a, b in parts[1]], parts[0])
@@ -235,6 +236,11 @@ def combine(function: Function, x: Value, y: Value) -> Value:
     else:
         result = _two_latents(function, x, y)
     return _as_statistic(function, x, y, result)
+
+
+def _as_numbers(x: Value) -> Value:
+    """Known integers and masks, which are carried without statistics as long as they index, as the numbers that they are."""
+    return x if x.constant is None or x.constant.is_floating_point() else known(x.constant)
 
 
 def _reciprocal(y: Value) -> Value:

@@ -26,6 +26,7 @@ class Quantity(Enum):
     """What is measured at a node."""
 
     SECOND_MOMENT = "second moment"
+    VARIANCE = "variance"
     KEY_VARIANCE = "variance of the logits over the keys"
 
 
@@ -36,6 +37,7 @@ class Kind(Enum):
     MERGE = "merge"
     LOGITS = "logits"
     HEAD = "head"
+    DETERMINANT = "determinant"
     GAIN = "gain"  # of a weight that is normalised before it is contracted
 
 
@@ -127,6 +129,8 @@ def measure(quantity: Quantity, graph: Graph, node: str, values: Mapping[str, An
     if quantity is Quantity.KEY_VARIANCE:
         logits = _logits(graph.by_name[node], values) if is_attention(graph.by_name[node]) else value
         return key_variance(logits) if isinstance(logits, Value) else 0.0
+    if quantity is Quantity.VARIANCE:
+        return value.variance if isinstance(value, Value) else 0.0
     return value.second_moment if isinstance(value, Value) else 0.0
 
 

@@ -36,13 +36,17 @@ class Demands:
     own: tuple[Own, ...]
 
 
-def collect_demands(graph: Graph, roles: Roles, policy: Policy, settings: Mapping[str, Setting]) -> Demands:
+def collect_demands(
+    graph: Graph, roles: Roles, policy: Policy, settings: Mapping[str, Setting], logdet_std: float | None = None
+) -> Demands:
     """What the policy demands of this model, in the order in which parts are claimed.
 
-    A tied head goes first; then attention logits, residual streams, merges (an outer one before those inside of it) and the
-    other heads; what is left answers to its own contraction.
+    The log-determinant of a flow and a tied head go first; then attention logits, residual streams, merges (an outer one before
+    those inside of it) and the other heads; what is left answers to its own contraction.
     """
     claims = _Claims(graph, roles, policy, settings)
+    if logdet_std:
+        claims.determinant(logdet_std)
     tied = [head for head in roles.heads if _is_tied(head, roles)]
     for head in tied:
         claims.head(head, Role.TIED_HEAD)
@@ -135,6 +139,14 @@ class _Claims:
         biases = (setting for setting in self.settings.values() if setting.prior)
         found = (s for s in biases if any(use.node == head.output for use in self.roles.uses[s.info.name]))
         return sum(setting.mean**2 + setting.variance for setting in found)
+
+    def determinant(self, std: float) -> None:
+        """The scales of all layers take one factor: the log-determinant is a sum over them."""
+        found = self.roles.log_determinant
+        assert found is not None
+        if levers := self.free(self.levers(found.setters)):
+            goal, quantity = Goal(constant=std**2), Quantity.VARIANCE
+            self.claim(Demand(kind=Kind.DETERMINANT, node=found.node, quantity=quantity, goal=goal, groups=(levers,)))
 
     def logits(self, logits: Logits) -> None:
         target = self.target(Role.QUERY)

@@ -138,6 +138,7 @@ class Explainer:
             Kind.MERGE: self._merge,
             Kind.LOGITS: self._logits,
             Kind.HEAD: self._head,
+            Kind.DETERMINANT: self._determinant,
             Kind.GAIN: self._gain,
         }[demand.kind]
         lines = explain(demand)
@@ -235,6 +236,14 @@ class Explainer:
                 "it is also the embedding: the head's demand wins, and the stream starts at the level that this gives it"
             )
         return lines
+
+    def _determinant(self, demand: Demand) -> list[str]:
+        value = self.solution.values[demand.node]
+        mean = value.mean if isinstance(value, Value) else 0.0
+        return [
+            f"Var(log det) = {demand.goal.constant:.4g} at {self._place(demand.node)}, over draws and inputs: a volume near 1",
+            f"its mean is {mean:.3g}: what the library's functions of a scale of 0 add up to",
+        ]
 
     def _gain(self, demand: Demand) -> list[str]:
         return [

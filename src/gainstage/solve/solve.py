@@ -18,6 +18,7 @@ from gainstage.signal import Value
 from gainstage.solve.constraint import is_contraction
 from gainstage.solve.demands import collect_demands
 from gainstage.solve.derivation import Explainer
+from gainstage.solve.determinant import identity_start
 from gainstage.solve.distributions import blocks_around, blocks_of, distribution_of, fitting_family, padding_row
 from gainstage.solve.initial import Present, initial_settings
 from gainstage.solve.passage import Balance, Passages
@@ -34,7 +35,7 @@ _NAMED = 8  # parameters that a note names
 def solve(
     graph: Graph, roles: Roles, policy: Policy, *, present: Present, source: Callable[[Node], Value], family: Family,
     balance: Balance = Balance.FORWARD, inputs: Mapping[str, InputStatistics] | None = None,
-    priors: Mapping[str, Any] | None = None,
+    priors: Mapping[str, Any] | None = None, logdet_std: float | None = None,
 ) -> Plan:  # fmt: skip
     """Find a distribution for every parameter, so that the policy's targets hold in the predicted signals.
 
@@ -48,6 +49,7 @@ def solve(
         balance: which direction hidden weights keep second moments in.
         inputs: input node -> statistics of its data set; layers that read it directly are whitened.
         priors: pattern of names of heads' biases -> probabilities of their classes, or labels to count.
+        logdet_std: deviation of a flow's log-determinant over draws and inputs, which the roles have found; 0 for the identity.
 
     Raises:
         InputError: a balance for a policy without levels to balance.
@@ -64,7 +66,9 @@ def solve(
     for layer in first.layers.values():
         setting = settings[layer.parameter]
         settings[layer.parameter] = replace(setting, mixing=layer.mixing, lines=(*setting.lines, *layer.lines()))
-    demands = collect_demands(graph, roles, policy, settings)
+    if logdet_std == 0.0:
+        settings |= identity_start(roles, settings)
+    demands = collect_demands(graph, roles, policy, settings, logdet_std)
     if balance is not Balance.FORWARD and not isinstance(policy.targets[Role.HIDDEN], Level):
         raise InputError(f"policy {policy.name!r} sets no levels that could be balanced: leave balance={balance.value!r} out")
     passages = Passages(graph, balance)

@@ -78,6 +78,14 @@ class Walk:
         self._clock = 0
         self._demands = {demand: Progress() for demand in demands.levels}
         self._own = {own.use.parameter: Progress() for own in demands.own}
+        # Exponentials of scales of level 1 would multiply up, layer by layer, before their sum is looked at.
+        self._quiet = {
+            lever.part: min(1.0, demand.goal.constant)
+            for demand in demands.levels
+            if demand.kind is Kind.DETERMINANT
+            for group in demand.groups
+            for lever in group
+        }
         self._levels_at: dict[int, list[Demand]] = {}
         self._logits_at: dict[int, list[Demand]] = {}  # met before the attention, which costs most, is evaluated
         for demand in demands.levels:
@@ -164,7 +172,7 @@ class Walk:
             progress.has_no_effect = True
             wanted = 1.0 / nominal_fan_of(own.use, setting.info, self._graph)
         for part in decided:
-            setting = setting.with_part(part, variance=wanted)
+            setting = setting.with_part(part, variance=wanted * self._quiet.get((own.use.parameter, part), 1.0))
         return self._change(own.use.parameter, setting)
 
     def _meet(self, demand: Demand, read: Sequence[str]) -> int | None:
