@@ -6,7 +6,7 @@ BIN := .venv/bin
 THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check bench-accuracy bench-apply bench-calibrate bench-situations bench-speed docs
+.PHONY: help demo test check bench-accuracy bench-apply bench-calibrate bench-kernels bench-situations bench-speed docs
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 24
@@ -31,6 +31,9 @@ bench-apply: .venv/installed-dev ## elements per second of drawing, against torc
 
 bench-calibrate: .venv/installed-bench ## one pass of gs.calibrate against the package lsuv: seconds and achieved levels
 	@$(BIN)/python -m benchmarks.calibrate
+
+bench-kernels: .venv/installed-dev ## tables at infinite width against the kernels of neural-tangents
+	@$(BIN)/python -m benchmarks.neural_tangents
 
 bench-situations: .venv/installed-zoo .venv/installed-dev ## the eight situations, asked for and measured on real models
 	@$(BIN)/python -m benchmarks.situations

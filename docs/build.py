@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from benchmarks.apply import fills_table, shards_table
 from benchmarks.calibrate import calibration_table
+from benchmarks.neural_tangents import table as kernels_table
 from benchmarks.situations.rows import HEADINGS, SITUATIONS, cells
 from benchmarks.speed import large_table, stages_table
 from torch import nn
@@ -57,10 +58,10 @@ def stale() -> list[Path]:
     return [page for page in PAGES if (text := page.read_text(encoding="utf-8")) != built(text)]
 
 
-def results(name: str) -> dict[str, Any]:
+def results(name: str) -> Any:
     """Figures of a benchmark; nothing where it was not run."""
     path = RESULTS / f"{name}.json"
-    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
 def table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -128,6 +129,21 @@ def summary() -> str:
     return "\n".join(lines) or NOT_MEASURED
 
 
+def kernels() -> str:
+    """Tables at infinite width, and the kernels of neural-tangents."""
+    return table(*kernels_table(results("neural_tangents")["rows"]))
+
+
+def deep() -> str:
+    """What examples/deep_plain.py trained."""
+    rows = []
+    for run in results("depth"):
+        curve = run["curve"]
+        losses = (f"{loss:.2f}" for loss in (curve[0], curve[len(curve) // 2], curve[-1]))
+        rows.append((run["network"], run["start"], f"{run['rate']:g}", *losses, f"{run['accuracy']:.1%}"))
+    return table(("network", "start", "best rate", "first loss", "middle", "last", "test accuracy"), rows)
+
+
 def policies() -> str:
     """A column for each policy, a row for each role."""
     rows = [
@@ -186,8 +202,10 @@ BLOCKS: Mapping[str, Callable[[], str]] = {
     **{name: partial(situation, name) for name in SITUATIONS},
     "accuracy": accuracy,
     "calibration": calibration,
+    "deep": deep,
     "explanation": explanation,
     "fills": lambda: timed_table("apply", "fills", fills_table),
+    "kernels": kernels,
     "large": lambda: timed_table("speed", "large", large_table),
     "policies": policies,
     "shards": lambda: timed_table("apply", "shards", shards_table),

@@ -6,10 +6,12 @@ import math
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 from scipy.integrate import quad
 from torch import nn
 
 import gainstage as gs
+from gainstage.cli import main
 from gainstage.errors import InputError, PlanFormatError, PlanMismatchError
 from gainstage.policies import find_policy
 from gainstage.signal import affine, apply, independent
@@ -146,6 +148,23 @@ def test_the_proposal_says_what_it_does_and_reads_back():
     with pytest.raises(PlanFormatError, match=r"activations\[0\].gamma: expected a number"):
         gs.Plan.from_json(plan.to_json().replace(f'"gamma": {plan.activations[0].gamma!r}', '"gamma": null', 1))
     assert [type(module) for module in model[:4]] == [nn.Linear, nn.ReLU, nn.Linear, nn.ReLU]  # nothing was changed
+
+
+def test_the_command_line_shows_balance_and_proposals(tmp_path):
+    file = tmp_path / "deep.py"
+    file.write_text(
+        "import torch\nfrom torch import nn\n\n\ndef build():\n"
+        "    layers = [m for _ in range(40) for m in (nn.Linear(32, 32), nn.ReLU())]\n"
+        "    return nn.Sequential(*layers), (torch.randn(8, 32),)\n"
+    )
+    shown = CliRunner().invoke(main, ["plan", f"{file}:build", "--policy", "isometric"])
+    assert shown.exit_code == 0
+    assert "LeakyReLU" in shown.output
+    assert "of 39 activations, 1 first" in " ".join(shown.output.split())  # the last makes the output
+    read = CliRunner().invoke(main, ["plan", f"{file}:build", "--policy", "isometric", "--balance", "geometric", "--json"])
+    plan = gs.Plan.from_json(read.output)
+    assert plan.balance == "geometric"
+    assert len(plan.activations) == 39
 
 
 def test_shallow_networks_are_left_alone():

@@ -42,8 +42,19 @@ def plan_report(plan: Plan, *, grouped: bool = True) -> Report[Block[PlanRow]]:
         title=f"Plan {plan.policy!r}: {plural(len(plan.parameters), 'parameter')} ({counts}), {mode} mode",
         columns=_COLUMNS,
         rows=lines,
-        remarks=[Text(note) for note in plan.notes],
+        remarks=[*(Text(note) for note in plan.notes), *_proposals(plan)],
     )
+
+
+def _proposals(plan: Plan) -> list[Text]:
+    """Changes to activations, equal ones together."""
+    modules: dict[str, list[str]] = {}
+    for change in plan.activations:
+        modules.setdefault(change.formula, []).append(change.module)
+    return [
+        Text(f"gainstage.tailor would make {formula} of {plural(len(names), 'activation')}, {names[0]} first")
+        for formula, names in modules.items()
+    ]
 
 
 def _rows(parameter: ParameterPlan) -> list[PlanRow]:
