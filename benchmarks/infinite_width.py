@@ -42,7 +42,7 @@ def predicted(layers: Sequence[Layer], *, is_map: bool, width: int = WIDTH) -> t
     x = x.permute(0, 3, 1, 2) if is_map else x
     variances: dict[str, float] = {}
     with torch.device("meta"):
-        model = built(layers, x.shape[1], width, variances, "", is_map=is_map).double()
+        model = built(layers, x.shape[1], width, variances, "").double()
     graph = capture(model, (x,))
     index = {name: position for position, name in enumerate(graph.parameters)}
 
@@ -54,9 +54,7 @@ def predicted(layers: Sequence[Layer], *, is_map: bool, width: int = WIDTH) -> t
     return signal.second_moment, signal.cosine(0)
 
 
-def built(
-    layers: Sequence[Layer], features: int, width: int, variances: dict[str, float], prefix: str, *, is_map: bool
-) -> nn.Module:
+def built(layers: Sequence[Layer], features: int, width: int, variances: dict[str, float], prefix: str) -> nn.Module:
     """The network in PyTorch; the variances of its parameters by name."""
     simple = {
         "relu": nn.ReLU, "gelu": nn.GELU, "erf": Erf, "norm": lambda: nn.LayerNorm(width, eps=0.0, elementwise_affine=False),
@@ -71,7 +69,7 @@ def built(
             modules.append(nn.Conv2d(features, width, numbers[2]) if kind == "conv" else nn.Linear(features, width))
             features = width
         elif kind == "residual":
-            modules.append(Residual(built(numbers[0], features, width, variances, f"{name}.branch.", is_map=is_map)))
+            modules.append(Residual(built(numbers[0], features, width, variances, f"{name}.branch.")))
         else:
             modules.append(simple[kind]())
     return nn.Sequential(*modules)

@@ -12,6 +12,7 @@ from typing import Any
 from gainstage.graph import Graph, Node, NodeKind
 from gainstage.roles.families import short_name
 from gainstage.signal import Value
+from gainstage.solve.constraint import is_lookup
 
 Map = Callable[[float], float]
 
@@ -32,7 +33,7 @@ def through_network(graph: Graph, values: Mapping[str, Any], start: float, maps:
             found[node.name] = start
         elif arriving is not None:
             found[node.name] = maps[node.name](arriving) if node.name in maps else arriving
-        elif node.kind is NodeKind.OP and node.provenance.module_type.endswith("Embedding"):
+        elif is_lookup(node):
             found[node.name] = start
     return max(found.values(), default=start)
 
