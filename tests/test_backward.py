@@ -311,3 +311,21 @@ MORE = {
 def test_gradients_through_moves(case):
     build, shape, tolerance = MORE[case]
     assert_gradients_agree(predicted_gradients(build, shape), measured_gradients(build, shape, 40), tolerance)
+
+
+def test_noise_that_is_drawn_beside_a_branch_takes_no_gradient():
+    """Stochastic depth of torchvision and timm: ``x * empty_like(x).bernoulli_(q) / q``."""
+
+    class Noisy(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner, self.last = nn.Linear(16, 16), nn.Linear(16, 4)
+
+        def forward(self, x):
+            y = self.inner(x)
+            return self.last(x + y * y.new_empty(len(y), 1).bernoulli_(0.5).div_(0.5))
+
+    trace = gs.inspect(Noisy(), (torch.randn(8, 16),))
+    (inner,) = trace.modules["inner"]
+    (last,) = trace.modules["last"]
+    assert inner.gradient.second_moment == pytest.approx(2 * 4 / 48 * last.gradient.second_moment, rel=0.35)  # U(-1/4, 1/4)

@@ -145,15 +145,53 @@ def test_a_module_keeps_its_parameters_and_mode():
         (torch.sum, False, "changes the shape"),
         (lambda z: z.softmax(0), False, "depends on the other entries"),
         (lambda z: z - z.mean(), False, "depends on the other entries"),
-        (nn.Dropout(0.5), False, "is random"),
-        (torch.randn_like, False, "is random"),
         (lambda _: None, False, "returns NoneType"),
         (lambda z: z * 1j, False, "complex"),
         (lambda z: z @ torch.ones(3), False, "cannot be called"),
-        (nn.PReLU(8), False, "cannot be called"),
         (1.5, False, "not float"),
     ],
 )
 def test_what_has_no_gain_is_refused_with_the_reason(f, backward, message):
     with pytest.raises(InputError, match=message):
         gs.gain(f, backward=backward)
+
+
+SLOPES = torch.tensor([0.25, -0.5, 2.0, 0.0])
+
+
+@pytest.mark.parametrize(
+    ("f", "backward", "moment"),
+    [
+        (nn.RReLU(), False, (1 + (1 / 8**2 + 1 / 24 + 1 / 9) / 3) / 2),  # E[a^2] of a uniform slope
+        (nn.RReLU(), True, (1 + (1 / 8**2 + 1 / 24 + 1 / 9) / 3) / 2),
+        (nn.Sequential(nn.ReLU(), nn.Dropout(0.75)), False, 0.5 / 0.25),
+        (nn.Sequential(nn.Tanh(), nn.Dropout(0.5)), True, 1.4673**-2 / 0.5),
+    ],
+)
+def test_what_the_function_draws_is_averaged_over(f, backward, moment):
+    state = torch.get_rng_state()
+    assert gs.gain(f, backward=backward) == pytest.approx(moment**-0.5, rel=1e-3)
+    assert torch.equal(state, torch.get_rng_state())
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_slopes_of_their_own_for_each_channel(backward):
+    """(1 + E[a^2]) / 2 over the channels, negative slopes and slopes above 1 included."""
+    module = nn.PReLU(4)
+    with torch.no_grad():
+        module.weight.copy_(SLOPES)
+    expected = ((1 + float(SLOPES.square().mean())) / 2) ** -0.5
+    assert gs.gain(module, backward=backward) == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("slope", [-3.0, -1.0, -0.1, 0.0, 0.9, 1.0, 1.5, 10.0])
+def test_any_slope(slope):
+    assert gs.gain(nn.PReLU(init=slope)) == pytest.approx((2 / (1 + slope**2)) ** 0.5, rel=1e-6)
+
+
+def test_inputs_that_are_not_normal():
+    """After a norm over two entries all of them are 1 or -1."""
+    x = F.layer_norm(torch.randn(4096, 2, generator=torch.Generator().manual_seed(0)), (2,))
+    assert gs.gain(torch.tanh, inputs=3.0 * x) == pytest.approx(1 / math.tanh(1.0), rel=1e-3)
+    with pytest.raises(InputError, match="not all of them 0"):
+        gs.gain(torch.tanh, inputs=torch.zeros(3))

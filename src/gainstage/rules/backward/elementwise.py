@@ -160,6 +160,15 @@ def dropped(call: BackwardCall, g: Value, x: Value, p: float, train: bool) -> tu
     return (dropout(g, 1.0 - p) if train and 0.0 < p < 1.0 else g,)
 
 
+@backward(
+    aten.bernoulli.p, aten.bernoulli.default, aten.uniform.default, aten.empty_like.default, aten.new_empty.default,
+    aten.rand_like.default, aten.randn_like.default, aten.exponential.default,
+)  # fmt: skip
+def drawn(call: BackwardCall, g: Value, *args: Any, **kwargs: Any) -> tuple[Gradient, ...]:
+    """Nothing: what is drawn takes the shape of its operand, or its probabilities, through which torch sends no gradient."""
+    return ()
+
+
 @backward(aten.feature_dropout.default)
 def channels_dropped(call: BackwardCall, g: Value, x: Value, p: float, train: bool) -> tuple[Gradient, ...]:
     """The same coins, one for each channel."""
