@@ -423,3 +423,20 @@ def test_a_role_without_a_pattern_is_refused(model_file):
     result = run("plan", f"{model_file}:with_inputs", "--role", "residual")
     assert result.exit_code == 2
     assert "is not PATTERN=ROLE" in result.stderr
+
+
+def test_roles_with_their_reasons_and_as_overridden(model_file):
+    shown = run("inspect", "--roles", "--meta", f"{model_file}:with_inputs")
+    assert shown.exit_code == 0, shown.output
+    found = json.loads(run("inspect", "--roles", "--json", f"{model_file}:with_inputs").output)
+    assert all(entry["role"] in shown.output for entry in found.values())
+    assert found["0.weight"]["role"] == "hidden"
+    changed = json.loads(run("inspect", "--roles", "--json", "--role", "0=output_head", f"{model_file}:with_inputs").output)
+    assert changed["0.weight"]["role"] == "output_head"
+    assert "override" in changed["0.weight"]["uses"][0]["reason"]
+
+
+def test_roles_that_are_asked_of_a_prediction(model_file):
+    refused = run("inspect", "--role", "a=hidden", f"{model_file}:with_inputs")
+    assert refused.exit_code == 2
+    assert "go with --roles" in refused.output

@@ -624,3 +624,40 @@ def test_impossible_overrides_are_refused_with_both_reasons(overrides, error, wo
     with pytest.raises(error) as caught:
         overridden(PreNorm, overrides)
     assert all(word in str(caught.value) for word in words), str(caught.value)
+
+
+class Pair(nn.Module):
+    """Two blocks with a projection each, on a stream."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.ModuleDict({"fc": nn.Linear(W, W), "proj": nn.Linear(W, W)}) for _ in range(2))
+        self.norm, self.head = nn.LayerNorm(W), nn.Linear(W, 3)
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = x + block["proj"](block["fc"](self.norm(x)).relu()).tanh()
+        return self.head(x)
+
+
+def test_a_module_path_names_those_of_its_parameters_that_can_take_the_role():
+    roles = infer_roles(capture(Pair(), (torch.randn(2, W),)), {"blocks.*.fc": "residual_end"})
+    assert {roles.of(f"blocks.{i}.fc.weight").value for i in range(2)} == {"residual_end"}
+    assert roles.of("blocks.0.fc.bias").value == "bias"
+    assert [{s.use.parameter for s in b.setters} for b in roles.streams[0].branches] == [
+        {"blocks.0.fc.weight"},
+        {"blocks.1.fc.weight"},
+    ]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "error", "message"),
+    [
+        ({"blocks.*.porj": "residual_end"}, UnknownNameError, r"No parameter and no module .*Nearest: blocks\.\d\.proj"),
+        ({"norm": "residual_end", "nor*": "norm_scale"}, RoleConflictError, "asked to be two things"),
+        ({"blocks.0.fc": "embedding"}, RoleConflictError, "cannot be embedding.*by the graph it is hidden"),
+    ],
+)
+def test_module_paths_that_cannot_be_meant(overrides, error, message):
+    with pytest.raises(error, match=message):
+        infer_roles(capture(Pair(), (torch.randn(2, W),)), overrides)

@@ -47,12 +47,19 @@ def main() -> None:
 
 
 @main.command()
+@click.option("--roles", "only_roles", is_flag=True, help="What every parameter is for, and why, in the place of the signals.")
+@click.option("--role", "roles", multiple=True, metavar="PATTERN=ROLE", help="With --roles: as plan would take it; repeat.")
 @output_options
-@model_options(meta=False)
-def inspect(choice: ModelChoice, *, as_json: bool, ungrouped: bool) -> None:
-    """Predict every tensor at the present weights."""
+@model_options(meta=True)
+def inspect(choice: ModelChoice, *, as_json: bool, ungrouped: bool, only_roles: bool, roles: tuple[str, ...]) -> None:
+    """Predict every tensor at the present weights, or say what every parameter is for (--roles, also with --meta)."""
     import gainstage as gs
 
+    if only_roles:
+        _show_roles(choice, _role_pairs(roles), as_json=as_json, ungrouped=ungrouped)
+        return
+    if roles or choice.meta:
+        raise InputError("--role and --meta go with --roles: the prediction needs values, and knows no roles")
     loaded = choice.load()
     trace = gs.inspect(loaded.model, loaded.args, loaded.kwargs)
     if as_json:
@@ -61,6 +68,19 @@ def inspect(choice: ModelChoice, *, as_json: bool, ungrouped: bool) -> None:
     from gainstage.report.traces import trace_report
 
     console().print(trace_report(trace, grouped=not ungrouped))
+
+
+def _show_roles(choice: ModelChoice, overrides: dict[str, str] | None, *, as_json: bool, ungrouped: bool) -> None:
+    from gainstage.capture import capture
+    from gainstage.report.roles import roles_report
+    from gainstage.roles import infer_roles
+
+    loaded = choice.load()
+    found = infer_roles(capture(loaded.model, loaded.args, loaded.kwargs), overrides)
+    if as_json:
+        _write_json(found.to_dict())
+    else:
+        console().print(roles_report(found, grouped=not ungrouped))
 
 
 @main.command()
@@ -216,20 +236,24 @@ def console() -> Console:
 def _plan_arguments(
     *, policy: str, balance: str, distribution: str | None, roles: tuple[str, ...], keep: tuple[str, ...], include_frozen: bool
 ) -> Any:
-    pairs = {}
-    for text in roles:
-        pattern, equals, role = text.rpartition("=")
-        if not equals or not pattern:
-            raise InputError(f"--role {text!r} is not PATTERN=ROLE; write --role 'decoder.*.out.weight=residual'")
-        pairs[pattern] = role
     return {
         "policy": policy,
         "balance": balance,
         "distribution": distribution,
-        "roles": pairs or None,
+        "roles": _role_pairs(roles),
         "keep": keep,
         "include_frozen": include_frozen,
     }
+
+
+def _role_pairs(roles: tuple[str, ...]) -> dict[str, str] | None:
+    pairs = {}
+    for text in roles:
+        pattern, equals, role = text.rpartition("=")
+        if not equals or not pattern:
+            raise InputError(f"--role {text!r} is not PATTERN=ROLE; write --role 'decoder.*.out=residual_end'")
+        pairs[pattern] = role
+    return pairs or None
 
 
 def _read_plan(path: Path) -> Plan:

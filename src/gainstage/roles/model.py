@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import Any
 
 
 class Role(Enum):
@@ -135,6 +136,16 @@ class Roles:
     heads: tuple[Head, ...] = ()
     log_determinant: LogDeterminant | None = None
     notes: tuple[str, ...] = field(default=())
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON: the role of every parameter, and all its uses with their reasons."""
+        return {
+            name: {
+                "role": self.of(name).value,
+                "uses": [{"node": u.node, "role": u.role.value, "rows": u.rows, "reason": u.reason} for u in uses],
+            }
+            for name, uses in self.uses.items()
+        }
 
     def of(self, parameter: str) -> Role:
         """The role that names the parameter: the first, in the order of :class:`Role`, among its uses."""

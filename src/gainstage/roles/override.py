@@ -40,14 +40,15 @@ def apply_overrides(roles: Roles, graph: Graph, overrides: Mapping[str, str]) ->
     Args:
         roles: what the graph says.
         graph: the captured model.
-        overrides: pattern (``*`` and ``?`` as in file names) of parameter names, aliases included -> the name of a role.
+        overrides: pattern (``*`` and ``?`` as in file names) of parameter names, aliases included, or of module paths -> the
+            name of a role. Of a module those parameters take the role that can: its weight, say, and not its bias.
 
     Raises:
         InputError: what is no mapping.
-        UnknownNameError: a pattern without a parameter, or a role that does not exist.
+        UnknownNameError: a pattern that nothing matches, or a role that does not exist.
         RoleConflictError: a role that the graph makes impossible, or two patterns that contradict each other.
     """
-    said = _resolve(graph, overrides)
+    said = _resolve(roles, graph, overrides)
     _check(roles, said)
     renamed = {use: _renamed(use, said) for found in roles.uses.values() for use in found if use.parameter in said}
     uses = {name: tuple(renamed.get(use, use) for use in found) for name, found in roles.uses.items()}
@@ -55,16 +56,22 @@ def apply_overrides(roles: Roles, graph: Graph, overrides: Mapping[str, str]) ->
     return edit.roles_with_structures()
 
 
-def _resolve(graph: Graph, overrides: Mapping[str, str]) -> Mapping[str, _Said]:
+def _resolve(roles: Roles, graph: Graph, overrides: Mapping[str, str]) -> Mapping[str, _Said]:
     if not isinstance(overrides, Mapping):
         raise InputError(f"roles is {type(overrides).__name__}; give a dict, such as roles={{'*.out.weight': 'residual_end'}}.")
     names = {name: info.name for info in graph.parameters.values() for name in (info.name, *info.aliases)}
+    modules: dict[str, list[str]] = {}
+    for info in graph.parameters.values():
+        modules.setdefault(info.module_path, []).append(info.name)
     found: dict[str, _Said] = {}
     for pattern, text in overrides.items():
         role = _role_of(text, pattern)
         matching = dict.fromkeys(canonical for name, canonical in names.items() if fnmatchcase(name, pattern))
+        for path in (path for path in modules if fnmatchcase(path, pattern)):
+            able = [name for name in modules[path] if any(_takes(use, role) for use in roles.uses[name])]
+            matching |= dict.fromkeys(able or modules[path])
         if not matching:
-            raise UnknownNameError(f"No parameter is named {pattern!r}.{_nearest(pattern, names)}")
+            raise UnknownNameError(f"No parameter and no module is named {pattern!r}.{_nearest(pattern, [*names, *modules])}")
         for name in matching:
             before = found.setdefault(name, _Said(role, pattern))
             if before.role is not role:
