@@ -137,7 +137,8 @@ def plan(
             softmax where they sum to 1), integer labels, or targets [samples, outputs], which are counted. The bias is
             ``log p`` under a softmax, ``-log((1 - p) / p)`` for outputs that are decided one by one.
         logdet_std: for a normalizing flow that returns ``(z, log_determinant)``: the deviation of the log-determinant over draws
-            and inputs, 0.1 for one. The last weights of the scale networks are drawn so that it holds; 0 sets them to zero.
+            and inputs, 0.1 for one. The last weights of the networks of scales and shifts are drawn so that it holds; 0 sets
+            them to zero.
         logdet: which output is the log-determinant; without it the one of shape [batch].
 
     Returns:

@@ -23,6 +23,7 @@ _CONTRACTED = frozenset(
         Role.RESIDUAL_END,
         Role.MERGE_END,
         Role.COUPLING_SCALE,
+        Role.COUPLING_SHIFT,
         Role.GATE,
         Role.RECURRENT,
         Role.DEPTHWISE,

@@ -56,6 +56,7 @@ def unit(*, logit_variance: float = 1.0) -> Policy:
             Role.RESIDUAL_END: StreamShare(),
             Role.MERGE_END: EqualContribution(),
             Role.COUPLING_SCALE: Level(),
+            Role.COUPLING_SHIFT: Level(),
             Role.GATE: Level(),
             Role.RECURRENT: UnitGates(),
             Role.DEPTHWISE: Level(),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from gainstage.roles.sites import Site
 from gainstage.roles.walk import Found, arriving_rows
@@ -16,6 +16,32 @@ def find_scales(wiring: Wiring, sites: Mapping[int, tuple[Site, ...]], start: in
     coupling layer's scale network, and of a packed one the rows of the scales. What is added to a flow's output without entering
     its log-determinant, the shift, is not among them.
     """
+    return tuple(found for found, _ in _ends(wiring, sites, start))
+
+
+def find_shifts(wiring: Wiring, sites: Mapping[int, tuple[Site, ...]], start: int, scales: Collection[Site]) -> tuple[Found, ...]:
+    """Uses of weights whose outputs are added, somewhere before an output, to a signal that does not depend on them.
+
+    So are the shifts of coupling layers, scaled or not. A linear layer that the signal itself passes through is not: what is
+    added to its output further on is computed from it. In a weight that makes scales all other rows make shifts.
+    """
+    shifts = []
+    for found, nodes in _ends(wiring, sites, start):
+        if found.site in scales:
+            shifts.append(found)
+            continue
+        below = {found.site.node}
+        for i in range(found.site.node + 1, len(wiring.nodes)):
+            if any(j in below for j in wiring.signals[i]):
+                below.add(i)
+        sums = (wiring.signals[i] for i in nodes if wiring.names[i] in ("add", "sub"))
+        if any(len(parts) == 2 and (parts[0] in below) != (parts[1] in below) for parts in sums):
+            shifts.append(found)
+    return tuple(shifts)
+
+
+def _ends(wiring: Wiring, sites: Mapping[int, tuple[Site, ...]], start: int) -> list[tuple[Found, frozenset[int]]]:
+    """Contractions with a weight behind an output, without another between, and the nodes that were met."""
     ends: list[Site] = []
     seen, stack = {start}, [start]
     while stack:
@@ -29,7 +55,7 @@ def find_scales(wiring: Wiring, sites: Mapping[int, tuple[Site, ...]], start: in
                 seen.add(j)
                 stack.append(j)
     nodes = frozenset(seen)
-    return tuple(
-        Found(site, None if site.rows is None else arriving_rows(wiring, site, start, nodes), 1.0)
+    return [
+        (Found(site, None if site.rows is None else arriving_rows(wiring, site, start, nodes), 1.0), nodes)
         for site in sorted(ends, key=lambda site: site.node)
-    )
+    ]

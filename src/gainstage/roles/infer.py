@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from gainstage.graph import Graph
 from gainstage.roles.attention import Attention, find_attentions
 from gainstage.roles.claims import Claims, Settled
-from gainstage.roles.flows import find_scales
+from gainstage.roles.flows import find_scales, find_shifts
 from gainstage.roles.gates import find_gates
 from gainstage.roles.heads import Output, find_outputs, find_routers
 from gainstage.roles.merges import Siblings, find_siblings, summands
@@ -65,8 +65,12 @@ class _Inference:
             return self.built(claims.settle(), parts)
         scales = find_scales(self.wiring, self.sites, self.wiring.number[self.log_determinant])
         claims.add(scales, Role.COUPLING_SCALE, f"the log-determinant {self.log_determinant} is a direct function of it")
+        made = [found.site for found in scales]
+        others = (self.wiring.number[name] for name in self.wiring.graph.outputs if name != self.log_determinant)
+        shifts = tuple(found for i in others for found in find_shifts(self.wiring, self.sites, i, made))
+        claims.add(shifts, Role.COUPLING_SHIFT, "is added to what the flow transforms")
         settled = claims.settle()
-        determinant = LogDeterminant(self.log_determinant, settled.setters(scales))
+        determinant = LogDeterminant(self.log_determinant, settled.setters(scales), settled.setters(shifts))
         return replace(self.built(settled, parts), log_determinant=determinant)
 
     def name(self, i: int) -> str:

@@ -18,6 +18,7 @@ class Role(Enum):
     VALUE = "value"  # averaged by a softmax
     ROUTER = "router"  # a softmax over experts
     COUPLING_SCALE = "coupling_scale"  # the log-determinant of a flow is a direct function of it
+    COUPLING_SHIFT = "coupling_shift"  # added to what a flow transforms, with no part in its log-determinant
     RESIDUAL_END = "residual_end"  # sets the level of a branch that is added to the stream it comes from
     MERGE_END = "merge_end"  # sets the level of a branch that is added or concatenated to its siblings
     GATE = "gate"  # its output multiplies another tensor, through a nonlinearity
@@ -119,10 +120,11 @@ class Head:
 
 @dataclass(frozen=True, slots=True)
 class LogDeterminant:
-    """The log-determinant of a flow, [batch], and the weights that it is a direct function of."""
+    """The log-determinant of a flow, [batch], the weights that it is a direct function of, and those of the shifts."""
 
     node: str
     setters: tuple[Setter, ...]
+    shifts: tuple[Setter, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -13,7 +13,7 @@ from gainstage.roles.model import Branch, Head, Logits, Merge, Role, Roles, Sett
 
 _CONTRACTED = frozenset({
     Role.TIED_HEAD, Role.OUTPUT_HEAD, Role.QUERY, Role.KEY, Role.VALUE, Role.ROUTER, Role.RESIDUAL_END, Role.MERGE_END, Role.GATE,
-    Role.COUPLING_SCALE, Role.HIDDEN, Role.DEPTHWISE,
+    Role.COUPLING_SCALE, Role.COUPLING_SHIFT, Role.HIDDEN, Role.DEPTHWISE,
 })  # fmt: skip
 _SCALES = frozenset({Role.NORM_SCALE, Role.LAYER_SCALE})
 _ENDS = frozenset({Role.RESIDUAL_END, Role.MERGE_END})

@@ -141,10 +141,10 @@ class _Claims:
         return sum(setting.mean**2 + setting.variance for setting in found)
 
     def determinant(self, std: float) -> None:
-        """The scales of all layers take one factor: the log-determinant is a sum over them."""
+        """The scales of all layers take one factor: the log-determinant is a sum over them. Shifts are as quiet as scales."""
         found = self.roles.log_determinant
         assert found is not None
-        if levers := self.free(self.levers(found.setters)):
+        if levers := self.free(self.levers((*found.setters, *found.shifts))):
             goal, quantity = Goal(constant=std**2), Quantity.VARIANCE
             self.claim(Demand(kind=Kind.DETERMINANT, node=found.node, quantity=quantity, goal=goal, groups=(levers,)))
 

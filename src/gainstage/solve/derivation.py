@@ -241,7 +241,8 @@ class Explainer:
         value = self.solution.values[demand.node]
         mean = value.mean if isinstance(value, Value) else 0.0
         return [
-            f"Var(log det) = {demand.goal.constant:.4g} at {self._place(demand.node)}, over draws and inputs: a volume near 1",
+            f"Var(log det) = {demand.goal.constant:.4g} at {self._place(demand.node)}, over draws and inputs: a volume near 1;",
+            "scales and shifts, which the flow adds, are equally quiet",
             f"its mean is {mean:.3g}: what the library's functions of a scale of 0 add up to",
         ]
 

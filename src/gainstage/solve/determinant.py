@@ -43,9 +43,9 @@ def find_determinant(graph: Graph, logdet_std: float | None, position: int | Non
 
 
 def identity_start(roles: Roles, settings: Mapping[str, Setting]) -> dict[str, Setting]:
-    """Settings in which the last weights of the scale networks are zero, rows of shifts in the same weight included."""
+    """Settings in which the last weights of the networks of scales and shifts are zero."""
     assert roles.log_determinant is not None
-    names = dict.fromkeys(setter.use.parameter for setter in roles.log_determinant.setters)
+    names = dict.fromkeys(setter.use.parameter for setter in (*roles.log_determinant.setters, *roles.log_determinant.shifts))
     line = "zero: log det = 0, the flow starts as the identity (up to what the library adds)"
     return {
         name: replace(settings[name].with_all(mean=0.0, variance=0.0), is_fixed=True, lines=(*settings[name].lines, line))

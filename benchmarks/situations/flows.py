@@ -1,0 +1,72 @@
+"""Normalizing flows: mean and deviation of the log-determinant, over draws and inputs, where a deviation of 0.1 was asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from benchmarks.situations.rows import DRAWS, Row, row_over
+from torch import nn
+
+import gainstage as gs
+
+ASKED = 0.1
+FEATURES, HIDDEN = 6, 64
+
+
+def measure() -> list[Row]:
+    """As drawn, and after one calibrating pass."""
+    rows = []
+    for package, name, build in FLOWS:
+        torch.manual_seed(0)
+        model = gs.Flow(build()).eval()
+        plan = gs.plan(model, (torch.randn(256, FEATURES),), logdet_std=ASKED)
+        for how in ("drawn", "calibrated"):
+            found = []
+            for seed in range(DRAWS if how == "calibrated" else 4 * DRAWS):
+                gs.apply(model, plan, seed=seed)
+                if how == "calibrated":
+                    gs.calibrate(model, plan, (torch.randn(256, FEATURES),))
+                with torch.no_grad():
+                    found.append(model(torch.randn(512, FEATURES))[1])
+            determinants = torch.stack(found)
+            for quantity, asked, value in (
+                (f"deviation of log det, {how}", (0.8 * ASKED, 1.2 * ASKED), determinants.std()),
+                (f"distance of its mean from 0, {how}", (0.0, ASKED), determinants.mean().abs()),
+            ):
+                rows.append(
+                    row_over([float(value)], situation="flows", package=package, model=name, quantity=quantity, asked=asked)
+                )
+    return rows
+
+
+def zuko_flow(kind: str, layers: int) -> Callable[[], nn.Module]:
+    """A flow of zuko."""
+
+    def build() -> nn.Module:
+        import zuko
+
+        made: nn.Module = getattr(zuko.flows, kind)(FEATURES, transforms=layers, hidden_features=(HIDDEN, HIDDEN))
+        return made
+
+    return build
+
+
+def nflows_flow(kind: str, layers: int) -> Callable[[], nn.Module]:
+    """A flow of nflows, with residual networks."""
+
+    def build() -> nn.Module:
+        from nflows import flows
+
+        made: nn.Module = getattr(flows, kind)(FEATURES, HIDDEN, layers, 2)
+        return made
+
+    return build
+
+
+FLOWS: tuple[tuple[str, str, Callable[[], nn.Module]], ...] = (
+    ("zuko", "MAF, 3 layers", zuko_flow("MAF", 3)),
+    ("zuko", "RealNVP, 4 layers", zuko_flow("RealNVP", 4)),
+    ("nflows", "RealNVP, 4 layers", nflows_flow("SimpleRealNVP", 4)),
+    ("nflows", "MAF, 3 layers", nflows_flow("MaskedAutoregressiveFlow", 3)),
+)
