@@ -51,6 +51,27 @@ def depthwise():
     return nn.Sequential(*stem, *layers, nn.SiLU(), nn.AdaptiveAvgPool2d(1))
 
 
+class LastNorm(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm, self.linear = nn.LayerNorm(16), nn.Linear(16, 16, bias=False)
+
+    def forward(self, x):
+        return self.linear(self.norm(x.permute(0, 2, 3, 1)))
+
+
+def strided(is_normed):
+    """Patches without a pixel in common, then a kernel over many of them, each channel for itself."""
+    layers = [nn.Conv2d(3, 16, 2, stride=2, bias=False), nn.Conv2d(16, 16, 5, padding=2, groups=16, bias=False)]
+    return nn.Sequential(*layers, LastNorm() if is_normed else nn.Conv2d(16, 16, 1, bias=False))
+
+
+def skewed():
+    """A norm evens out the channels of a sum of nine terms, but for their shapes."""
+    stem = (nn.Conv2d(3, 24, 1, bias=False), nn.SiLU(), nn.Conv2d(24, 24, 3, padding=1, groups=24, bias=False))
+    return nn.Sequential(*stem, nn.BatchNorm2d(24), nn.SiLU())
+
+
 class Gated(nn.Module):
     def __init__(self):
         super().__init__()
@@ -83,6 +104,9 @@ CASES = {
     "embedding": (Look, rows(1, 16), 0.1),
     "pooled": (pooled, maps(4, 3, 12), 0.1),
     "pooled depthwise": (depthwise, maps(2, 3, 12), 0.1),
+    "channels of different shapes": (skewed, maps(2, 3, 32), 0.1),
+    "strided kernel that overlaps": (lambda: strided(False), maps(2, 3, 32), 0.1),
+    "kernel over channels_last tokens": (lambda: strided(True), maps(2, 3, 32), 0.1),
     "gate": (Gated, rows(32, 32), 0.1),
 }
 
@@ -101,6 +125,21 @@ def strayed(model, inputs):
             redraw(model)
             logs.append(math.log(float(model(*inputs()).square().mean())))
     return float(np.std(logs, ddof=1))
+
+
+def test_uniform_weights_stray_less_than_normal_ones():
+    torch.manual_seed(0)
+    layer, x = nn.Linear(16, 16, bias=False), torch.randn(256, 16)
+    levels = []
+    with torch.no_grad():
+        for _ in range(1000):
+            layer.reset_parameters()
+            levels.append(math.log(float(layer(x).square().mean())))
+    predicted = gs.inspect(layer, (x,)).calls[-1].outputs[0].spread
+    assert abs(math.log(predicted / np.std(levels))) <= 0.05 + 4.0 / math.sqrt(2.0 * 1000)
+    nn.init.normal_(layer.weight, std=0.25)
+    normal = gs.inspect(layer, (x,)).calls[-1].outputs[0].spread
+    assert normal > 1.4 * predicted  # 2 / n against 0.8 / n
 
 
 @pytest.mark.parametrize("name", CASES)
