@@ -114,67 +114,56 @@ def rows_of(predictions: Mapping[str, float], draws: Mapping[str, Measured]) -> 
     ]
 
 
-def summary(rows: Sequence[Row]) -> dict[str, dict[str, float]]:
-    """Quantiles of the error of settled cosines and share of them within bounds, for each kind of dimension."""
-    found = {}
+def figures(*results: Mapping[str, Any]) -> list[str]:
+    """Cells of a table, of one model or several: for each kind p50, p90, p99 of the error, and % of it within bounds."""
+    cells = []
     for kind in KINDS:
-        errors = [row.error for row in rows if row.kind == kind and row.standard_error <= SETTLED] or [float("nan")]
-        p50, p90, p99 = (float(value) for value in np.quantile(errors, [0.5, 0.9, 0.99]))
-        found[kind] = {"p50": p50, "p90": p90, "p99": p99, "within": float(np.mean(np.array(errors) <= WITHIN))}
-    return found
-
-
-def figures(found: Mapping[str, Mapping[str, float]]) -> list[str]:
-    """Cells of a table: for each kind p50, p90, p99 and the share within bounds, %."""
-    return [
-        f"{one[key]:.3f}" if key != "within" else f"{100 * one[key]:.1f}"
-        for one in found.values()
-        for key in ("p50", "p90", "p99", "within")
-    ]
+        errors = np.array([error for result in results for error in result["errors"][kind]])
+        quantiles = np.quantile(errors, [0.5, 0.9, 0.99]) if errors.size else []
+        cells += [f"{value:.3f}" for value in quantiles] or ["-"] * 3
+        cells.append(f"{100 * np.mean(errors <= WITHIN):.1f}" if errors.size else "-")
+    return cells
 
 
 def main() -> None:
     """Run, print, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="", help="models whose names contain this")
+    parser.add_argument("--only", default="", help="models whose names contain one of these, separated by commas")
     parser.add_argument("--most", type=int, default=FEWEST, help="draws (default: %(default)s)")
     options = parser.parse_args()
     warnings.simplefilter("ignore")  # of the model libraries, about themselves
     one_thread()
-    models = {name: build for name, build in reference_models().items() if options.only in name}
-    found: dict[str, list[Row]] = {}
+    models = {n: build for n, build in reference_models().items() if any(part in n for part in options.only.split(","))}
+    shown = Table("model", *(f"{kind[:7]} {key}" for kind in KINDS for key in ("p50", "p90", "p99", "%")), "worst")
     with Progress(console=Console(stderr=True)) as progress:
         for name, build in progress.track(list(models.items())):
-            draws = measured(f"{name}.cosines", build, cosine_pass, most=options.most)
-            found[name] = rows_of(predicted(build), draws)
-    console = Console(width=None if Console().is_terminal else 170)
-    shown = Table("model", *(f"{kind[:7]} {key}" for kind in KINDS for key in ("p50", "p90", "p99", "%")), "worst")
-    for name, rows in found.items():
-        worst = max(rows, key=lambda row: row.error if row.standard_error <= SETTLED else 0.0)
-        place = f"{worst.module} {worst.dim}: {worst.predicted:.3f}, not {worst.measured:.3f}"
-        shown.add_row(name, *figures(summary(rows)), place)
-    shown.add_row("all", *figures(summary([row for rows in found.values() for row in rows])))
-    console.print(shown)
-    if not options.only:
-        RESULTS.write_text(json.dumps(_result(found), indent=1) + "\n", encoding="utf-8")
+            rows = rows_of(predicted(build), measured(f"{name}.cosines", build, cosine_pass, most=options.most))
+            result = model_result(name, rows)
+            write(result)
+            worst = result["worst"][0]
+            place = f"{worst['module']} {worst['dim']}: {worst['predicted']:.3f}, not {worst['measured']:.3f}"
+            shown.add_row(name, *figures(result), place)
+    Console(width=None if Console().is_terminal else 170).print(shown)
 
 
-def _result(found: Mapping[str, Sequence[Row]]) -> dict[str, Any]:
-    models = [
-        {
-            "model": name,
-            "cosines": len(rows),
-            "settled": sum(row.standard_error <= SETTLED for row in rows),
-            **summary(rows),
-            "worst": [asdict(row) for row in sorted(rows, key=lambda row: -row.error)[:5]],
-        }
-        for name, rows in found.items()
-    ]
-    every = [row for rows in found.values() for row in rows]
+def model_result(name: str, rows: Sequence[Row]) -> dict[str, Any]:
+    """A model in the results: how many cosines, its errors, and its worst."""
+    settled = [row for row in rows if row.standard_error <= SETTLED]
     return {
-        "all": {"cosines": len(every), "settled": sum(row.standard_error <= SETTLED for row in every), **summary(every)},
-        "models": models,
+        "model": name,
+        "cosines": len(rows),
+        "settled": len(settled),
+        "errors": {kind: sorted(round(row.error, 5) for row in settled if row.kind == kind) for kind in KINDS},
+        "worst": [asdict(row) for row in sorted(settled or rows, key=lambda row: -row.error)[:5]],
     }
+
+
+def write(result: Mapping[str, Any]) -> None:
+    """A model's result among those that are there, in the order of the reference models."""
+    kept = json.loads(RESULTS.read_text(encoding="utf-8"))["models"] if RESULTS.exists() else []
+    by_name = {one["model"]: one for one in kept} | {result["model"]: result}
+    models = [by_name[name] for name in reference_models() if name in by_name]
+    RESULTS.write_text(json.dumps({"models": models}) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

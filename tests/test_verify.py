@@ -239,6 +239,13 @@ BROKEN = {
     "shifted": Broken("mlp", lambda m: set_(m[0].weight, m[0].weight + 0.05), "not drawn as planned", "0.weight", True),
     "left as zeros by to_empty": Broken("mlp", scaled("6.weight", 0.0), "not drawn as planned", "6.weight", True),
     "dependent entries": Broken("mlp", rank_one("2.weight"), "not drawn as planned", "2.weight", True),
+    "two shards alike": Broken(
+        "language",
+        lambda m: set_(m.blocks[0].up.weight[WIDTH:], m.blocks[0].up.weight[:WIDTH]),
+        "not drawn as planned",
+        "blocks.0.up.weight",
+        True,
+    ),
     "tie lost": Broken("language", untied, "tie lost", "head.weight", True),
     # without
     "dependent entries, no plan": Broken("language", rank_one("blocks.0.up.weight"), "level off", "blocks.0.up.weight", False),

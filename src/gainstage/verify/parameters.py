@@ -17,6 +17,7 @@ from gainstage.graph import ParameterInfo, real_parameters
 from gainstage.plan import Distribution, Family, ParameterPlan, Plan
 
 FALSE_ALARMS = 1e-3  # probability that any parameter of a model that was drawn as planned is called wrong
+_LONG = 8  # entries that two independent slices never have in common, even in bfloat16
 _FEW_ENTRIES = 16  # below this a sample deviation is no evidence, the range of the values still is
 
 
@@ -130,6 +131,9 @@ def _dependence(values: torch.Tensor, std: float, bound: float) -> str:
     a good approximation (Wilson & Hilferty 1931).
     """
     for dim in range(min(values.dim(), 2)):
+        pair = _equal_slices(values, dim)
+        if pair is not None:
+            return f"slices {pair[0]} and {pair[1]} along dimension {dim} are equal: two shards drew the same numbers."
         sums = values.sum(dim=[d for d in range(values.dim()) if d != dim], dtype=torch.float64) if values.dim() > 1 else None
         if sums is None or std <= 0.0:
             return ""
@@ -138,6 +142,19 @@ def _dependence(values: torch.Tensor, std: float, bound: float) -> str:
         if abs(ratio ** (1.0 / 3.0) - 1.0 + width) > bound * width**0.5:
             return f"the sums along dimension {dim} have {ratio:.3g} times the variance that independent entries give."
     return ""
+
+
+def _equal_slices(values: torch.Tensor, dim: int) -> tuple[int, int] | None:
+    """The first two slices along a dimension with the same entries, at least _LONG of them."""
+    rows = values.movedim(dim, 0).reshape(values.shape[dim], -1)
+    if rows.shape[1] < _LONG:
+        return None
+    sums, order = rows.sum(dim=1, dtype=torch.float64).sort(stable=True)
+    for first in (sums[1:] == sums[:-1]).nonzero()[:, 0].tolist():
+        one, other = sorted((int(order[first]), int(order[first + 1])))
+        if torch.equal(rows[one], rows[other]):
+            return one, other
+    return None
 
 
 def _factor(found: float, planned: float) -> str:
