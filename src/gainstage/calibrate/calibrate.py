@@ -10,7 +10,8 @@ from torch import nn
 
 from gainstage.apply.memory import check_writable
 from gainstage.calibrate.amend import amended
-from gainstage.calibrate.result import Calibration
+from gainstage.calibrate.repeated import PASSES, Key, Leaning, worst
+from gainstage.calibrate.result import Calibration, CalibrationRow
 from gainstage.calibrate.scaling import Scaling
 from gainstage.calibrate.sites import collect_sites
 from gainstage.errors import NonFiniteError
@@ -20,7 +21,9 @@ from gainstage.roles import Roles
 
 
 def calibrate(graph: Graph, roles: Roles, plan: Plan, planned: Mapping[str, Any], model: nn.Module) -> Calibration:
-    """Scale parameters so that the levels that they set are those planned: in one pass, all of them or none.
+    """Scale parameters so that the levels that they set are those planned, all of them or none.
+
+    In one pass; in PASSES at most where a parameter is read several times and its first call's scale is not the best for all.
 
     Args:
         graph: of this model at the data to calibrate on.
@@ -35,9 +38,19 @@ def calibrate(graph: Graph, roles: Roles, plan: Plan, planned: Mapping[str, Any]
     """
     present = {name: tensor for name, tensor in real_parameters(model).items() if name in graph.parameters}
     devices = sorted({tensor.device.index or 0 for tensor in present.values() if tensor.is_cuda})
-    scaling = Scaling(graph, collect_sites(graph, roles), plan, planned, dict(present))
-    with torch.no_grad(), torch.random.fork_rng(devices=devices):
-        rows = scaling.run()
+    sites = collect_sites(graph, roles)
+
+    def run(leans: Mapping[Key, float]) -> tuple[list[CalibrationRow], Scaling]:
+        scaling = Scaling(graph, sites, plan, planned, dict(present), leans)
+        with torch.no_grad(), torch.random.fork_rng(devices=devices):
+            return scaling.run(), scaling
+
+    passes = [run({})]
+    leaning = Leaning()
+    while len(passes) < PASSES and leaning.learn(passes[-1][0]):
+        passes.append(run(leaning.factors()))
+    rows, scaling = min(passes, key=lambda found: worst(found[0]))
+    with torch.no_grad():
         _write({name: (old, scaling.tensors[name]) for name, old in present.items() if scaling.tensors[name] is not old})
     return Calibration(rows=tuple(rows), plan=amended(plan, scaling.scales))
 

@@ -11,6 +11,7 @@ import torch
 
 from gainstage.calibrate.amend import Scale
 from gainstage.calibrate.levels import channels_of, indices_of, level, planned_level, solve_factor, spread_out, without_padding
+from gainstage.calibrate.repeated import NOTE, Key
 from gainstage.calibrate.result import CalibrationRow
 from gainstage.calibrate.sites import Ranges, Site, channel_dim, gaps, overlap
 from gainstage.errors import NonFiniteError
@@ -54,6 +55,7 @@ class Scaling:
         plan: which parameters may be scaled.
         planned: node -> what the plan predicts there.
         tensors: parameters as they are by now; those that are scaled are replaced, never written to.
+        leans: factors of the planned levels at which parameters that are read several times are to be at their first call.
     """
 
     graph: Graph
@@ -61,6 +63,7 @@ class Scaling:
     plan: Plan
     planned: Mapping[str, Any]
     tensors: dict[str, torch.Tensor]
+    leans: Mapping[Key, float]
     scales: dict[str, list[Scale]] = field(default_factory=dict, init=False)  # what was done to each parameter
     execution: Execution = field(init=False)
 
@@ -182,7 +185,7 @@ class Scaling:
             return "recurrent weights act through gates, not as a scale"
         done = self.scales.get(site.parameter, ())
         if any(not block.rows or not scale.rows or overlap(block.rows, scale.rows) for scale in done):
-            return "read again: its first use decided its scale"
+            return NOTE
         if row.planned <= 0.0:
             return "" if row.before == 0.0 else "planned to be silent"
         return "its output is zero: there is nothing to scale" if row.before == 0.0 else ""
@@ -195,10 +198,11 @@ class Scaling:
         if site.is_tied:
             factor = math.sqrt(_planned_square(self.plan.parameters[site.parameter]) / level(self.tensors[site.parameter]))
             return replace(row, factor=factor, note="tied to a head: the whole table is made as planned, as the head reads it")
-        factor = solve_factor(row.before, row.planned, *output.channels(block))
+        lean = self.leans.get((row.parameter, row.rows), 1.0)
+        factor = solve_factor(row.before, lean * row.planned, *output.channels(block))
         if not math.isfinite(factor):
             return replace(row, note="what is added to it (a bias) is louder than planned, or its scale does nothing")
-        return replace(row, factor=factor)
+        return replace(row, factor=factor, note="" if lean == 1.0 else NOTE)
 
     def _offset(self, site: Site, node: Node) -> float:
         """``o`` where the operation multiplies by ``slope (w + o)``: 1 for a norm written as ``1 + w``, 0 for a contraction."""
