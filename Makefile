@@ -6,7 +6,7 @@ BIN := .venv/bin
 THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check bench-accuracy bench-apply bench-calibrate bench-kernels bench-situations bench-speed docs
+.PHONY: help demo test check bench-accuracy bench-apply bench-calibrate bench-faults bench-kernels bench-situations bench-speed docs
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 24
@@ -25,12 +25,16 @@ check: .venv/installed-dev ## lint, format, types, architecture
 
 bench-accuracy: .venv/installed-zoo ## predicted against measured, over the model zoos
 	@$(BIN)/python -m benchmarks.accuracy
+	@$(BIN)/python -m benchmarks.cosines
 
 bench-apply: .venv/installed-dev ## elements per second of drawing, against torch and against memory
 	@$(BIN)/python -m benchmarks.apply
 
 bench-calibrate: .venv/installed-bench ## one pass of gs.calibrate against the package lsuv: seconds and achieved levels
 	@$(BIN)/python -m benchmarks.calibrate
+
+bench-faults: .venv/installed-zoo ## faults put into models on purpose: found, blamed on the right parameter, false alarms
+	@$(BIN)/python -m benchmarks.faults
 
 bench-kernels: .venv/installed-dev ## tables at infinite width against the kernels of neural-tangents
 	@$(BIN)/python -m benchmarks.neural_tangents

@@ -20,6 +20,8 @@ from typing import Any
 import torch
 from benchmarks.apply import fills_table, shards_table
 from benchmarks.calibrate import calibration_table
+from benchmarks.cosines import figures as cosine_figures
+from benchmarks.faults import faults_table
 from benchmarks.neural_tangents import table as kernels_table
 from benchmarks.situations.rows import HEADINGS, SITUATIONS, cells
 from benchmarks.speed import large_table, stages_table
@@ -112,6 +114,44 @@ def _quantiles(found: Mapping[str, float]) -> tuple[str, ...]:
     return tuple(percent(found[key]) for key in ("p50", "p90", "p99"))
 
 
+def bands() -> str:
+    """How often one draw lies in its predicted band, and predicted over measured spreads: a row for each model, by part."""
+    parts = []
+    for policy, found in results("accuracy").items():
+        if "coverage" not in found["all"]:
+            continue
+        models = [model for model in found["models"] if "coverage" in model]
+        rows = [(name, *_band(model)) for name, model in [*((m["model"], m) for m in models), ("**all**", found["all"])]]
+        headings = ("model", "in band %", "where spread > 1 %", "ratio p10", "p50", "p90")
+        parts.append(f"{ACCURACY[policy]}\n\n{table(headings, rows)}")
+    return "\n\n".join(parts) or NOT_MEASURED
+
+
+def _band(found: Mapping[str, float]) -> tuple[str, ...]:
+    shares = (percent(found[key]) for key in ("coverage", "coverage_loose"))
+    return (*shares, *(f"{found[key]:.2f}" for key in ("spread_p10", "spread_p50", "spread_p90")))
+
+
+def cosines() -> str:
+    """Errors of cosines, a row for each model."""
+    models = results("cosines").get("models", [])
+    if not models:
+        return NOT_MEASURED
+    rows = [(one["model"], str(one["settled"]), *cosine_figures(one)) for one in models]
+    total = ("**all**", str(sum(one["settled"] for one in models)), *cosine_figures(*models))
+    sides = [f"{kind} {key}" for kind in ("samples:", "others:") for key in ("p50", "p90", "p99", "within .02, %")]
+    return table(("model", "cosines", *sides), [*rows, total])
+
+
+def faults() -> str:
+    """Faults found and false alarms, and the models that they were put into."""
+    found = results("faults")
+    if not found:
+        return NOT_MEASURED
+    models = list(dict.fromkeys(alarm["model"] for alarm in found["alarms"]))
+    return f"{table(*faults_table(found))}\n\nModels: {', '.join(models)}."
+
+
 def summary() -> str:
     """The overall figures in a few lines."""
     lines = []
@@ -201,9 +241,12 @@ def situation(name: str) -> str:
 BLOCKS: Mapping[str, Callable[[], str]] = {
     **{name: partial(situation, name) for name in SITUATIONS},
     "accuracy": accuracy,
+    "bands": bands,
     "calibration": calibration,
+    "cosines": cosines,
     "deep": deep,
     "explanation": explanation,
+    "faults": faults,
     "fills": lambda: timed_table("apply", "fills", fills_table),
     "kernels": kernels,
     "large": lambda: timed_table("speed", "large", large_table),

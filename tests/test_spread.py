@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import gainstage as gs
+from gainstage.signal.quadrature import nodes, stray_passed
 
 DRAWS = 400
 
@@ -140,6 +141,20 @@ def test_uniform_weights_stray_less_than_normal_ones():
     nn.init.normal_(layer.weight, std=0.25)
     normal = gs.inspect(layer, (x,)).calls[-1].outputs[0].spread
     assert normal > 1.4 * predicted  # 2 / n against 0.8 / n
+
+
+@pytest.mark.parametrize("function", [torch.relu, F.gelu, torch.tanh])
+@pytest.mark.parametrize("variance", [0.04, 4.0])
+def test_a_stray_level_is_passed_on_by_the_whole_of_the_function(function, variance):
+    torch.manual_seed(0)
+    z, t = torch.randn(1, 20001, dtype=torch.float64), torch.randn(4000, 1, dtype=torch.float64)
+    scale = torch.exp(0.5 * (variance**0.5 * t - variance / 2.0))
+    found = torch.cat([function(part * z).square().mean(1).log() for part in scale.split(500)]).var()
+    with torch.no_grad():
+        after = function(torch.from_numpy(nodes())).numpy()
+    passed = stray_passed(nodes(), after, variance)
+    assert passed == pytest.approx(float(found), rel=4.0 * (2.0 / 4000) ** 0.5 + 0.05)  # sampling; nine points of a bent curve
+    assert function is not torch.relu or passed == pytest.approx(variance)
 
 
 @pytest.mark.parametrize("name", CASES)

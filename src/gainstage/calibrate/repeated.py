@@ -1,8 +1,8 @@
 """Parameters that are read several times: one scale for several levels, as near to all of them as it can bring them.
 
 The scale that meets the plan at the first call need not at the others: a layer that is applied to its own output turns it ever
-more towards its own leading directions, and what strays at one call strays by as much again at the next. With ``r_t`` the realised
-over the planned level at call t, the scale is chosen such that
+more towards its own leading directions, and what strays at one call strays by as much again at the next. With ``r_t`` the
+realised over the planned level at call t, the scale is chosen such that
 
     max_t log r_t + min_t log r_t = 0,
 

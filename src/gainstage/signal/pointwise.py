@@ -122,8 +122,8 @@ def apply(function: Function, x: Value) -> Value:
 
     values = _within_domain(on_grid(x.marginal.values))
     result = on_latent(x, values) if x.levels is None else _on_levels(x, values, on_grid)
-    passed = stray_passed(x.marginal.values, values) if x.log_variance else 0.0
-    result = replace(result, log_variance=passed**2 * x.log_variance)
+    stray = stray_passed(x.marginal.values, values, x.log_variance) if x.log_variance else 0.0
+    result = replace(result, log_variance=stray)
     for differing in (with_means, with_shapes):
         result = differing(x, result, lambda grid: _within_domain(on_grid(grid)))
     statistic = None

@@ -74,16 +74,32 @@ def flattened(wanted: float) -> Array:
     return standardised((1.0 - share) * normal + share * uniform, 0.0, 1.0)
 
 
-def stray_passed(before: Array, after: Array) -> float:
-    """``d log E[g^2] / d log E[f^2]`` by the scale of the z that both are functions of: how a stray level is passed on."""
-    turned, made = (_louder(values) for values in (before, after))
-    return made / turned if abs(turned) > 1e-6 else 0.0
+def stray_passed(before: Array, after: Array, variance: float) -> float:
+    """``Var log E[g(sz)^2]`` for a log-normal s such that ``Var log E[f(sz)^2]`` is the given variance: a stray level passed on.
+
+    f and g: values before and after. The mean of s^2 is 1. To first order it grows by the square of
+    ``d log E[g^2] / d log E[f^2]``; but GELU, which turns 1 % more into 1.3 % more, is linear for a signal that has strayed far,
+    to either side. A negative variance, of what a norm takes back, is passed on to first order.
+    """
+    turned, made = (float(np.ptp(_log_levels(values, np.array([0.0, 0.1])))) / 0.1 for values in (before, after))
+    if abs(turned) < 1e-6:
+        return 0.0
+    if variance <= 1e-4:
+        return variance * (made / turned) ** 2
+    scale = variance / turned**2
+    points, mass = np.polynomial.hermite_e.hermegauss(9)
+    found = _log_levels(after, scale**0.5 * points - scale / 2.0)
+    mass = mass / mass.sum()
+    return float(mass @ found**2 - (mass @ found) ** 2)
 
 
-def _louder(values: Array) -> float:
-    """``log E[f(1.05 z)^2] - log E[f(z)^2]``."""
-    base, louder = expectation(values**2), expectation(np.interp(1.05 * nodes(), nodes(), values) ** 2)
-    return float(np.log(louder / base)) if base > 0.0 and louder > 0.0 else 0.0
+def _log_levels(values: Array, logs: Array) -> Array:
+    """``log E[f(s z)^2]`` for each ``log s^2``; beyond 5 deviations f goes on as it does from 4 to 5."""
+    scaled = np.exp(0.5 * logs)[:, None] * nodes()
+    inside = np.clip(scaled, -5.0, 5.0)
+    ends = np.interp([-5.0, -4.0, 4.0, 5.0], nodes(), values)
+    found = np.interp(inside, nodes(), values) + np.where(scaled > 0.0, ends[3] - ends[2], ends[1] - ends[0]) * (scaled - inside)
+    return np.asarray(np.log(np.maximum(found**2 @ weights(), 1e-300)))
 
 
 def power_series(values: Array) -> Array:

@@ -102,8 +102,8 @@ def after_shift(y: Value, x: Value) -> Value:
     if y.second_moment <= 0.0:
         return y
     part = y.variance / y.second_moment * (x.second_moment / x.variance) if x.variance > 0.0 else 1.0
-    level = stray_passed(x.marginal.values, y.marginal.values) if x.log_variance else 0.0
-    return replace(y, log_variance=level**2 * x.log_variance, overlap=x.overlap.times(part**2))
+    stray = stray_passed(x.marginal.values, y.marginal.values, x.log_variance) if x.log_variance else 0.0
+    return replace(y, log_variance=stray, overlap=x.overlap.times(part**2))
 
 
 def product_stray(x: Value, y: Value, product: Value) -> float:

@@ -67,7 +67,8 @@ def z_bound(rows: int) -> float:
 def compare(predicted: Sequence[Prediction], found: Pass) -> list[tuple[CheckRow, Prediction]]:
     """Rows of all outputs that were predicted and measured.
 
-    ``z = log(measured / predicted) / sqrt(spread^2 + sampling_error^2 + model_error^2)``
+    ``z = (log(measured / predicted) + spread^2 / 2) / sqrt(spread^2 + sampling_error^2 + model_error^2)``: levels stray as
+    products do, and a log-normal variable has its median at ``exp(-spread^2 / 2)`` of its mean.
     """
     pairs = [
         (one, found.calls[one.path, one.call][one.output])
@@ -85,7 +86,8 @@ def _row(one: Prediction, measured: Measurement, module_type: str, bound: float)
     elif expected <= _NOTHING or second <= _NOTHING:
         z = 0.0 if expected <= _NOTHING and second <= _NOTHING else math.copysign(math.inf, second - expected)
     else:
-        z = math.log(second / expected) / math.hypot(one.spread, measured.sampling_error, MODEL_ERROR)
+        off = math.log(second / expected) + one.spread**2 / 2.0
+        z = off / math.hypot(one.spread, measured.sampling_error, MODEL_ERROR)
     return CheckRow(
         path=one.path,
         call=one.call,
