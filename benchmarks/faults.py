@@ -158,7 +158,7 @@ def not_a_number(patient: Patient, rng: random.Random) -> Sequence[str]:
 
 
 def outlier(patient: Patient, rng: random.Random) -> Sequence[str]:
-    """One entry 100 deviations away: ``nn.init.trunc_normal_(std=0.02)`` makes its bound, 2, of a uniform draw of exactly 0."""
+    """One entry 100 deviations away: timm's ``trunc_normal_(w, std=0.02)`` makes its bound, -2, of a uniform 0."""
     name = rng.choice(patient.drawn())
     deviation = patient.plan.parameters[name].distribution.std
     patient.tensors[name].view(-1)[rng.randrange(patient.tensors[name].numel())] = 100.0 * deviation
