@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 from gainstage.errors import InputError
 from gainstage.policies.model import (
@@ -26,11 +27,13 @@ _SOURCE = (
 )
 
 
-def unit(*, logit_variance: float = 1.0) -> Policy:
+def unit(*, logit_variance: float = 1.0, branch_shares: Mapping[str, float] | None = None) -> Policy:
     """The default policy, with other numbers where they are wished.
 
     Args:
         logit_variance: of attention logits over the keys. Less spreads the attention more evenly at step zero.
+        branch_shares: pattern of parameter names or module paths -> how much the branches that they end contribute to what they
+            merge into, relative to their siblings, which have 1. A pattern that ends no branch is refused when it is planned.
 
     Raises:
         InputError: a number that is not positive and finite.
@@ -41,11 +44,16 @@ def unit(*, logit_variance: float = 1.0) -> Policy:
     """
     if not 0.0 < logit_variance < math.inf:
         raise InputError(f"logit_variance is a positive number, not {logit_variance!r}")
+    shares = dict(branch_shares or {})
+    if not all(0.0 < share < math.inf for share in shares.values()):
+        raise InputError(f"branch_shares are positive numbers, not {shares!r}")
     changed = [f"logit_variance={logit_variance:g}"] if logit_variance != 1.0 else []
+    changed += [f"branch_shares={shares}"] if shares else []
     logits = KeyVariance(logit_variance)
     return Policy(
         name=f"unit({', '.join(changed)})" if changed else "unit",
         source=_SOURCE,
+        shares=shares,
         targets={
             Role.TIED_HEAD: NearChance(),
             Role.OUTPUT_HEAD: NearChance(),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from types import MappingProxyType
 
@@ -134,6 +134,7 @@ class Policy:
         source: the paper and equation that the targets come from.
         distribution: family that weights are drawn from, unless the user asks for another.
         tailoring: targets for activations that may be changed; None: no change is proposed.
+        shares: pattern of parameter names or module paths -> contribution of the branches that they end, relative to siblings.
 
     Raises:
         InputError: a role has no target.
@@ -148,6 +149,7 @@ class Policy:
     source: str
     distribution: str = "normal"
     tailoring: Tailoring | None = None
+    shares: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Freeze the targets and check that every role has one."""
@@ -155,3 +157,4 @@ class Policy:
         if missing:
             raise InputError(f"policy {self.name!r} has no target for the role(s) {', '.join(missing)}")
         object.__setattr__(self, "targets", MappingProxyType(dict(self.targets)))
+        object.__setattr__(self, "shares", MappingProxyType(dict(self.shares)))

@@ -73,6 +73,7 @@ class Demand:
     groups: tuple[tuple[Lever, ...], ...]
     count: int = 1  # of the branches that share
     width: int = 0  # of a head, or of a concatenated branch
+    share: float = 1.0  # of a branch, over an equal one
     prior: float = 0.0  # what class priors add to a head's second moment, and the goal does not count
 
 

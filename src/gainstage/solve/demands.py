@@ -12,6 +12,7 @@ from gainstage.roles import Branch, Head, Logits, Merge, Role, Roles, Setter, St
 from gainstage.solve.constraint import Demand, Goal, Kind, Lever, Own, Quantity, chance_level, is_contraction
 from gainstage.solve.initial import is_weight_gain
 from gainstage.solve.setting import Part, Setting, covers, parts_of
+from gainstage.solve.shares import check_shares, relative_shares, share_of
 
 # Levels that gradients may have a say in. Elsewhere the level is about what the signal means: how peaked an attention is, how far
 # a gate opens, which share a branch has, how near chance a head is.
@@ -44,6 +45,7 @@ def collect_demands(
     The log-determinant of a flow and a tied head go first; then attention logits, residual streams, merges (an outer one before
     those inside of it) and the other heads; what is left answers to its own contraction.
     """
+    check_shares(policy.shares, roles, graph)
     claims = _Claims(graph, roles, policy, settings)
     if logdet_std:
         claims.determinant(logdet_std)
@@ -161,10 +163,11 @@ class _Claims:
         if not isinstance(target, StreamShare):
             return
         count = len(stream.branches)
+        shares = relative_shares(stream.branches, self.policy.shares, self.graph)
         for branch in stream.branches:
             levers = self.free(self.leading(branch))
             if levers:
-                goal = Goal(terms=((stream.first, target.total / count),))
+                goal = Goal(terms=((stream.first, shares[branch.operand] * target.total / count),))
                 self.claim(
                     Demand(
                         kind=Kind.STREAM,
@@ -173,6 +176,7 @@ class _Claims:
                         goal=goal,
                         groups=(levers,),
                         count=count,
+                        share=shares[branch.operand],
                     )
                 )
 
@@ -195,20 +199,25 @@ class _Claims:
         target = self.target(Role.MERGE_END)
         if not isinstance(target, EqualContribution) or any(merge.node in stream.adds for stream in self.roles.streams):
             return
-        open_branches = [(branch, levers) for branch in merge.branches if (levers := self.free(self.leading(branch)))]
+        led = [(branch, self.leading(branch)) for branch in merge.branches]
+        # one that answers to another demand in part, as a stream does, would hardly follow what is left of its levers
+        open_branches = [(branch, levers) for branch, levers in led if levers and levers == self.free(levers)]
         free = {branch.operand for branch, _ in open_branches}
         anchors = [branch for branch in merge.branches if branch.operand not in free and branch.operand in self.carriers]
         if not open_branches or len(open_branches) + len(anchors) < 2:
             return
+        among = anchors or [branch for branch, _ in open_branches]
+        usual = sum(share_of(branch, self.policy.shares, self.graph) for branch in among) / len(among)
         widths = {branch.operand: 1 if merge.is_sum else self._width(merge, branch) for branch in merge.branches}
         for branch, levers in open_branches:
             width = widths[branch.operand]
+            share = share_of(branch, self.policy.shares, self.graph) / usual
             if anchors:
-                terms = tuple((other.operand, widths[other.operand] / width / len(anchors)) for other in anchors)
+                terms = tuple((other.operand, share * widths[other.operand] / width / len(anchors)) for other in anchors)
                 goal = Goal(terms=terms)
             else:
                 whole = 1.0 if merge.is_sum else sum(widths.values())
-                goal = Goal(constant=target.second_moment * whole / (len(open_branches) * width))
+                goal = Goal(constant=share * target.second_moment * whole / (len(open_branches) * width))
             self.claim(
                 Demand(
                     kind=Kind.MERGE,
@@ -218,6 +227,7 @@ class _Claims:
                     groups=(levers,),
                     count=len(open_branches) + len(anchors),
                     width=0 if merge.is_sum else width,
+                    share=share,
                 )
             )
 

@@ -143,6 +143,8 @@ class Explainer:
         }[demand.kind]
         lines = explain(demand)
         lines[0] = rows + lines[0]
+        if demand.share != 1.0:
+            lines.append(f"this branch is asked for {demand.share:.4g} times an equal share")
         part = min(parts)[1]
         lines += self._filled_in(demand, own, setting.variances[part]) if own is not None else []
         lines.append(self._result(demand, setting, part, progress))
@@ -193,11 +195,12 @@ class Explainer:
             start, level = f"the stream is silent at {self._place(first)}, and taken as if it started at 1", 1.0
         return [
             f"E[branch^2] = E[stream^2] / N: each of the N = {demand.count} branches adds an equal share; the stream stays O(1)",
-            f"{start}: each share is {level:.4g} / {demand.count} = {goal:.4g}",
+            f"{start}: each share is {level:.4g} / {demand.count} = {goal / demand.share:.4g}",
         ]
 
     def _merge(self, demand: Demand) -> list[str]:
         goal = goal_value(demand.goal, self.solution.values)
+        goal /= demand.share
         if demand.goal.terms:
             others = ", ".join(self._place(name) for name, _ in demand.goal.terms)
             channels = f": n_b E[branch^2] is the same, n_b = {demand.width} here" if demand.width > 1 else ""
