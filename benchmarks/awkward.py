@@ -41,7 +41,9 @@ class Output:
     def error(self) -> float:
         """``|log(predicted / mean)|``; 0 where both are nothing."""
         mean = float(np.mean(self.measured))
-        return abs(math.log(self.predicted / mean)) if min(self.predicted, mean) > 0.0 else math.inf * max(self.predicted, mean)
+        if max(self.predicted, mean) < 1e-30:
+            return 0.0
+        return abs(math.log(self.predicted / mean)) if min(self.predicted, mean) > 0.0 else math.inf
 
     @property
     def standard_error(self) -> float:

@@ -9,15 +9,16 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from gainstage.apply import apply, tailor
 from gainstage.apply.buffers import known_buffers
 from gainstage.apply.drawn import DrawnParameters
 from gainstage.calibrate import Calibration
 from gainstage.calibrate import calibrate as calibrate_to
-from gainstage.capture import capture
+from gainstage.capture import capture, copied
 from gainstage.errors import InputError, UnknownNameError, nearest
-from gainstage.graph import Graph, Node, NodeKind, ParameterInfo, TensorMeta, real_parameters
+from gainstage.graph import Graph, Node, NodeKind, ParameterInfo, TensorMeta, enters_regions_only, real_parameters
 from gainstage.inputs import InputStatistics, Measured, TokenStatistics, by_name, with_tokens
 from gainstage.inputs import measure_inputs as gather_inputs
 from gainstage.plan import Plan
@@ -25,6 +26,7 @@ from gainstage.policies import Policy, find_policy
 from gainstage.propagate import (
     Trace,
     build_trace,
+    constant_value,
     input_value,
     kurtosis,
     level_profile,
@@ -100,6 +102,8 @@ def present_values(graph: Graph, model: nn.Module, roles: Roles) -> dict[str, An
     index = {name: position for position, name in enumerate(graph.parameters)}
 
     def present(info: ParameterInfo) -> Value:
+        if enters_regions_only(graph, info.name):
+            return replace(constant_value(tensors[info.name]), lineage=1 << index[info.name])
         tensor = tensors[info.name]
         is_table = is_data(graph, info.name, roles.of(info.name))
         table = table_value(tensor, index[info.name]) if is_table else None
@@ -158,24 +162,35 @@ def plan(
     chosen, direction = find_policy(policy), find_balance(balance)
     family = find_family(distribution or chosen.distribution)
     args, kwargs = with_tokens(model, args, kwargs or {}, inputs)
+    tables = real_parameters(model)
+
+    def solved(graph: Graph) -> Plan:
+        known = {
+            node.name: node.meta.shape
+            for node in graph.nodes
+            if isinstance(node.meta, TensorMeta) and node.kind is NodeKind.INPUT
+        }
+        moments = by_name(inputs, known)
+        kept = kept_parameters(graph, [keep] if isinstance(keep, str) else keep, include_frozen=include_frozen)
+        present = Present(moments=moments_of(model), tables=tables, kept=kept)
+
+        def source(node: Node) -> Value:
+            return moments[node.name].value(known[node.name]) if node.name in moments else measured_input(node)
+
+        with _host():
+            return solve(
+                graph, infer_roles(graph, roles), chosen, present=present, source=source, family=family, balance=direction,
+                inputs=moments, priors=priors, logdet_std=logdet_std,
+            )  # fmt: skip
+
     graph = capture(model, args, kwargs, buffers=known_buffers(model))
-    known = {
-        node.name: node.meta.shape for node in graph.nodes if isinstance(node.meta, TensorMeta) and node.kind is NodeKind.INPUT
-    }
-    moments = by_name(inputs, known)
-    determinant = find_determinant(graph, logdet_std, logdet)
-    kept = kept_parameters(graph, [keep] if isinstance(keep, str) else keep, include_frozen=include_frozen)
-    present = Present(moments=moments_of(model), tables=dict(model.named_parameters()), kept=kept)
-
-    def source(node: Node) -> Value:
-        return moments[node.name].value(known[node.name]) if node.name in moments else measured_input(node)
-
-    with _host():
-        found = infer_roles(graph, roles, log_determinant=determinant)
-        return solve(
-            graph, found, chosen, present=present, source=source, family=family, balance=direction,
-            inputs=moments, priors=priors, logdet_std=logdet_std,
-        )  # fmt: skip
+    made = solved(graph)
+    if graph.rung == "tape" and not any(tensor.is_meta or is_lazy(tensor) for tensor in tables.values()):
+        # What a run saw in values holds for the values that it ran on: look again at those that were planned.
+        drawn, drawn_args, drawn_kwargs = copied(model, args, kwargs)
+        apply(drawn, made, seed=0)
+        made = solved(capture(drawn, drawn_args, drawn_kwargs))
+    return made
 
 
 def measure_inputs(

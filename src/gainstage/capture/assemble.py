@@ -13,9 +13,10 @@ from gainstage.capture.calls import module_calls
 from gainstage.capture.constants import fold
 from gainstage.capture.functional import NotFunctional, functionalise
 from gainstage.capture.lowered import UNKNOWN_SIZE, Lowered
-from gainstage.capture.regions import fuse_complex
+from gainstage.capture.regions import fuse_complex, fuse_parametrizations
+from gainstage.capture.rows import choose_rows
 from gainstage.errors import CaptureError, NonFiniteError, NoSignalError
-from gainstage.graph import Graph, Node, NodeKind, ParameterInfo, Ref, TensorMeta
+from gainstage.graph import Graph, Node, NodeKind, ParameterInfo, Ref, TensorMeta, reused_weights
 
 
 def assemble(
@@ -46,7 +47,9 @@ def assemble(
         NonFiniteError: NaN in a buffer that the outputs depend on.
     """
     nodes, guesses = fold(reachable(_without_empty_pieces(functional.nodes), functional), functional.outputs)
-    nodes, names = fuse_complex(reachable(nodes, functional), functional.outputs, functional.marks)
+    nodes = reachable(choose_rows(nodes), functional)
+    nodes = reachable(fuse_parametrizations(nodes), functional)
+    nodes, names = fuse_complex(nodes, functional.outputs, functional.marks)
     functional = dataclasses.replace(functional, outputs=names)
     _check_sizes(nodes)
     _check_buffers(nodes, model)
@@ -61,8 +64,16 @@ def assemble(
         calls=module_calls(functional, varying, model),
         training=model.training,
         rung=rung,
-        assumptions=(*assumptions, *guesses),
+        assumptions=(*assumptions, *guesses, *_reuse(nodes)),
     )
+
+
+def _reuse(nodes: Sequence[Node]) -> list[str]:
+    names = list(reused_weights(nodes))
+    if not names:
+        return []
+    shown = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+    return [f"Used again on what it made, and taken to be independent of that: {shown}."]
 
 
 def value_of(lowered: Lowered, name: str) -> torch.Tensor | None:

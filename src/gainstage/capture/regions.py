@@ -1,45 +1,23 @@
-"""Complex numbers: what is computed with them becomes one operation from real tensors to real tensors.
+"""Regions that are one operation, because tables say too little of what lies between their operations.
 
-Tables are those of real entries, and one complex entry is two dependent ones: only the whole region has a table on either side.
-A complex parameter enters as its real form, with a last dimension of two.
+Complex numbers: tables are those of real entries, and one complex entry is two dependent ones. A complex parameter enters as its
+real form, with a last dimension of two. Parametrizations: a weight that is contracted with what was computed from it (its
+spectral norm, its orthogonal factor) depends on that entry by entry.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import operator
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Collection, Iterator, Sequence
 
 import torch
 
+from gainstage.capture.constants import draws
 from gainstage.capture.views import packet_name
-from gainstage.graph import Node, NodeKind, Ref, TensorMeta
+from gainstage.graph import Node, NodeKind, Ref, Region, TensorMeta
 
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Region:
-    """Several operations as one: a function of the values of ``operands``, which returns those of ``results``."""
-
-    nodes: tuple[Node, ...]
-    operands: tuple[str, ...]
-    results: tuple[str, ...]
-
-    @property
-    def __name__(self) -> str:
-        """The operations that it begins and ends with."""
-        ends = dict.fromkeys((packet_name(self.nodes[0].op), packet_name(self.nodes[-1].op)))
-        return "..".join(ends)
-
-    def __call__(self, *operands: torch.Tensor) -> Any:
-        """Run the operations."""
-        values: dict[str, Any] = dict(zip(self.operands, operands, strict=True))
-        for node in self.nodes:
-            assert node.op is not None
-            values[node.name] = node.op(*_filled(node.args, values), **_filled(node.kwargs, values))
-        results = tuple(values[name] for name in self.results)
-        return results[0] if len(results) == 1 else results
+_CONTRACTIONS = frozenset({"mv", "vdot", "dot", "mm", "bmm", "matmul", "addmm", "einsum", "linear"})
 
 
 def fuse_complex(nodes: Sequence[Node], outputs: Sequence[str], marked: Collection[str]) -> tuple[list[Node], list[str]]:
@@ -66,6 +44,44 @@ def fuse_complex(nodes: Sequence[Node], outputs: Sequence[str], marked: Collecti
         results = [node for node in inside if node.name in wanted and not _is_complex(node)]
         found = outside + _as_one(inside, results)
     return _in_order(found), outputs
+
+
+def fuse_parametrizations(nodes: Sequence[Node]) -> list[Node]:
+    """The same graph, with one operation for each weight that is computed by contracting a parameter with functions of itself.
+
+    Args:
+        nodes: a graph without writes, its constants computed.
+    """
+    made_of: dict[str, set[str]] = {}  # weights -> the parameters that they are computed from
+    entangled: set[str] = set()  # weights on the way to which a parameter met itself
+    for node in nodes:
+        operands = list(dict.fromkeys(node.operands()))
+        if node.kind is NodeKind.PARAMETER:
+            made_of[node.name] = {node.name}
+        elif node.kind is NodeKind.CONSTANT:
+            made_of[node.name] = set()
+        elif node.kind is NodeKind.OP and not draws(node) and all(name in made_of for name in operands):
+            made_of[node.name] = set().union(*(made_of[name] for name in operands))
+            parts = [made_of[name] for name in operands]
+            meets = len(set().union(*parts)) < sum(len(part) for part in parts) and packet_name(node.op) in _CONTRACTIONS
+            if meets or packet_name(node.op).startswith("linalg_") or any(name in entangled for name in operands):
+                entangled.add(node.name)
+    weights = [node for node in nodes if node.name in made_of and node.kind is NodeKind.OP]
+    read = {name for node in nodes if node.name not in made_of for name in node.operands()}
+    found = list(nodes)
+    for result in [node for node in weights if node.name in read & entangled and isinstance(node.meta, TensorMeta)]:
+        inside = _leading_to(result.name, weights)
+        found[found.index(result)] = _as_one(inside, [result])[0]
+    return found
+
+
+def _leading_to(name: str, nodes: Sequence[Node]) -> list[Node]:
+    """Operations among some that a node is computed by, itself included."""
+    wanted = {name}
+    for node in reversed(nodes):
+        if node.name in wanted:
+            wanted.update(node.operands())
+    return [node for node in nodes if node.name in wanted]
 
 
 def _is_complex(node: Node) -> bool:
@@ -156,13 +172,3 @@ def _in_order(nodes: Sequence[Node]) -> list[Node]:
         assert len(late) < len(waiting), "regions read each other"
         waiting = late
     return found
-
-
-def _filled(argument: Any, values: Mapping[str, Any]) -> Any:
-    if isinstance(argument, Ref):
-        return values[argument.name]
-    if isinstance(argument, dict):
-        return {key: _filled(item, values) for key, item in argument.items()}
-    if isinstance(argument, (list, tuple)):
-        return type(argument)(_filled(item, values) for item in argument)
-    return argument

@@ -13,6 +13,8 @@ from gainstage.graph.model import (
     TensorMeta,
 )
 from gainstage.graph.real import as_real, real_parameters
+from gainstage.graph.region import Region, enters_regions_only
+from gainstage.graph.reuse import reused_weights
 
 __all__ = [
     "Graph",
@@ -22,9 +24,12 @@ __all__ = [
     "ParameterInfo",
     "Provenance",
     "Ref",
+    "Region",
     "TensorMeta",
     "as_real",
+    "enters_regions_only",
     "fingerprint",
     "real_parameters",
+    "reused_weights",
     "tensor_leaves",
 ]

@@ -2,7 +2,8 @@
 
 from gainstage.propagate.backward import Backward, propagate_back_along, propagate_backward
 from gainstage.propagate.build import build_trace
-from gainstage.propagate.interpret import evaluate, is_sampled, propagate
+from gainstage.propagate.interpret import evaluate, has_rule, propagate
+from gainstage.propagate.sample import constant_value, is_sampled
 from gainstage.propagate.statistics import (
     check_initialised,
     input_value,
@@ -23,7 +24,9 @@ __all__ = [
     "Trace",
     "build_trace",
     "check_initialised",
+    "constant_value",
     "evaluate",
+    "has_rule",
     "input_value",
     "is_sampled",
     "kurtosis",

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping
 from typing import Any
 
-from gainstage.graph import Graph, NodeKind
+from gainstage.graph import Graph, Node, NodeKind
 from gainstage.propagate.backward import Backward
-from gainstage.propagate.interpret import is_sampled
+from gainstage.propagate.interpret import has_rule
 from gainstage.propagate.path import main_path
+from gainstage.propagate.sample import is_sampled
 from gainstage.propagate.trace import CallSignals, ParameterStatistics, Signal, Trace
+from gainstage.rules import is_free
 from gainstage.signal import Value
 
 
@@ -30,7 +33,7 @@ def build_trace(graph: Graph, values: Mapping[str, Any], backward: Backward | No
         for node in graph.nodes
         if node.kind is NodeKind.PARAMETER and node.parameter is not None and isinstance(values.get(node.name), Value)
     }
-    sampled = tuple(node.name for node in graph.nodes if is_sampled(node))
+    sampled = tuple(node.name for node in graph.nodes if _was_sampled(node, values))
     return Trace(
         graph=graph,
         nodes=signals,
@@ -41,6 +44,14 @@ def build_trace(graph: Graph, values: Mapping[str, Any], backward: Backward | No
         assumptions=graph.assumptions,
         depth=None if backward is None else main_path(graph, signals),
     )
+
+
+def _was_sampled(node: Node, values: Mapping[str, Any]) -> bool:
+    """Whether a node was run on samples: real results say so, realised integers do not."""
+    if node.kind is not NodeKind.OP or node.op is operator.getitem:
+        return False
+    assert node.op is not None
+    return is_sampled(values.get(node.name)) or not (has_rule(node) or is_free(node.op))
 
 
 def _moment(gradient: Signal | None) -> float | None:

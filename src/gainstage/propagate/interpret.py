@@ -8,9 +8,14 @@ from typing import Any
 
 from gainstage.errors import GainstageError, UnsupportedOpError
 from gainstage.graph import Graph, Node, NodeKind, ParameterInfo, Ref, TensorMeta
-from gainstage.propagate.sample import constant_value, is_known, run_known, sample_node
+from gainstage.propagate.sample import as_numbers, constant_value, is_known, run_known, sample_node
 from gainstage.rules import Call, is_free, rule_of
 from gainstage.signal import Value
+
+# Operations that may take integers among numbers, which then count as numbers; elsewhere integers are indices and conditions.
+_ARITHMETIC = frozenset(
+    {"add", "sub", "rsub", "mul", "div", "maximum", "minimum", "pow", "where", "cat", "stack", "lerp", "addcmul"}
+)
 
 Result = Any  # Value, tuple of Values, or None for an op without statistics
 ParameterValues = Callable[[ParameterInfo], Value]
@@ -35,12 +40,8 @@ def evaluate(node: Node, values: Mapping[str, Result], parameter: ParameterValue
     args = [resolve(argument, values) for argument in node.args]
     kwargs = {name: resolve(argument, values) for name, argument in node.kwargs.items()}
     call = Call(node.op, _shapes(node))
-    found = rule_of(node.op)
     try:
-        if is_known(node, args, kwargs):
-            result = run_known(node, args, kwargs)
-        else:
-            result = sample_node(node, call, args, kwargs) if found is None else found(call, *args, **kwargs)
+        result = run_known(node, args, kwargs) if is_known(node, args, kwargs) else _unknown(node, call, args, kwargs)
     except GainstageError:
         raise
     except Exception as error:
@@ -51,10 +52,24 @@ def evaluate(node: Node, values: Mapping[str, Result], parameter: ParameterValue
     return result
 
 
-def is_sampled(node: Node) -> bool:
-    """Tell whether a node's statistics come from sampling, for want of a rule."""
-    ruled = rule_of(node.op) is not None or node.op is operator.getitem
-    return node.kind is NodeKind.OP and not ruled and node.op is not None and not is_free(node.op)
+def _unknown(node: Node, call: Call, args: list[Any], kwargs: dict[str, Any]) -> Result:
+    """Result of an op on what is not known: by its rule, or by sampling where there is none or it does not cover the call."""
+    found = rule_of(node.op)
+    if found is None:
+        return sample_node(node, call, args, kwargs)
+    name = node.op_name.split(".")[1] if node.op_name.startswith("aten.") else ""
+    if name in _ARITHMETIC:
+        first = 1 if name == "where" else 0
+        args = [*args[:first], *(as_numbers(argument) for argument in args[first:])]
+    try:
+        return found(call, *args, **kwargs)
+    except NotImplementedError:
+        return sample_node(node, call, args, kwargs)
+
+
+def has_rule(node: Node) -> bool:
+    """Tell whether a rule gives a node's statistics, as long as it covers the call."""
+    return rule_of(node.op) is not None or node.op is operator.getitem
 
 
 def _check(node: Node, call: Call, result: Result) -> None:

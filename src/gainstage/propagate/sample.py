@@ -67,6 +67,27 @@ def constant_value(tensor: torch.Tensor) -> Value:
     return Value(dims=dims, mean=0.0, table=table, marginal=Marginal(object(), lambda: np.zeros(1025)), constant=tensor)
 
 
+def as_numbers(argument: Any) -> Any:
+    """Known integers among arguments as the numbers that arithmetic takes them for."""
+    if isinstance(argument, list):
+        return [as_numbers(item) for item in argument]
+    if isinstance(argument, Value) and argument.constant is not None and not argument.constant.is_floating_point():
+        return constant_value(argument.constant.float())
+    return argument
+
+
+class Sampled:
+    """Where a value comes from that was measured on samples."""
+
+    __slots__ = ()
+
+
+def is_sampled(result: Any) -> bool:
+    """Tell whether a result, or one of several, was measured on samples."""
+    parts = result if isinstance(result, tuple) else (result,)
+    return any(isinstance(part, Value) and isinstance(part.source, Sampled) for part in parts)
+
+
 def is_known(node: Node, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
     """Tell whether an op sees constants, realisations and numbers only, and draws nothing itself."""
     operands = operands_of([*args, *kwargs.values()])
@@ -117,7 +138,7 @@ def filled(argument: Any, drawn: Any) -> Any:
 
 
 def pooled_value(draws: list[Any], lineage: int, stray: float) -> Value | None:
-    """Value of a tensor from draws of it."""
+    """Value of a tensor from draws of it; what the mean over the draws strays by is added to the log variance ``stray``."""
     if not isinstance(draws[0], torch.Tensor):
         return None
     if not draws[0].is_floating_point():
@@ -125,12 +146,15 @@ def pooled_value(draws: list[Any], lineage: int, stray: float) -> Value | None:
     mean, table = pooled(draws)
     dims = new_dims(tuple(draws[0].shape))
     assert len(axes_of(dims)) == table.ndim
+    moments = np.array([float(sample.double().square().mean()) for sample in draws])
+    if len(draws) > 1 and moments.mean() > 0.0:
+        stray += float(moments.var(ddof=1)) / len(draws) / float(moments.mean()) ** 2
     entries = torch.cat([sample.reshape(-1)[:: max(sample.numel() // 8192, 1)] for sample in draws]).double().numpy()
 
     def values() -> Any:
         return np.quantile(entries, cumulative())
 
     return Value(
-        dims=dims, mean=mean, table=table, marginal=Marginal(object(), values), source=object(), lineage=lineage,
+        dims=dims, mean=mean, table=table, marginal=Marginal(object(), values), source=Sampled(), lineage=lineage,
         log_variance=stray,
     )  # fmt: skip

@@ -6,14 +6,17 @@ from collections import Counter
 from dataclasses import dataclass
 
 from gainstage.graph import Graph, Node, NodeKind
-from gainstage.propagate.interpret import is_sampled
+from gainstage.propagate import has_rule
 from gainstage.report.tables import Column, Report, plural
 from gainstage.rules import Rule, is_free, rules
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OpRow:
-    """One operation of a model: how often it occurs, and whether it is ruled, sampled or free of statistics."""
+    """One operation of a model: how often it occurs, and whether it is ruled, sampled or free of statistics.
+
+    A rule that does not cover a call leaves it to sampling; only a trace says so, in ``trace.sampled``.
+    """
 
     op: str
     count: int
@@ -39,10 +42,10 @@ def count_ops(graph: Graph) -> list[OpRow]:
 
 
 def _treatment(node: Node) -> str:
-    if is_sampled(node):
-        return "sampled"
     assert node.op is not None
-    return "free" if is_free(node.op) else "ruled"
+    if is_free(node.op):
+        return "free"
+    return "ruled" if has_rule(node) else "sampled"
 
 
 def ops_report(rows: list[OpRow]) -> Report[OpRow]:

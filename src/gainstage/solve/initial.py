@@ -8,10 +8,10 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from gainstage.graph import Graph, Node, NodeKind, ParameterInfo
+from gainstage.graph import Graph, Node, NodeKind, ParameterInfo, enters_regions_only
 from gainstage.plan import Distribution, Family
 from gainstage.policies import FixedStd, Identity, Keep, ModuleDefault, NearChance, Policy, Target, Zero, module_default
-from gainstage.propagate import evaluate, parameter_value, table_value
+from gainstage.propagate import constant_value, evaluate, parameter_value, table_value
 from gainstage.roles import Merge, Role, Roles, Stream, Use, is_data
 from gainstage.signal import Value
 from gainstage.solve.constraint import chance_level, is_contraction, is_lookup
@@ -80,6 +80,8 @@ class _Start:
         return self.by_target(blank, role, self.policy.targets[role])
 
     def by_target(self, blank: Setting, role: Role, target: Target) -> Setting:
+        if role is Role.UNUSED and self.graph.rung == "tape":
+            return self.unseen(blank)
         if isinstance(target, Keep):
             return self.kept(blank, "nothing is known of what it is for: it reaches no output" if role is Role.UNUSED else "")
         if isinstance(target, ModuleDefault):
@@ -113,6 +115,8 @@ class _Start:
         kept = blank.with_all(mean=mean, variance=variance)
         name = blank.info.name
         is_table = is_data(self.graph, name, self.roles.of(name))
+        if enters_regions_only(self.graph, name) and name in self.present.tables and not self.present.tables[name].is_meta:
+            return replace(kept, is_fixed=True, given=KEPT, table=constant_value(self.present.tables[name]), lines=lines)
         table = table_value(self.present.tables[name], blank.index) if is_table and name in self.present.tables else None
         return replace(kept, is_fixed=True, given=KEPT, table=table, lines=lines)
 
@@ -138,6 +142,16 @@ class _Start:
             return self.kept(blank, f"no reset_parameters of torch.nn is known for {blank.info.module_type}")
         drawn = blank.with_all(mean=default.mean, variance=default.std**2)
         return replace(drawn, is_fixed=True, given=default, lines=(f"as {blank.info.module_type} draws it by itself",))
+
+    def unseen(self, blank: Setting) -> Setting:
+        """A parameter that a run did not come by: weights for an input of second moment 1, others as by their module."""
+        shape = blank.info.shape
+        if len(shape) < 2:
+            return self.by_module(blank)
+        fan_in = math.prod(shape[1:])
+        drawn = blank.with_all(mean=0.0, variance=1.0 / max(fan_in, 1))
+        line = f"not on the path that was seen: Var(w) = 1 / {fan_in}, right for a contraction of an input with E[x^2] = 1"
+        return replace(drawn, is_fixed=True, lines=(line,))
 
     def identity(self, blank: Setting, use: Use | None) -> Setting:
         if is_weight_gain(self.graph, self.roles, blank.info.name):

@@ -1,0 +1,53 @@
+"""Several operations that count as one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from gainstage.graph.model import Graph, Node, Ref
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Region:
+    """Several operations as one: a function of the values of ``operands``, which returns those of ``results``."""
+
+    nodes: tuple[Node, ...]
+    operands: tuple[str, ...]
+    results: tuple[str, ...]
+
+    @property
+    def __name__(self) -> str:
+        """The operations that it begins and ends with."""
+        return "..".join(
+            dict.fromkeys(node.op_name.removeprefix("aten.").partition(".")[0] for node in (self.nodes[0], self.nodes[-1]))
+        )
+
+    def __call__(self, *operands: torch.Tensor) -> Any:
+        """Run the operations."""
+        values: dict[str, Any] = dict(zip(self.operands, operands, strict=True))
+        for node in self.nodes:
+            assert node.op is not None
+            values[node.name] = node.op(*_filled(node.args, values), **_filled(node.kwargs, values))
+        results = tuple(values[name] for name in self.results)
+        return results[0] if len(results) == 1 else results
+
+
+def enters_regions_only(graph: Graph, parameter: str) -> bool:
+    """Whether nothing but regions reads a parameter: its entries then count together, not as so many draws."""
+    names = {node.name for node in graph.nodes if node.parameter == parameter}
+    readers = [node for node in graph.nodes if not names.isdisjoint(node.operands())]
+    return bool(readers) and all(isinstance(node.op, Region) for node in readers)
+
+
+def _filled(argument: Any, values: Mapping[str, Any]) -> Any:
+    if isinstance(argument, Ref):
+        return values[argument.name]
+    if isinstance(argument, dict):
+        return {key: _filled(item, values) for key, item in argument.items()}
+    if isinstance(argument, (list, tuple)):
+        return type(argument)(_filled(item, values) for item in argument)
+    return argument

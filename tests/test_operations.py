@@ -1,0 +1,104 @@
+"""Operations of others: sampled as they are, ruled on request, and counted."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import gainstage as gs
+from gainstage import testing
+from gainstage.capture import capture
+from gainstage.report.ops import count_ops
+
+WIDTH = 128
+
+
+@torch.library.custom_op("gainstage_tests::bent", mutates_args=())
+def bent(x: torch.Tensor) -> torch.Tensor:
+    return torch.where(x > 0, x, 0.1 * x) + 0.2 * x.roll(1, -1)
+
+
+@torch.library.custom_op("gainstage_tests::straight", mutates_args=())
+def straight(x: torch.Tensor) -> torch.Tensor:
+    return x / (1 + x.abs())
+
+
+for custom in (bent, straight):
+    custom.register_fake(torch.empty_like)
+bent.register_autograd(
+    lambda ctx, g: g * torch.where(ctx.saved_tensors[0] > 0, 1.0, 0.1) + 0.2 * g.roll(-1, -1),
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(inputs[0]),
+)
+
+
+class Between(nn.Module):
+    """An operation between two linear layers."""
+
+    def __init__(self, op) -> None:
+        super().__init__()
+        self.first, self.second, self.op = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH), op
+
+    def forward(self, x):
+        return self.second(self.op(self.first(x)))
+
+
+def x() -> torch.Tensor:
+    return torch.randn(64, WIDTH)
+
+
+def treatments(op) -> dict[str, str]:
+    return {row.op: row.treatment for row in count_ops(capture(Between(op), (x(),)))}
+
+
+def test_a_custom_operation_is_sampled_forward_and_backward_and_the_trace_says_so():
+    torch.manual_seed(0)
+    model = Between(bent)
+    trace = gs.inspect(model, (x(),))
+    assert [trace.graph.by_name[name].op_name for name in trace.sampled] == ["gainstage_tests.bent.default"]
+    assert trace.sampled_backward == trace.sampled
+    assert treatments(bent) == {"aten.linear.default": "ruled", "gainstage_tests.bent.default": "sampled"}
+    outputs, gradients = [], []
+    for seed in range(16):
+        torch.manual_seed(seed)
+        drawn = Between(bent)
+        output = drawn(x())
+        output.backward(torch.randn_like(output))
+        outputs.append(float(output.detach().square().mean()))
+        gradients.append(float(drawn.first.weight.grad.square().mean()))
+    for predicted, measured in (
+        (trace.modules[""][0].second_moment, outputs),
+        (trace.parameters["first.weight"].gradient_second_moment, gradients),
+    ):
+        error = np.std(measured, ddof=1) / np.mean(measured) / len(measured) ** 0.5
+        assert abs(np.log(predicted / np.mean(measured))) < 0.03 + 3.0 * error  # 3 %: one draw of the parameters' moments
+
+
+def test_the_sampling_error_is_in_the_spread():
+    model = Between(bent)
+    narrow, wide = (gs.inspect(model, (torch.randn(rows, WIDTH),)) for rows in (2, 512))
+    strays = [trace.nodes[trace.sampled[0]].value.log_variance for trace in (narrow, wide)]
+    assert strays[0] > strays[1] > 0.0
+
+
+def test_five_lines_from_outside_give_a_rule_that_is_held_against_the_operation():
+    assert treatments(straight)["gainstage_tests.straight.default"] == "sampled"
+    op = torch.ops.gainstage_tests.straight.default
+    gs.rules.pointwise(op)
+    case = testing.RuleCase(op=op, args=(testing.correlated((4, 6, 5), mean=0.3, shares={(0, 1): 0.2, (2,): 0.1}),))
+    assert testing.assert_rule(case).ok
+    assert treatments(straight)["gainstage_tests.straight.default"] == "ruled"
+    assert not gs.inspect(Between(straight), (x(),)).sampled
+    with pytest.raises(gs.RuleError, match="has a rule already"):
+        gs.rules.pointwise(op)
+
+
+def test_integers_among_numbers_count_as_numbers():
+    class Shifted(nn.Linear):
+        def forward(self, x):
+            return super().forward(x) * torch.arange(WIDTH) + (x > 0)
+
+    trace = gs.inspect(Shifted(WIDTH, WIDTH), (x(),))
+    expected = float(torch.arange(WIDTH).double().square().mean()) * 2 / 3 + 0.5  # E[w x + b]^2 is 1/3 + 1/3/128 by default
+    assert trace.modules[""][0].second_moment == pytest.approx(expected / 2, rel=0.06)
