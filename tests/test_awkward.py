@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+
 import numpy as np
 import pytest
 from benchmarks.awkward import Output, compare
@@ -71,3 +73,20 @@ def test_every_floating_point_node_is_ruled_sampled_or_free(name):
         assert isinstance(value, Value)
         assert value.shape == node.meta.shape
         assert np.isfinite(value.second_moment), node
+
+
+@pytest.mark.parametrize("name", ["tenc", "lstm", "gnn", "fft", "llama", "mamba", "timm_convnext"])
+def test_predictions_from_a_run_on_tape_are_those_from_export(name, monkeypatch):
+    if name in LIBRARIES:
+        cpu_torchvision_if_installed()
+        pytest.importorskip(LIBRARIES[name])
+    stage = importlib.import_module("gainstage.capture.capture")
+    example = awkward_models()[name](0)
+    exported = gs.inspect(example.model, example.args, example.kwargs)
+    monkeypatch.setattr(stage, "RUNGS", {"tape": stage.by_tape})
+    recorded = gs.inspect(example.model, example.args, example.kwargs)
+    assert (exported.graph.rung, recorded.graph.rung) == ("export", "tape")
+    assert exported.modules.keys() == recorded.modules.keys()
+    for path, signals in exported.modules.items():
+        found = [signal.second_moment for signal in recorded.modules[path]]
+        assert found == pytest.approx([signal.second_moment for signal in signals], rel=1e-6), path

@@ -26,7 +26,7 @@ def code_blocks(page):
 
 @pytest.mark.parametrize("page", [page for page in PAGES if code_blocks(page)], ids=lambda page: page.name)
 def test_code_runs_as_it_stands(page):
-    namespace = {}
+    namespace = {"__name__": page.stem}
     for code in code_blocks(page):
         exec(compile(code, str(page), "exec"), namespace)  # noqa: S102  (our own documentation)
 

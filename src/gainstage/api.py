@@ -352,9 +352,9 @@ def _verify_drawn(
     parameters = DrawnParameters(plan, seed)
     check_inputs(args, kwargs)
     graph = capture(model, args, kwargs, buffers=known_buffers(model))
-    if graph.assumptions:
+    if graph.guesses:
         raise InputError(
-            f"A real pass needs every buffer. {' '.join(graph.assumptions[:4])} "
+            f"A real pass needs every buffer. {' '.join(graph.guesses[:4])} "
             "Those that the modules cannot be asked for are given to gs.materialize(model, plan, buffers=...)."
         )
 

@@ -65,6 +65,7 @@ def assemble(
         training=model.training,
         rung=rung,
         assumptions=(*assumptions, *guesses, *_reuse(nodes)),
+        guesses=tuple(guesses),
     )
 
 

@@ -128,7 +128,8 @@ class Graph:
     calls: tuple[ModuleCall, ...]
     training: bool
     rung: str = "export"  # of the ladder of captures: "export", or "tape" for the record of one run
-    assumptions: tuple[str, ...] = ()  # what capture had to guess, one sentence each
+    assumptions: tuple[str, ...] = ()  # what capture had to assume, one sentence each
+    guesses: tuple[str, ...] = ()  # those of them that stand for values that were not there
     by_name: Mapping[str, Node] = field(init=False)
 
     def __post_init__(self) -> None:

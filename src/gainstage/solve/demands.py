@@ -18,14 +18,15 @@ from gainstage.solve.shares import check_shares, relative_shares, share_of
 # a gate opens, which share a branch has, how near chance a head is.
 _BALANCED = frozenset({Role.DEPTHWISE, Role.HIDDEN})
 
-# Roles that a structure of the graph gives a weight, and what it demands. Any other role yields to them.
+# Roles that a structure of the graph gives a weight, and what it demands. Any other role yields to them. A branch of a stream and
+# one of a merge are alike: the first turn of an unrolled iteration merges with its input, the later ones add to a stream.
 _DEMANDING = {
     Role.TIED_HEAD: Kind.HEAD,
     Role.OUTPUT_HEAD: Kind.HEAD,
     Role.QUERY: Kind.LOGITS,
     Role.KEY: Kind.LOGITS,
     Role.RESIDUAL_END: Kind.STREAM,
-    Role.MERGE_END: Kind.MERGE,
+    Role.MERGE_END: Kind.STREAM,
 }
 
 
