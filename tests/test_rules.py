@@ -31,7 +31,8 @@ def named(cases: list[RuleCase]) -> list[object]:
 
 
 def test_every_rule_has_a_case():
-    shipped = {op for op, rule in rules().items() if rule.__module__.startswith("gainstage.")}
+    others = ("mine.", "gainstage_tests.")  # what other tests and the documentation register
+    shipped = {op for op, rule in rules().items() if rule.__module__.startswith("gainstage.") and not str(op).startswith(others)}
     assert shipped - set(UNSAMPLED) - {case.op for case in CASES} == set()
 
 

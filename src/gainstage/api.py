@@ -171,6 +171,7 @@ def plan(
             if isinstance(node.meta, TensorMeta) and node.kind is NodeKind.INPUT
         }
         moments = by_name(inputs, known)
+        determinant = find_determinant(graph, logdet_std, logdet)
         kept = kept_parameters(graph, [keep] if isinstance(keep, str) else keep, include_frozen=include_frozen)
         present = Present(moments=moments_of(model), tables=tables, kept=kept)
 
@@ -178,8 +179,9 @@ def plan(
             return moments[node.name].value(known[node.name]) if node.name in moments else measured_input(node)
 
         with _host():
+            found = infer_roles(graph, roles, log_determinant=determinant)
             return solve(
-                graph, infer_roles(graph, roles), chosen, present=present, source=source, family=family, balance=direction,
+                graph, found, chosen, present=present, source=source, family=family, balance=direction,
                 inputs=moments, priors=priors, logdet_std=logdet_std,
             )  # fmt: skip
 

@@ -17,6 +17,8 @@ from gainstage.capture.constants import draws
 from gainstage.capture.views import packet_name
 from gainstage.graph import Node, NodeKind, Ref, Region, TensorMeta
 
+_WEIGHTED = frozenset({"linear", "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d"})
+_LOOKUPS = frozenset({"embedding", "embedding_bag", "index", "index_select", "gather"})
 _CONTRACTIONS = frozenset({"mv", "vdot", "dot", "mm", "bmm", "matmul", "addmm", "einsum", "linear"})
 
 
@@ -52,6 +54,10 @@ def fuse_parametrizations(nodes: Sequence[Node]) -> list[Node]:
     Args:
         nodes: a graph without writes, its constants computed.
     """
+
+    def is_data(node: Node) -> bool:
+        return draws(node) or packet_name(node.op) in _LOOKUPS
+
     made_of: dict[str, set[str]] = {}  # weights -> the parameters that they are computed from
     entangled: set[str] = set()  # weights on the way to which a parameter met itself
     for node in nodes:
@@ -60,14 +66,14 @@ def fuse_parametrizations(nodes: Sequence[Node]) -> list[Node]:
             made_of[node.name] = {node.name}
         elif node.kind is NodeKind.CONSTANT:
             made_of[node.name] = set()
-        elif node.kind is NodeKind.OP and not draws(node) and all(name in made_of for name in operands):
+        elif node.kind is NodeKind.OP and not is_data(node) and all(name in made_of for name in operands):
             made_of[node.name] = set().union(*(made_of[name] for name in operands))
             parts = [made_of[name] for name in operands]
             meets = len(set().union(*parts)) < sum(len(part) for part in parts) and packet_name(node.op) in _CONTRACTIONS
             if meets or packet_name(node.op).startswith("linalg_") or any(name in entangled for name in operands):
                 entangled.add(node.name)
     weights = [node for node in nodes if node.name in made_of and node.kind is NodeKind.OP]
-    read = {name for node in nodes if node.name not in made_of for name in node.operands()}
+    read = {node.args[1].name for node in nodes if packet_name(node.op) in _WEIGHTED and isinstance(node.args[1], Ref)}
     found = list(nodes)
     for result in [node for node in weights if node.name in read & entangled and isinstance(node.meta, TensorMeta)]:
         inside = _leading_to(result.name, weights)
