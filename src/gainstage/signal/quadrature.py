@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
+_STEPS, _WIDEST = 30, 100.0  # of a fixed point; variance of log s^2
 ORDER = 40  # highest Hermite polynomial; what lies above is kept as one term
 
 
@@ -86,9 +87,19 @@ def stray_passed(before: Array, after: Array, variance: float) -> float:
         return 0.0
     if variance <= 1e-4:
         return variance * (made / turned) ** 2
-    scale = variance / turned**2
+    scale = variance / turned**2  # of log s^2; right at once where f is linear
+    for _ in range(_STEPS):
+        found = _log_variance(before, scale)
+        if abs(found - variance) <= 1e-9 * variance or found <= 0.0:
+            break
+        scale = min(scale * variance / found, _WIDEST)
+    return _log_variance(after, scale)
+
+
+def _log_variance(values: Array, scale: float) -> float:
+    """``Var log E[f(s z)^2]`` over a log-normal s, ``log s^2`` of this variance, ``E[s^2] = 1``."""
     points, mass = np.polynomial.hermite_e.hermegauss(9)
-    found = _log_levels(after, scale**0.5 * points - scale / 2.0)
+    found = _log_levels(values, scale**0.5 * points - scale / 2.0)
     mass = mass / mass.sum()
     return float(mass @ found**2 - (mass @ found) ** 2)
 
