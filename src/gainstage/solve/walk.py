@@ -206,13 +206,13 @@ class Walk:
     def _scale(self, demand: Demand, step: float) -> int | None:
         """Multiply the quantity by ``e^step``, as far as it is homogeneous in the parts."""
         self._demands[demand].scale += step
-        places = []
+        changed: dict[str, Setting] = {}
         for group in demand.groups:
             for lever in group:
                 name, part = lever.part
                 factor = math.exp(step / len(demand.groups) / lever.power)
-                place = self._change(name, self._settings[name].scaled(part, factor))
-                places += [] if place is None else [place]
+                changed[name] = changed.get(name, self._settings[name]).scaled(part, factor)
+        places = [place for name, setting in changed.items() if (place := self._change(name, setting)) is not None]
         return min(places, default=None)
 
 
