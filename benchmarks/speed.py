@@ -70,10 +70,11 @@ def stages_table(timings: Sequence[Mapping[str, Any]]) -> tuple[tuple[str, ...],
 
 def large_table(plans: Sequence[Mapping[str, Any]]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     """Headings and rows."""
-    return ("model, on meta", "parameters", "plan, seconds", "processor s", "peak MB", "of that libraries"), [
+    return ("model, on meta", "parameters", "work", "seconds", "processor s", "peak MB", "of that libraries"), [
         (
             plan["model"],
             f"{plan['parameters'] / 1e9:.0f} billion",
+            plan["work"] + (f": {plan['outcome']}" if plan["outcome"] else ""),
             f"{plan['seconds']:.1f}",
             f"{plan['processor_seconds']:.1f}",
             f"{plan['peak_megabytes']:.0f}",
@@ -85,7 +86,7 @@ def large_table(plans: Sequence[Mapping[str, Any]]) -> tuple[tuple[str, ...], li
 
 _TABLES: Mapping[str, Callable[[Any], Table]] = {
     "stages": lambda timings: plain_table("Stages, training mode, best of several", *stages_table(timings)),
-    "large": lambda plans: plain_table("Planning without weights", *large_table(plans)),
+    "large": lambda plans: plain_table("Without weights", *large_table(plans)),
 }
 
 

@@ -162,7 +162,7 @@ def summary() -> str:
             f"p50 {p50} %, p90 {p90} %, p99 {p99} %."
         )
     lines += [
-        f"- A plan for {plan['model']} ({plan['parameters'] / 1e9:.0f} billion parameters) without weights: "
+        f"- {plan['model']} ({plan['parameters'] / 1e9:.0f} billion parameters) without weights, {plan['work']}: "
         f"{plan['processor_seconds']:.0f} processor seconds, {plan['peak_megabytes']:.0f} MB."
         for plan in results("speed").get("large", {}).get("rows", ())
     ]

@@ -167,7 +167,7 @@ def test_the_seed_decides_weights_and_inputs(model_file):
 def test_meta_and_mode(model_file):
     result = loaded(f"{model_file}:model", inputs=["2x24"], device="meta", training=False)
     assert result.model[0].weight.is_meta
-    assert result.args[0].is_meta
+    assert not result.args[0].is_meta
     assert not result.model.training
     assert loaded(f"{model_file}:model", inputs=["2x24"]).model.training
 
@@ -276,13 +276,13 @@ def test_inputs():
     model = nn.ModuleList([nn.Embedding(7, 2), nn.Embedding(5, 2)])
     assert smallest_vocabulary(model) == 5
     specifications = [parse_input(text) for text in ("64x3", "ids=64x64:int", "few=64x64:int:2", "mask=3:bool")]
-    args, kwargs = draw_inputs(specifications, vocabulary=5, device="cpu")
+    args, kwargs = draw_inputs(specifications, vocabulary=5)
     assert args[0].shape == (64, 3)
     assert kwargs["ids"].unique().tolist() == [0, 1, 2, 3, 4]
     assert kwargs["few"].unique().tolist() == [0, 1]
     assert kwargs["mask"].all()
     with pytest.raises(InputError, match="ids= is given twice"):
-        draw_inputs(specifications[1:2] * 2, vocabulary=5, device="cpu")
+        draw_inputs(specifications[1:2] * 2, vocabulary=5)
 
 
 def test_settings():
@@ -403,6 +403,10 @@ def test_a_plan_is_written_applied_and_verified(model_file, tmp_path):
         assert float(state[f"{layer}.weight"].std()) == pytest.approx(std, rel=0.12)
 
     assert run("verify", source, "--plan", plan_file).exit_code == 0
+    same = (f"{model_file}:model", "--input", "16x24", "--plan", plan_file, "--json")
+    in_pieces = run("verify", *same, "--meta")
+    assert in_pieces.exit_code == 0, in_pieces.output
+    assert in_pieces.stdout == run("verify", *same).stdout
     assert run("verify", source, "--plan", plan_file, "--weights", state_file).exit_code == 0
     state["2.weight"] *= 30
     torch.save(state, state_file)

@@ -157,11 +157,12 @@ def _apply_to_checkpoint(choice: ModelChoice, plan: Path, output: Path | None) -
 @existing_file("--plan", text="Judge against this plan. Without --weights it is applied first.")
 @existing_file("--weights", text="State dict to load first (.safetensors or .pt).")
 @output_options
-@model_options(meta=False)
+@model_options(meta=True)
 def verify(choice: ModelChoice, *, plan: Path | None, weights: Path | None, as_json: bool, ungrouped: bool) -> None:
     """Run the model and compare with the prediction.
 
-    Exit code 1 where something is wrong.
+    With --meta and --plan each parameter is drawn when it is needed and dropped after: the model may be larger than memory. Exit
+    code 1 where something is wrong.
     """
     import gainstage as gs
     from gainstage.report.progress import progress_bar
@@ -172,10 +173,11 @@ def verify(choice: ModelChoice, *, plan: Path | None, weights: Path | None, as_j
         from gainstage.cli.files import read_state
 
         read_state(weights, loaded.model)
-    elif drawn_from is not None:
+    elif drawn_from is not None and not choice.meta:
         with progress_bar("drawing") as progress:
             gs.apply(loaded.model, drawn_from, seed=choice.seed, progress=progress)
-    check = gs.verify(loaded.model, loaded.args, loaded.kwargs, plan=drawn_from)
+    with progress_bar("running") as progress:
+        check = gs.verify(loaded.model, loaded.args, loaded.kwargs, plan=drawn_from, seed=choice.seed, progress=progress)
     if as_json:
         _write_json(check.to_dict())
     else:

@@ -26,14 +26,14 @@ class InputSpecification:
     kind: str = "float"
     below: int | None = None
 
-    def draw(self, device: str) -> torch.Tensor:
+    def draw(self) -> torch.Tensor:
         """The tensor, from torch's generator."""
         if self.kind == "int":
             assert self.below is not None
-            return torch.randint(self.below, self.shape, device=device)
+            return torch.randint(self.below, self.shape)
         if self.kind == "bool":
-            return torch.ones(self.shape, dtype=torch.bool, device=device)
-        return torch.randn(self.shape, device=device)
+            return torch.ones(self.shape, dtype=torch.bool)
+        return torch.randn(self.shape)
 
 
 def parse_input(text: str) -> InputSpecification:
@@ -59,15 +59,12 @@ def smallest_vocabulary(model: nn.Module) -> int:
     return min((module.num_embeddings for module in model.modules() if isinstance(module, nn.Embedding)), default=2)
 
 
-def draw_inputs(
-    specifications: Sequence[InputSpecification], *, vocabulary: int, device: str
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def draw_inputs(specifications: Sequence[InputSpecification], *, vocabulary: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Positional and keyword arguments, drawn in order.
 
     Args:
         specifications: the inputs.
         vocabulary: integers are drawn below it, where the specification names no bound.
-        device: "cpu" or "meta".
 
     Raises:
         InputError: if two inputs have the same name.
@@ -77,9 +74,9 @@ def draw_inputs(
     for each in specifications:
         bounded = InputSpecification(shape=each.shape, name=each.name, kind=each.kind, below=each.below or vocabulary)
         if each.name is None:
-            args.append(bounded.draw(device))
+            args.append(bounded.draw())
         elif each.name in kwargs:
             raise InputError(f"--input {each.name}= is given twice; give each input once")
         else:
-            kwargs[each.name] = bounded.draw(device)
+            kwargs[each.name] = bounded.draw()
     return tuple(args), kwargs

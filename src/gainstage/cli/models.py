@@ -60,7 +60,7 @@ def load(
         source: the MODEL argument.
         inputs: ``--input`` texts; they replace the inputs that come with the model.
         settings: ``--set`` texts, KEY=VALUE.
-        device: "cpu" or "meta".
+        device: of the model, "cpu" or "meta"; inputs always have values.
         training: mode of the model, None to leave it as it is built.
         seed: of torch's generator, set before building and again before the inputs are drawn.
 
@@ -80,7 +80,7 @@ def load(
             return LoadedModel(model=built.model, args=own[0], kwargs=own[1])
     vocabulary = built.vocabulary or smallest_vocabulary(built.model)
     torch.manual_seed(seed)
-    args, kwargs = draw_inputs(specifications or built.inputs, vocabulary=vocabulary, device=device)
+    args, kwargs = draw_inputs(specifications or built.inputs, vocabulary=vocabulary)
     if not args and not kwargs:
         raise InputError(
             f"{source} comes without inputs: return (module, args) from the callable, or add --input, e.g. 2x3x224x224"
