@@ -364,3 +364,38 @@ def test_the_example_runs(capsys):
     shares = [float(value) for value in re.findall(r"moved by (\S+)", capsys.readouterr().out)]
     assert len(shares) == 10
     assert shares == pytest.approx([1e-3] * 10, rel=0.05)  # 2 % and the sampling error of the smallest matrix, 640 entries
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "low", "high"),
+    [
+        ("adamw", 0.4, 1.0),  # the sign of a gradient has rank one but for its noise, which on labels without sense is half of it
+        ("muon", 1.0, 1.14 / 0.86),  # its singular values reach 1.14, and their root mean square is .86
+    ],
+)
+def test_spectral_norms_of_the_first_step(optimizer, low, high):
+    """Hidden matrices: the largest singular value of the update over that of the weights is what was asked for."""
+    torch.manual_seed(0)
+    widths = (256, 512, 256)
+    model = nn.Sequential(*(layer for n in widths for layer in (nn.LazyLinear(n), nn.ReLU())), nn.LazyLinear(10))
+    x = torch.randn(512, 256)
+    model(x)
+    plan = gs.initialize(model, (x,))
+    labelled_loss(model(x)).backward()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    groups = gs.param_groups(model, plan, relative_update=REQUEST, norm="spectral", optimizer=optimizer)
+    updates, _ = step(model, groups)
+    for name in ("2.weight", "4.weight"):
+        found = float(torch.linalg.matrix_norm(updates[name].float(), 2) / torch.linalg.matrix_norm(before[name], 2)) / REQUEST
+        assert low < found < high, name
+
+
+def test_at_spectral_norms_the_rate_of_adam_falls_with_the_width():
+    """n x n at unit level: lr = rho 2 sqrt(n) / n / sqrt(n), the 1/n of muP."""
+    rates = {}
+    for n in (64, 256):
+        model = nn.Sequential(nn.Linear(n, n), nn.ReLU(), nn.Linear(n, 10))
+        plan = gs.plan(model, (torch.randn(4096, n, generator=torch.Generator().manual_seed(0)),))
+        groups = gs.param_groups(model, plan, norm="spectral", relative_update=1e-3)
+        rates[n] = next(group["lr"] for group in groups if "0.weight" in dict(group["params"]))
+        assert rates[n] == pytest.approx(1e-3 * 2 / n, rel=0.02)

@@ -17,12 +17,13 @@ from gainstage.apply.parts import Holding
 from gainstage.errors import InputError, NonFiniteError, UnknownNameError, nearest
 from gainstage.optim.first import ROUNDING, FirstUpdate, Start
 from gainstage.optim.laws import find_law
-from gainstage.optim.scales import is_hidden_matrix, is_matrix, reached_scale, starting_rms
+from gainstage.optim.scales import is_hidden_matrix, is_matrix, reached_scale, spectral_share, starting_rms
 from gainstage.plan import ParameterPlan, Plan
 from gainstage.propagate.trace import Trace
 
 # Rates that differ by less than this ratio share a group, at the middle: no parameter is further off than half a percent.
 _SAME_RATE = 1.01
+NORMS = ("entries", "spectral")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,6 +43,7 @@ def param_groups(
     plan: Plan,
     *,
     relative_update: float = 1e-3,
+    norm: str = "entries",
     optimizer: str | FirstUpdate = "adamw",
     weight_decay: float = 0.0,
     also_decay: Sequence[str] = (),
@@ -58,6 +60,8 @@ def param_groups(
         model: what the plan was made for, also on the meta device. Frozen parameters are left out.
         plan: the sizes.
         relative_update: rms of a parameter's first update over its size, between 0 and 1.
+        norm: what is compared: "entries", root mean squares; or "spectral", of matrices the spectral norms of update and weights,
+            which is how far outputs move. One relative update then serves networks of different widths.
         optimizer: sgd, adam, adamw, adamax, nadam, radam, rmsprop, adagrad, lion, adafactor, muon, or a law of your own. Muon
             takes hidden matrices; the other groups are for AdamW. Each group says so under "optimizer".
         weight_decay: of matrices. Biases, norms, embeddings (tied heads, too), slopes and tokens have none.
@@ -84,6 +88,8 @@ def param_groups(
         raise InputError(f"relative_update is {relative_update}; give a fraction between 0 and 1, such as 1e-3")
     if not 0.0 <= weight_decay < math.inf:
         raise InputError(f"weight_decay is {weight_decay}; it must be finite and not negative")
+    if norm not in NORMS:
+        raise UnknownNameError(f"there is no norm {norm!r}{nearest(norm, NORMS)}; known are {', '.join(NORMS)}")
     law = find_law(optimizer)
     _check_settings(law, settings)
     found = holdings_of(model, plan.parameters)
@@ -98,7 +104,8 @@ def param_groups(
             decay = weight_decay if name in decayed else 0.0
             own = settings if chosen is law else {}
             start = _start(planned, found[name], sizes.get(name), (gradients or {}).get(name), {**chosen.settings, **own})
-            step = relative_update * (start.rms or reached_scale(planned, plan))
+            share = spectral_share(planned, is_orthogonal=chosen.rest is not None) if norm == "spectral" else 1.0
+            step = relative_update * share * (start.rms or reached_scale(planned, plan))
             members.append(_member(chosen, start, name=name, parameter=found[name].parameter, decay=decay, step=step))
     return _grouped(members)
 

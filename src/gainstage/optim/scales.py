@@ -42,6 +42,22 @@ def is_hidden_matrix(planned: ParameterPlan) -> bool:
     return is_matrix(planned) and len(planned.shape) == 2 and Role(planned.role) is not Role.OUTPUT_HEAD
 
 
+def spectral_share(planned: ParameterPlan, *, is_orthogonal: bool) -> float:
+    """``(sqrt A + sqrt B) / sqrt(A B)``: rms of an update of rank one over that of A x B weights, at equal spectral norms.
+
+    Independent entries of deviation s have spectral norm ``s (sqrt A + sqrt B)`` (Bai & Yin 1993). An update whose entries have
+    rms u has ``u sqrt(A B)`` where its rank is one, and ``u sqrt(max(A, B))`` where it is orthogonal (Yang, Simon & Bernstein
+    2023, arXiv:2310.17813, condition 1); those of adaptive optimizers reach about half of the first, at any width. 1 for vectors,
+    and for tables, whose rows stand for themselves.
+    """
+    if not is_matrix(planned):
+        return 1.0
+    outputs = math.prod(planned.shape[dim] for dim in planned.output_dims)
+    inputs = math.prod(planned.shape) / outputs
+    update = max(outputs, inputs) if is_orthogonal else outputs * inputs
+    return (math.sqrt(outputs) + math.sqrt(inputs)) / math.sqrt(update)
+
+
 def starting_rms(planned: ParameterPlan, holding: Holding) -> float:
     """sqrt(E[p^2]) over draws and entries, blocks of different distributions in proportion; of the values where they are kept.
 
