@@ -172,5 +172,16 @@ def _joined(wiring: Wiring, i: int, held: Mapping[int, Any]) -> Numbers:
         pieces = [wiring.number[ref.name] for ref in node.args[0]]
         if all(j in tensors and all(tuple(t.shape) == wiring.shape(j) for t in tensors[j]) for j in pieces):
             depth = max(len(tensors[j]) for j in pieces)
-            return [torch.cat([tensors[j][k % len(tensors[j])] for j in pieces], dim) for k in range(depth) if tensors]
+            return [_side_by_side([tensors[j][k % len(tensors[j])] for j in pieces], dim) for k in range(depth) if tensors]
     return [thin(tensor).reshape(-1) for found in tensors.values() for tensor in found]
+
+
+def _side_by_side(tensors: Sequence[torch.Tensor], dim: int) -> torch.Tensor:
+    """A concatenation that copies nothing along dimensions in which all of them are constant by construction."""
+    shape = list(tensors[0].shape)
+    dim %= len(shape)
+    constant = [d for d in range(len(shape)) if d != dim and all(tensor.stride(d) == 0 for tensor in tensors)]
+    for d in constant:
+        tensors = [tensor.narrow(d, 0, 1) for tensor in tensors]
+    shape[dim] = -1
+    return torch.cat(list(tensors), dim).expand(shape)
