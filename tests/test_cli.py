@@ -444,3 +444,24 @@ def test_roles_that_are_asked_of_a_prediction(model_file):
     refused = run("inspect", "--role", "a=hidden", f"{model_file}:with_inputs")
     assert refused.exit_code == 2
     assert "go with --roles" in refused.output
+
+
+DROPPING = """
+import torch
+from torch import nn
+
+
+def model():
+    return nn.Sequential(nn.Linear(24, 64), nn.ReLU(), nn.Dropout(0.75), nn.Linear(64, 4)), (torch.randn(512, 24),)
+"""
+
+
+def test_modes_show_what_dropout_adds_in_training(tmp_path):
+    path = tmp_path / "dropping.py"
+    path.write_text(DROPPING, encoding="utf-8")
+    rows = {row["path"]: row for row in json.loads(run("inspect", "--modes", "--json", f"{path}:model").output)}
+    assert list(rows) == ["2", "3", ""]
+    assert rows["2"]["evaluation"] / rows["2"]["training"] == pytest.approx(0.25)  # the mean stays, the square is divided
+    shown = run("inspect", "--modes", f"{path}:model")
+    assert "evaluation" in shown.output
+    assert "0.25" in shown.output

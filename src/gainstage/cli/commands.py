@@ -15,6 +15,7 @@ from gainstage.errors import GainstageError, InputError, PlanFormatError
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from gainstage.cli.models import LoadedModel
     from gainstage.plan import Plan
 
 
@@ -49,9 +50,12 @@ def main() -> None:
 @main.command()
 @click.option("--roles", "only_roles", is_flag=True, help="What every parameter is for, and why, in the place of the signals.")
 @click.option("--role", "roles", multiple=True, metavar="PATTERN=ROLE", help="With --roles: as plan would take it; repeat.")
+@click.option("--modes", is_flag=True, help="Where training and evaluation differ, as by dropout.")
 @output_options
 @model_options(meta=True)
-def inspect(choice: ModelChoice, *, as_json: bool, ungrouped: bool, only_roles: bool, roles: tuple[str, ...]) -> None:
+def inspect(
+    choice: ModelChoice, *, as_json: bool, ungrouped: bool, only_roles: bool, roles: tuple[str, ...], modes: bool
+) -> None:
     """Predict every tensor at the present weights, or say what every parameter is for (--roles, also with --meta)."""
     import gainstage as gs
 
@@ -61,6 +65,9 @@ def inspect(choice: ModelChoice, *, as_json: bool, ungrouped: bool, only_roles: 
     if roles or choice.meta:
         raise InputError("--role and --meta go with --roles: the prediction needs values, and knows no roles")
     loaded = choice.load()
+    if modes:
+        _show_modes(loaded, as_json=as_json, ungrouped=ungrouped)
+        return
     trace = gs.inspect(loaded.model, loaded.args, loaded.kwargs)
     if as_json:
         _write_json(trace.to_dict())
@@ -68,6 +75,18 @@ def inspect(choice: ModelChoice, *, as_json: bool, ungrouped: bool, only_roles: 
     from gainstage.report.traces import trace_report
 
     console().print(trace_report(trace, grouped=not ungrouped))
+
+
+def _show_modes(loaded: LoadedModel, *, as_json: bool, ungrouped: bool) -> None:
+    import gainstage as gs
+    from gainstage.report.modes import mode_rows, modes_report
+
+    traces = [gs.inspect(loaded.model.train(mode), loaded.args, loaded.kwargs) for mode in (True, False)]
+    rows = mode_rows(*traces)
+    if as_json:
+        _write_json([row.to_dict() for row in rows])
+    else:
+        console().print(modes_report(rows, grouped=not ungrouped))
 
 
 def _show_roles(choice: ModelChoice, overrides: dict[str, str] | None, *, as_json: bool, ungrouped: bool) -> None:
