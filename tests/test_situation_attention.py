@@ -97,6 +97,40 @@ def test_entropy_of_a_real_causal_attention():
     assert signal.entropy == pytest.approx(float(rows.mean()), rel=0.02)
 
 
+class Biased(nn.Module):
+    """Attention with biases that fall with the distance (ALiBi), in one product as in Bloom."""
+
+    def __init__(self):
+        super().__init__()
+        self.q, self.k, self.v = (nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(3))
+        slopes = torch.tensor([0.5, 0.25, 0.125, 0.0625])
+        places = torch.arange(TOKENS)
+        self.register_buffer("bias", -slopes[:, None, None] * (places[:, None] - places).abs())
+
+    def probabilities(self, x):
+        q, k = (p(x).unflatten(-1, (HEADS, -1)).transpose(1, 2).flatten(0, 1) for p in (self.q, self.k))
+        bias = self.bias.repeat(len(x), 1, 1)
+        return torch.baddbmm(bias, q, k.mT, alpha=q.shape[-1] ** -0.5).unflatten(0, (len(x), HEADS)).softmax(-1)
+
+    def forward(self, x):
+        return self.probabilities(x) @ self.v(x).unflatten(-1, (HEADS, -1)).transpose(1, 2)
+
+
+def test_biases_of_positions_are_no_noise():
+    block, x = Biased(), torch.randn(8, TOKENS, WIDTH, generator=torch.Generator().manual_seed(0))
+    plan = gs.plan(block, (x,))
+    # v = 1 / d_in, whatever the biases are
+    assert plan.parameters["q.weight"].distribution.std ** 2 == pytest.approx(1 / WIDTH, rel=0.02)
+    found = []
+    for seed in range(16):
+        gs.apply(block, plan, seed=seed)
+        with torch.no_grad():
+            found.append(float(torch.special.entr(block.probabilities(x).double()).sum(-1).mean()) / math.log(TOKENS))
+    (signal,) = gs.inspect(block, (x,)).attention
+    # a bias of slope 1/2 leaves 4 keys, where "as if they were equal" is good for 3 %
+    assert signal.entropy == pytest.approx(np.mean(found), rel=0.03)
+
+
 @pytest.mark.parametrize("wish", [0.0, -1.0, math.inf, math.nan])
 def test_a_variance_that_is_none_is_refused(wish):
     with pytest.raises(InputError, match="logit_variance"):

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from gainstage.rules.registry import Call, binary, elementwise, pointwise, rule
-from gainstage.signal import Value, affine, combine, expand, known, mixture
+from gainstage.rules.registry import Call, elementwise, pointwise, rule
+from gainstage.signal import Added, Value, affine, combine, expand, known, mixture
 
 aten = torch.ops.aten
 
@@ -36,11 +36,20 @@ def add_known(x: Value, y: Value) -> Value:
     assert y.constant is not None
     data = y.constant
     if not data.is_floating_point() or data.numel() < 2 or float(data.min()) > VANISHES:
-        return binary(torch.add, x, y)
+        return add_apart(x, y)
     valid = data > VANISHES
     if not bool(valid.any()) or (float(data.min()) > EXCLUDES and bool((data[valid] != 0).any())):
-        return binary(torch.add, x, y)
+        return add_apart(x, y)
     return prefer(x, data.masked_fill(~valid, float("-inf")))
+
+
+def add_apart(x: Value, y: Value) -> Value:
+    """``x + y`` for a known y that a softmax may take apart again: positions' biases, which are no noise to it."""
+    assert y.constant is not None
+    total = combine(torch.add, x, y)
+    if not y.constant.is_floating_point() or y.constant.dim() < 2:
+        return total
+    return replace(total, added=Added(total.table, expand(x, total.shape), y.constant.to("cpu", torch.float64)))
 
 
 def prefer(x: Value, prior: torch.Tensor) -> Value:

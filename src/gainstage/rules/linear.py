@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from gainstage.rules.conditions import add_apart
 from gainstage.rules.registry import Call, rule
-from gainstage.signal import Value, affine, combine, contract, convolve, mean_over, permute, reshape
+from gainstage.signal import Value, affine, combine, contract, convolve, known, mean_over, permute, reshape
 from gainstage.signal.contraction import Places
 
 aten = torch.ops.aten
@@ -64,7 +65,13 @@ def matmul_labels(rank_a: int, rank_b: int) -> tuple[str, str, str]:
 def baddbmm(call: Call, x: Value, a: Value, b: Value, *, beta: float = 1, alpha: float = 1) -> Value:
     """``beta x + alpha a b``."""
     product = affine(matmul(call, a, b), float(alpha))
-    return product if beta == 0 else combine(torch.add, product, affine(x, float(beta)))
+    if beta == 0:
+        return product
+    return (
+        combine(torch.add, product, affine(x, float(beta)))
+        if x.constant is None
+        else add_apart(product, known(beta * x.constant))
+    )
 
 
 @rule(aten.einsum.default)

@@ -23,9 +23,10 @@ from gainstage.signal.mixture import mixture
 from gainstage.signal.movement import expand, permute, reorder, reshape, select, take
 from gainstage.signal.pointwise import apply, combine, slope
 from gainstage.signal.selection import gathered, pick
-from gainstage.signal.value import Value, coins, gaussian, independent, known, measured
+from gainstage.signal.value import Added, Value, coins, gaussian, independent, known, measured
 
 __all__ = [
+    "Added",
     "Value",
     "accumulated",
     "affine",

@@ -87,7 +87,7 @@ def softmax(x: Value, dim: int) -> Value:
     distributions: exact for rho = 0 and 1, and to first order in the variance of the logits between.
     """
     dim %= len(x.dims)
-    x = merge_dim(x, dim)
+    x = merge_dim(apart(x), dim)
     if not x.dims[dim]:
         return replace(_constant_like(x, 1.0), lineage=x.lineage)
     size = x.shape[dim]
@@ -119,6 +119,15 @@ def softmax(x: Value, dim: int) -> Value:
         dims=x.dims, mean=1.0 / size, table=table, marginal=Marginal(object(), values), source=object(), lineage=x.lineage,
         levels=profile, tilt=tilt, read=x.read, logits=Logits(table, x, dim),
     )  # fmt: skip
+
+
+def apart(x: Value) -> Value:
+    """Logits, with a known tensor that was added to them moved from the table to what is known beforehand."""
+    added = x.added
+    if added is None or added.table is not x.table or added.of.axes != x.axes:
+        return x
+    known = added.known if added.of.shape == x.shape else torch.broadcast_to(added.known, added.of.shape).reshape(x.shape)
+    return replace(added.of, dims=x.dims, prior=known if x.prior is None else x.prior + known)
 
 
 def _fit(x: Value, position: int, variance: float) -> Array:

@@ -97,6 +97,15 @@ class Largest:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class Added:
+    """A known tensor that was added, and the tensor before; void for a tensor with another table."""
+
+    table: Array
+    of: Value
+    known: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Given:
     """What a gradient knows of its own tensor, which it met in an activation further down: ``g = g0 r``, g0 independent of it.
 
@@ -149,7 +158,8 @@ class Value:
     of the weights that a softmax makes, the table of covariances of its logits. ``read``: the tensors (latent, axes) that weights
     were multiplied with to make this one, where known. ``logits``, ``largest``: what
     the tensor is the softmax or the maximum of.
-    ``given``: what a gradient knows of the tensor that it belongs to. ``uneven``: how the variances of channels differ.
+    ``added``: a known tensor that the table includes. ``given``: what a gradient knows of the tensor that it belongs to.
+    ``uneven``: how the variances of channels differ.
     """
 
     dims: tuple[Dim, ...]
@@ -175,6 +185,7 @@ class Value:
     read: frozenset[object] = frozenset()
     logits: Logits | None = None
     largest: Largest | None = None
+    added: Added | None = None
     given: Given | None = None
     uneven: Uneven | None = None
 

@@ -16,6 +16,7 @@ from gainstage.policies import FanScaled, Level
 from gainstage.roles import Use
 from gainstage.rules.attention import attention_logits
 from gainstage.signal import Value
+from gainstage.signal.attention import apart
 from gainstage.signal.movement import merge_dim
 from gainstage.solve.setting import Part
 
@@ -149,7 +150,7 @@ def _logits(node: Node, values: Mapping[str, Any]) -> Value:
 
 def key_variance(logits: Value) -> float:
     """``K[same] - K[another key]``: what a softmax over the last dimension sees."""
-    logits = merge_dim(logits, -1 % len(logits.dims))
+    logits = merge_dim(apart(logits), -1 % len(logits.dims))
     if not logits.dims[-1]:
         return 0.0
     other = np.take(logits.table, 0, axis=logits.table.ndim - 1)
