@@ -6,7 +6,7 @@ BIN := .venv/bin
 THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check bench-accuracy bench-apply bench-calibrate bench-faults bench-kernels bench-situations bench-speed docs
+.PHONY: help demo test check bench-accuracy bench-apply bench-calibrate bench-faults bench-kernels bench-situations bench-speed bench-zoo docs
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 24
@@ -44,6 +44,9 @@ bench-situations: .venv/installed-zoo .venv/installed-dev ## the eight situation
 
 bench-speed: .venv/installed-zoo ## seconds and memory of every stage
 	@$(BIN)/python -m benchmarks.speed
+
+bench-zoo: .venv/installed-zoo ## every model of three zoos and 34 awkward ones: captured, planned, compared with draws
+	@$(BIN)/python -m benchmarks.zoo
 
 docs: .venv/installed-dev ## fill the tables of README.md and docs/ from the measurements
 	@$(BIN)/python -m docs.build

@@ -164,7 +164,7 @@ def score(name: str, policy: str, most: int) -> Score:
             return example
 
         draws = measured(f"{name}.{policy}.{_digest(plan)}", drawn, forward_pass, most=most)
-    return Score(model=name, policy=policy, draws=_count(draws), rows=tuple(_rows(predictions, draws)))
+    return Score(model=name, policy=policy, draws=_count(draws), rows=tuple(compared(predictions, draws)))
 
 
 def _inspected(build: Callable[[int], Example]) -> dict[str, tuple[float, float]]:
@@ -206,7 +206,8 @@ def _count(draws: Mapping[str, Measured]) -> int:
     return max((len(item.moments) for item in draws.values()), default=0)
 
 
-def _rows(predictions: Mapping[str, tuple[float, float]], draws: Mapping[str, Measured]) -> list[Row]:
+def compared(predictions: Mapping[str, tuple[float, float]], draws: Mapping[str, Measured]) -> list[Row]:
+    """Each measured output that has a prediction."""
     return [
         Row(
             module=key,

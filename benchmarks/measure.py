@@ -62,7 +62,7 @@ def measured(name: str, draw: Callable[[int], Example], run: Pass, *, most: int 
         partial = path.with_suffix(".part")
         partial.write_text(json.dumps(kept), encoding="utf-8")
         partial.replace(path)
-    return _collected(kept[:most])
+    return collected(kept[:most])
 
 
 def forward_pass(example: Example, *, with_grad: bool = False) -> dict[str, tuple[str, float]]:
@@ -124,13 +124,14 @@ def module_outputs(model: nn.Module, note: Callable[[str, nn.Module, torch.Tenso
             handle.remove()
 
 
-def _collected(draws: list[dict[str, tuple[str, float]]]) -> dict[str, Measured]:
+def collected(draws: list[dict[str, tuple[str, float]]]) -> dict[str, Measured]:
+    """Moments by key, of keys that are in every draw."""
     keys = [key for key in draws[0] if all(key in draw for draw in draws)]
     return {key: Measured(draws[0][key][0], tuple(draw[key][1] for draw in draws)) for key in keys}
 
 
 def _has_settled(draws: list[dict[str, tuple[str, float]]]) -> bool:
-    return float(np.quantile([item.error for item in _collected(draws).values()], 0.9)) < SETTLED
+    return float(np.quantile([item.error for item in collected(draws).values()], 0.9)) < SETTLED
 
 
 def one_thread() -> None:

@@ -25,6 +25,7 @@ from benchmarks.faults import faults_table
 from benchmarks.neural_tangents import table as kernels_table
 from benchmarks.situations.rows import HEADINGS, SITUATIONS, cells
 from benchmarks.speed import large_table, stages_table
+from benchmarks.zoo import summary as zoo
 from torch import nn
 
 import gainstage as gs
@@ -238,6 +239,15 @@ def situation(name: str) -> str:
     return table(HEADINGS, [cells(row) for row in rows]) if rows else NOT_MEASURED
 
 
+def zoo_rows(headings: Sequence[str], lines: Callable[[Sequence[Any]], Sequence[Sequence[str]]]) -> str:
+    """A table over the models of the zoos."""
+    rows = list(zoo.read_rows().values())
+    if not rows:
+        return NOT_MEASURED
+    found = [[cell.replace("|", "/") for cell in line] for line in lines(rows)]
+    return table(headings, found) if found else "*None.*"
+
+
 BLOCKS: Mapping[str, Callable[[], str]] = {
     **{name: partial(situation, name) for name in SITUATIONS},
     "accuracy": accuracy,
@@ -254,6 +264,9 @@ BLOCKS: Mapping[str, Callable[[], str]] = {
     "shards": lambda: timed_table("apply", "shards", shards_table),
     "stages": lambda: timed_table("speed", "stages", stages_table),
     "summary": summary,
+    "zoofailures": lambda: zoo_rows(zoo.FAILURE_HEADINGS, zoo.failures),
+    "zoos": lambda: zoo_rows(zoo.TOTAL_HEADINGS, zoo.totals),
+    "zooworst": lambda: zoo_rows(zoo.WORST_HEADINGS, zoo.worst),
 }
 
 

@@ -1,0 +1,168 @@
+"""What is found out about one model of a zoo: a line of JSON."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+import torch
+from benchmarks.accuracy import Row, compared
+from benchmarks.measure import collected, forward_pass
+from benchmarks.stages import peak_megabytes
+from benchmarks.zoo.load import Loaded
+from benchmarks.zoo.reference import Example
+
+import gainstage as gs
+from gainstage.capture import capture
+from gainstage.graph import Graph
+from gainstage.report.ops import count_ops
+
+ENOUGH = 16  # draws
+PATIENCE = 4.0  # seconds of drawing, after which fewer must do
+FEWEST = 2  # a standard error needs them
+WORST = 3  # outputs that are named
+
+
+@dataclass(slots=True, kw_only=True)
+class ZooRow:
+    """One model; what comes after the stage that failed keeps its default.
+
+    ``errors``: ``|log(predicted / mean over draws)|`` of each module output whose mean is known to 3 %; ``apart`` counts the
+    others. ``megabytes``: by how much capture and plan raised the peak of the resident set.
+    """
+
+    zoo: str
+    model: str
+    failure: str = ""  # stage, class and first line of the exception
+    rung: str = ""
+    nodes: int = 0
+    ruled: int = 0
+    sampled: int = 0
+    capture_seconds: float = 0.0
+    plan_seconds: float = 0.0  # with the capture
+    forward_seconds: float = 0.0
+    megabytes: float = 0.0
+    draws: int = 0
+    errors: list[float] = field(default_factory=list)
+    apart: int = 0
+    worst: list[tuple[str, float]] = field(default_factory=list)
+
+    @property
+    def is_slow(self) -> bool:
+        """Planning takes more than 3 s and more than three forward passes."""
+        return self.plan_seconds > max(3.0, 3 * self.forward_seconds)
+
+
+def examine(zoo: str, model: str, build: Callable[[], Loaded], draws: int = ENOUGH) -> ZooRow:
+    """Build, capture, plan, apply and compare, as far as it goes."""
+    row = ZooRow(zoo=zoo, model=model)
+    torch.manual_seed(0)
+    with failing(row, "build"):
+        loaded = build()
+    if not row.failure:
+        _examined(row, loaded, draws)
+    return row
+
+
+def _examined(row: ZooRow, loaded: Loaded, draws: int) -> None:
+    args, kwargs = loaded.arguments(0)
+    before = _fresh_peak()
+    plan = None
+    with failing(row, "plan"), watched(row):
+        start = time.perf_counter()
+        plan = gs.plan(loaded.model, args, kwargs)
+        row.plan_seconds = time.perf_counter() - start
+        row.megabytes = _peak() - before
+    if plan is None:
+        return
+    with failing(row, "draws"), torch.compiler.set_stance("force_eager"):
+        _compare(row, loaded, plan, draws)
+
+
+@contextmanager
+def watched(row: ZooRow) -> Iterator[None]:
+    """Note what the first capture of a plan finds."""
+
+    def captured(*args: Any, **kwargs: Any) -> Graph:
+        start = time.perf_counter()
+        graph = capture(*args, **kwargs)
+        if not row.rung:
+            row.capture_seconds = time.perf_counter() - start
+            row.rung, row.nodes = graph.rung, len(graph.nodes)
+            counts = count_ops(graph)
+            row.ruled = sum(each.count for each in counts if each.treatment == "ruled")
+            row.sampled = sum(each.count for each in counts if each.treatment == "sampled")
+        return graph
+
+    with patch("gainstage.api.capture", captured):
+        yield
+
+
+def _compare(row: ZooRow, loaded: Loaded, plan: gs.Plan, draws: int) -> None:
+    """Draw parameters and inputs until there are enough, or time is up."""
+
+    def one_pass(seed: int) -> dict[str, tuple[str, float]]:
+        args, kwargs = loaded.arguments(seed)
+        return forward_pass(Example(loaded.model, args, kwargs), with_grad=loaded.differentiates)
+
+    began = time.perf_counter()
+    one_pass(0)  # lazy parameters get their shapes
+    row.forward_seconds = time.perf_counter() - began
+    passes: list[dict[str, tuple[str, float]]] = []
+    while len(passes) < draws and (len(passes) < FEWEST or time.perf_counter() - began < PATIENCE):
+        gs.apply(loaded.model, plan, seed=1 + len(passes))
+        passes.append(one_pass(1 + len(passes)))
+    row.draws = len(passes)
+    predictions = {
+        key: (values[0], plan.spreads[key][0] if key in plan.spreads else math.nan)
+        for key, values in plan.predictions.items()
+        if values
+    }
+    _fill(row, compared(predictions, collected(passes)))
+
+
+def _fill(row: ZooRow, outputs: list[Row]) -> None:
+    settled = sorted((output for output in outputs if output.is_settled), key=lambda output: -output.error)
+    row.apart = len(outputs) - len(settled)
+    row.errors = [float(f"{min(output.error, 99.0):.2g}") for output in settled]
+    row.worst = [(output.module, float(f"{min(output.error, 99.0):.2g}")) for output in settled[:WORST]]
+
+
+@contextmanager
+def failing(row: ZooRow, stage: str) -> Iterator[None]:
+    """Note an exception in the row, whatever it is: the benchmark goes on."""
+    try:
+        yield
+    except Exception as error:  # noqa: BLE001
+        reason = next((line for line in str(error).splitlines() if line.strip()), "")
+        row.failure = f"{stage if row.rung or stage != 'plan' else 'capture'}: {type(error).__name__}: {reason[:300]}"
+
+
+def quantiles(errors: list[float]) -> tuple[float, float, float]:
+    """p50, p90, p99."""
+    if not errors:
+        return (math.nan,) * 3
+    p50, p90, p99 = np.quantile(errors, [0.5, 0.9, 0.99])
+    return float(p50), float(p90), float(p99)
+
+
+def _fresh_peak() -> float:
+    """Set the peak of the resident set back to what is resident now, where the system allows it; megabytes."""
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
+    return _peak()
+
+
+def _peak() -> float:
+    try:
+        lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+        return next(int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM"))
+    except (OSError, StopIteration):
+        return peak_megabytes()
