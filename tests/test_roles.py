@@ -13,6 +13,8 @@ from torch.nn import functional as F
 from gainstage.capture import capture
 from gainstage.errors import RoleConflictError, UnknownNameError
 from gainstage.roles import Branch, Roles, Setter, infer_roles
+from gainstage.roles.coordinates import arriving, numbered, values_of
+from gainstage.roles.wiring import wire
 
 W = 8  # width of the small models
 HEADS = 2
@@ -661,3 +663,27 @@ def test_a_module_path_names_those_of_its_parameters_that_can_take_the_role():
 def test_module_paths_that_cannot_be_meant(overrides, error, message):
     with pytest.raises(error, match=message):
         infer_roles(capture(Pair(), (torch.randn(2, W),)), overrides)
+
+
+class Broadcast(nn.Module):
+    """One layer for both factors, of which one is spread over positions, together with the other."""
+
+    def __init__(self):
+        super().__init__()
+        self.both = nn.Linear(W, 2 * W)
+        self.out = nn.Linear(W, W)
+
+    def forward(self, x):
+        a, b = self.both(x).chunk(2, dim=-1)
+        spread, other = torch.broadcast_tensors(b[:, :1], a)
+        return self.out(torch.cat([spread, other], dim=0) + other.sum())
+
+
+def test_what_is_broadcast_together_keeps_its_own_coordinates():
+    graph = capture(Broadcast(), (torch.randn(2, 5, W),))
+    wiring = wire(graph)
+    source = next(i for i, name in enumerate(wiring.names) if name == "linear")
+    targets = [i for i, node in enumerate(wiring.nodes) if wiring.names[i] == "getitem" and "broadcast" in str(node.args[0])]
+    found = arriving(wiring, source, numbered((2, 5, 2 * W), 2), targets, range(len(wiring.nodes)))
+    assert len(targets) == 2
+    assert set(values_of(found).tolist()) == set(range(2 * W))

@@ -90,6 +90,8 @@ def _step(wiring: Wiring, i: int, held: Mapping[int, Any]) -> Any:
             return pieces.get(node.args[1], pieces.get("all", []))
         return pieces
     if name in MOVEMENT:
+        if isinstance(node.args[0], (list, tuple)):
+            return _moved_together(wiring, node, read, held)
         return _moved(wiring, node, read[0], held[read[0]])
     if name in JOINING:
         return _joined(wiring, i, held)
@@ -128,6 +130,17 @@ def _moved(wiring: Wiring, node: Node, source: int, tensors: Any) -> Any:
             return {**pieces, "all": [tensor]}
         results.append(result)
     return results
+
+
+def _moved_together(wiring: Wiring, node: Node, sources: Sequence[int], held: Mapping[int, Any]) -> dict[Any, Any]:
+    """As :func:`_moved` for a movement of several tensors: to each result come the coordinates of its own operand."""
+    pieces: dict[Any, Any] = {"all": []}
+    for k, operand in enumerate(node.args[0]):
+        j = wiring.number[operand.name] if isinstance(operand, Ref) else -1
+        moved = _moved(wiring, node, j, held[j]) if j in sources else []
+        pieces[k] = moved[k] if isinstance(moved, dict) else moved
+        pieces["all"] += moved["all"] if isinstance(moved, dict) else moved
+    return pieces
 
 
 _IDENTITIES = frozenset({
