@@ -32,6 +32,7 @@ GAUSSIAN = "a sum of products is taken to be Gaussian; of few terms, or of terms
 PRODUCTS = [
     RuleCase(op=aten.linear.default, args=(TOKENS, weight(7, 5, std=0.4), weight(7, std=0.3))),
     RuleCase(op=aten.linear.default, args=(TOKENS, weight(7, 5, std=0.4))),
+    RuleCase(op=aten.linear.default, args=(TOKENS, weight(5, std=0.4))),
     RuleCase(op=aten.addmm.default, args=(BIAS, ROWS, weight(8, 6)), kwargs={"beta": 0.5, "alpha": 2.0}),
     RuleCase(op=aten.matmul.default, args=(HEADS_A, HEADS_B)),
     RuleCase(op=aten.matmul.default, args=(HEADS_A, VECTOR)),
