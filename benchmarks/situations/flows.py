@@ -64,9 +64,22 @@ def nflows_flow(kind: str, layers: int) -> Callable[[], nn.Module]:
     return build
 
 
+def normflows_flow() -> nn.Module:
+    """Affine couplings of normflows, scales by the exponential."""
+    import normflows
+
+    layers = []
+    for _ in range(4):
+        network = normflows.nets.MLP([FEATURES // 2, HIDDEN, HIDDEN, FEATURES], init_zeros=False)
+        layers += [normflows.flows.AffineCouplingBlock(network), normflows.flows.Permute(FEATURES, mode="swap")]
+    made: nn.Module = normflows.NormalizingFlow(normflows.distributions.base.DiagGaussian(FEATURES), layers)
+    return made
+
+
 FLOWS: tuple[tuple[str, str, Callable[[], nn.Module]], ...] = (
     ("zuko", "MAF, 3 layers", zuko_flow("MAF", 3)),
     ("zuko", "RealNVP, 4 layers", zuko_flow("RealNVP", 4)),
     ("nflows", "RealNVP, 4 layers", nflows_flow("SimpleRealNVP", 4)),
     ("nflows", "MAF, 3 layers", nflows_flow("MaskedAutoregressiveFlow", 3)),
+    ("normflows", "RealNVP, 4 layers", normflows_flow),
 )

@@ -160,9 +160,19 @@ def invert_series(series: Array, covariance: Array) -> Array:
 def quantiles(samples: Array, probabilities: Array) -> Array:
     """Values on the grid of the increasing function g with g(z) distributed as the weighted samples."""
     order = np.argsort(samples, axis=None, kind="stable")
-    ordered, mass = samples.ravel()[order], probabilities.ravel()[order]
-    below = np.cumsum(mass) - 0.5 * mass
-    return np.asarray(np.interp(cumulative(), below / mass.sum(), ordered))
+    ordered, mass = samples.ravel()[order], probabilities.ravel()[order] / probabilities.sum()
+    below, above = (np.cumsum(part) - 0.5 * part for part in (mass, mass[::-1]))
+    return _on_grid(below, above, ordered)
+
+
+def _on_grid(below: Array, above: Array, values: Array) -> Array:
+    """Increasing values on the grid, from the probabilities below them and, of the last one first, above them.
+
+    Each tail is read from its own end: the probability below the last points is 1 to a float, and all would be the largest value.
+    """
+    lower = cumulative()[: nodes().size // 2 + 1]
+    low, high = np.interp(lower, below, values), np.interp(lower, above, values[::-1])
+    return np.concatenate([low, high[-2::-1]])
 
 
 @cache
@@ -187,5 +197,7 @@ def sum_quantiles(x: Array, y: Array) -> Array:
     middle = np.median(x) + np.median(y)
     low, high = x[0] + y[0] - middle, x[-1] + y[-1] - middle
     places = middle + np.where(reach < 0, -low, high) * np.sign(reach) * np.abs(reach) ** 2  # denser in the middle
-    below = np.interp(places[:, None] - points[None, :], y, cumulative(), left=0.0, right=1.0) @ mass
-    return np.asarray(np.interp(cumulative(), below, places))
+    apart = places[:, None] - points[None, :]
+    below = np.interp(apart, y, cumulative(), left=0.0, right=1.0) @ mass
+    above = np.interp(-apart, -y[::-1], cumulative(), left=0.0, right=1.0) @ mass
+    return _on_grid(below, above[::-1], places)
