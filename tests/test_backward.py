@@ -73,6 +73,44 @@ class Branches(nn.Module):
         return torch.cat([self.a(x).relu(), self.b(x)], dim=1)[:, 4:28].mean((2, 3))
 
 
+class Dense(nn.Module):
+    """A pooled part, most of which is the channel's mean, beside a fresh one: what a norm leaves of them differs."""
+
+    def __init__(self):
+        super().__init__()
+        self.old, self.new = nn.Conv2d(32, 24, 1, bias=False), nn.Conv2d(24, 24, 3, padding=1, bias=False)
+        self.norm, self.head = nn.BatchNorm2d(48), nn.Conv2d(48, 32, 1)
+
+    def forward(self, x):
+        old = F.max_pool2d(self.old(x).relu(), 2)
+        return self.head(self.norm(torch.cat([old, self.new(old)], dim=1)).relu())
+
+
+class ZeroBranch(nn.Module):
+    """Half the entries of x are zeros that a ReLU left, and the branch adds nothing to them."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.branch, self.norm = nn.Conv2d(32, 32, 1), nn.Conv2d(32, 32, 1, bias=False), nn.BatchNorm2d(32)
+        nn.init.zeros_(self.norm.weight)
+
+    def forward(self, x):
+        x = self.first(x).relu()
+        return (x + self.norm(self.branch(x))).relu()
+
+
+def transition():
+    """The gradient is the same for the four places of a window."""
+    return nn.Sequential(
+        nn.Conv2d(32, 32, 1, bias=False),
+        nn.BatchNorm2d(32),
+        nn.ReLU(),
+        nn.Conv2d(32, 32, 1),
+        nn.AvgPool2d(2),
+        nn.Conv2d(32, 32, 1),
+    )
+
+
 def conv_chain():
     layers = []
     for _ in range(3):
@@ -119,6 +157,14 @@ CASES = {
     "look-up": (Tokens, tokens, 0.04),
     "gated": (SwiGLU, tokens, 0.05),
     "branches": (Branches, (8, 16, 7, 7), 0.06),
+    "concatenation": (Dense, image, 0.06),
+    "zero branch": (ZeroBranch, image, 0.05),
+    "transition": (transition, image, 0.05),
+    "strided, normalised": (
+        lambda: nn.Sequential(nn.Conv2d(32, 48, 3, 2, 1, bias=False), nn.BatchNorm2d(48), nn.ReLU(), nn.Conv2d(48, 32, 1)),
+        image,
+        0.05,
+    ),
 }
 
 
@@ -179,6 +225,9 @@ LOSSES = {
     "mean square": lambda y: F.mse_loss(y, torch.ones(32, 10)),
     "binary": lambda y: F.binary_cross_entropy_with_logits(y, F.one_hot(LABELS, 10).float()),
     "by hand": lambda y: (y - TARGETS).pow(2).mean(),
+    "alignment": lambda y: F.ctc_loss(
+        y.view(8, 4, 10).log_softmax(-1), LABELS[1:13].view(4, 3), torch.full((4,), 8), torch.full((4,), 3)
+    ),
     "without a rule": lambda y: F.smooth_l1_loss(y, 3.0 * TARGETS),
 }
 

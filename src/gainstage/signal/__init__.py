@@ -9,6 +9,7 @@ from gainstage.signal.adjoint import (
     softmax_gradient,
     through_slope,
     times_own,
+    to_reader,
     to_summand,
 )
 from gainstage.signal.attention import participation, softmax
@@ -67,5 +68,6 @@ __all__ = [
     "take",
     "through_slope",
     "times_own",
+    "to_reader",
     "to_summand",
 ]

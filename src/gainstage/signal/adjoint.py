@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -12,10 +13,23 @@ from gainstage.signal import levels
 from gainstage.signal.axes import Axis
 from gainstage.signal.filters import normalise
 from gainstage.signal.gather import same_index_table
+from gainstage.signal.joining import join
 from gainstage.signal.linear import affine, averaged, multiply
-from gainstage.signal.movement import merge_dim, refine
+from gainstage.signal.movement import merge_dim, refine, take, with_axes
+from gainstage.signal.neighbours import Neighbours, made, through
 from gainstage.signal.pointwise import align, combine
-from gainstage.signal.quadrature import Array, coarse, expectation, nodes, weights
+from gainstage.signal.quadrature import (
+    Array,
+    coarse,
+    evaluate_series,
+    expectation,
+    invert_series,
+    kurtosis,
+    nodes,
+    power_series,
+    weights,
+)
+from gainstage.signal.uneven import is_centred
 from gainstage.signal.value import Given, Value, gaussian
 
 
@@ -36,23 +50,75 @@ def normalise_gradient(g: Value, x: Value, dims: Sequence[int], eps: float, *, c
 
     Of g's second moments go those of its mean and of its part along xhat, which has mean square 1 there. The variance that
     divides strays from draw to draw, by ``v = mean over pairs of 2 rho^2`` of its square: ``E[1 / s^2] = (1 + v) / E[s^2]``.
+    Of a concatenation, each part by itself, unless the average runs over the parts.
     """
+    found = x.parts_along()
+    apart = None if found is None else next(d for d, axes in enumerate(x.dims) if found[0] in axes)
+    if found is not None and apart is not None and apart not in dims:
+        bounds = np.cumsum([0, *(part.shape[apart] for part in found[1])])
+        pieces = [take(g, apart, int(start), int(stop)) for start, stop in pairwise(bounds)]
+        done = [normalise_gradient(piece, part, dims, eps, centre=centre) for piece, part in zip(pieces, found[1], strict=True)]
+        return join([to_x for to_x, _ in done], apart), join([xhat for _, xhat in done], apart)
     x, g = together(x, g)
     x_axes = [axis for d in dims for axis in x.dims[d]]
     axes = [axis for d in dims for axis in g.dims[d]]
     centred = x.table - averaged_over(x.table, x, x_axes) if centre else x.table
     level = max(float(centred[(1,) * x.table.ndim]), 0.0) + eps
     stray = averaged_over(2.0 * (centred / level) ** 2, x, x_axes)[(-1,) * x.table.ndim] if level > 0.0 else 0.0
+    if x.uneven is not None and not any(axis in x_axes for axis in x.uneven.axes):
+        stray += x.uneven.variance
     xhat = normalise(x, x_axes, eps, centre=centre)
-    table = g.table - xhat.table * averaged_over(times_own(g, xhat).table, g, axes)
-    if centre:
-        table = table - averaged_over(g.table, g, axes)
+    along = averaged_over(times_own(g, xhat).table, g, axes)
+    common = averaged_over(g.table, g, axes) if centre else np.zeros_like(along)
+    inverse_factor, kept_along = _stray_inverse(stray, eps / level if level > 0.0 else 0.0)  # level has eps in it
+    table = g.table - xhat.table * along * (1.0 - kept_along) - common
     inverse, profile = _divided_levels(g, x, [x.axes.index(axis) for axis in x_axes], level - eps, eps)
-    table = table * ((1.0 + stray) * inverse)
     full = (1,) * table.ndim
     table[full] = max(float(table[full]), 0.0)
-    extra = {"lineage": g.lineage | x.lineage, "log_variance": g.log_variance}
-    return gaussian(g.dims, 0.0, table, profile, **extra), xhat
+    near = _projected_neighbours(g, xhat, float(along[(-1,) * table.ndim]), float(common[(-1,) * table.ndim]))
+    extra = {"lineage": g.lineage | x.lineage, "log_variance": g.log_variance, "near": near, "uneven": x.uneven}
+    return gaussian(g.dims, 0.0, table * (inverse_factor * inverse), profile, **extra), xhat
+
+
+def _stray_inverse(stray: float, eps: float) -> tuple[float, float]:
+    """``E[1 / v]`` for a variance v of mean 1 that strays by a relative variance, and ``E[(eps / v)^2 / v] / E[1 / v]``.
+
+    ``eps``: the part of v that does not stray. What strays is chi-square with ``2 / stray`` degrees of freedom, which for a norm
+    over two entries is 1: then eps decides. ``eps / v`` is what a norm leaves of its input's part along the output.
+    """
+    if stray < 0.02:
+        return 1.0 + stray, eps**2
+    shape = 1.0 / stray
+    logs = np.linspace(-60.0 / shape - 4.0, np.log(40.0 * max(1.0, stray) + 4.0), 4001)
+    mass = np.exp(shape * (logs - np.exp(logs) + 1.0))
+    variance = eps + (1.0 - eps) * np.exp(logs)
+    inverse = float((mass / variance).sum() / mass.sum())
+    return inverse, float((mass * eps**2 / variance**3).sum() / mass.sum()) / inverse
+
+
+def to_reader(g: Value, of: Value, weight: Value, terms: float, found: Value) -> Value:
+    """What goes on to the input of ``of = W x``, n terms each: W^T g, where g was divided by the deviations of its own channels.
+
+    A long row of weights makes its channel loud, and its gradient quiet: ``E[|w|^2 / s^2] = (1 - V) E[|w|^2] E[1 / s^2]``, with
+    ``V = (kurtosis of w - 1) / n`` the variance of ``|w|^2`` relative to its mean.
+    """
+    if g.uneven is None or g.uneven is not of.uneven or is_centred(weight):
+        return found
+    return affine(found, max(1.0 - (kurtosis(weight.marginal.values) - 1.0) / terms, 0.0) ** 0.5)
+
+
+def _projected_neighbours(g: Value, xhat: Value, along: float, common: float) -> Neighbours | None:
+    """Lag by lag ``g - along xhat - common``."""
+    xhat = with_axes(xhat, g.dims)
+    pair = [near for near in (g.neighbours(), xhat.neighbours()) if near is not None]
+    axes = tuple(axis for axis in g.axes if any(axis in near.axes for near in pair))
+    if not axes:
+        return None
+    shape = [max(near.lags(axis) for near in pair) for axis in axes]
+    (of_g, far_g), (of_x, far_x) = g.lagged(axes, shape), xhat.lagged(axes, shape)
+    left, far = of_g - along * of_x - common, far_g - along * far_x - common
+    own = float(left[(0,) * len(axes)])
+    return made(axes, (left - far) / (own - far)) if own > far else None
 
 
 def _divided_levels(g: Value, x: Value, reduced: Sequence[int], level: float, eps: float) -> tuple[float, Array | None]:
@@ -128,7 +194,14 @@ def _weighted(x: Value, own: float, pairs: float) -> Value:
     """The second moment of an entry with itself times one factor, those of two entries times another."""
     table = x.table * pairs
     table[(1,) * table.ndim] = x.second_moment * own
-    return replace(x, table=table, rho=None)
+    made_ = replace(x, table=table, rho=None)
+    near = x.neighbours()
+    if near is None:
+        return made_
+    alone, far = x.apart(near)
+    excess = near.excess * (alone - far) * pairs / (alone * own - far * pairs)
+    excess[(0,) * excess.ndim] = 1.0
+    return replace(made_, near=made(near.axes, excess))
 
 
 def to_summand(g: Value, total: Value, x: Value, y: Value, sign: float) -> Value:
@@ -151,25 +224,49 @@ def accumulated(first: Value, second: Value) -> Value:
     even = Given(np.ones(nodes().shape), np.ones(nodes().shape))
     a, b = first.given or even, second.given or even
     share = first.second_moment / (first.second_moment + second.second_moment)
-    mean = np.sqrt(share * a.mean**2 + (1.0 - share) * b.mean**2)
-    louder = a if share > 0.5 else b
+    common = _share_in_common(*align(first, second), share)
+    mean = np.sqrt(common * a.mean**2 + (1.0 - common) * b.mean**2)
+    louder = a if common > 0.5 else b
     return replace(total, given=Given(mean, share * a.square + (1.0 - share) * b.square, louder.base).scaled())
+
+
+def _share_in_common(first: Value, second: Value, alone: float) -> float:
+    """Share of the first in what the sum's entries share, of those pairs that weigh most; ``alone``: its share in an entry."""
+    pairs = np.ones((1,) * first.table.ndim)
+    for position, axis in enumerate(first.axes):
+        pairs = pairs * np.array([axis.size - 1.0, 1.0]).reshape([2 if p == position else 1 for p in range(pairs.ndim)])
+    weight = pairs * np.abs(first.table + second.table)
+    weight[(1,) * weight.ndim] = 0.0
+    most = np.unravel_index(int(weight.argmax()), weight.shape)
+    total = float((first.table + second.table)[most])
+    return float(np.clip(first.table[most] / total, 0.0, 1.0)) if weight[most] > 0.0 else alone
 
 
 def times_own(g: Value, x: Value) -> Value:
     """``g x`` for a gradient g and the tensor x that it belongs to, or an affine function of it.
 
-    Where g has met x in an activation, ``g = g0 r(x)``: entries that share g0 keep ``E[r x]^2 / E[r]^2`` beside ``E[x x']``.
+    Where g has met x in an activation, ``g = g0 r(x)``: two entries have ``E[g g'] E[r x r' x'] / E[r r']``, by Mehler's formula.
     """
     g, x = together(*align(g, x))
-    made = multiply(g, x)
     if g.given is None:
-        return made
-    mean, square = g.given.moments()
-    leaning = expectation(g.given.mean * x.marginal.values) / mean if mean else 0.0
-    table = g.table * (x.table - x.mean**2 + leaning**2)
-    table[(1,) * table.ndim] = g.second_moment * expectation(g.given.square * x.marginal.values**2) / square
-    return gaussian(made.dims, 0.0, table, lineage=made.lineage)
+        return multiply(g, x)
+    before, after = power_series(g.given.mean), power_series(g.given.mean * x.marginal.values)
+    alone = expectation(g.given.square * x.marginal.values**2) / expectation(g.given.square)
+    if before[0] <= 1e-6 * float(before.sum()):  # r is odd: what two entries share of g says nothing of g0
+        return multiply(g, x)
+
+    def factor(rho: Array) -> Array:
+        ratio = evaluate_series(after, rho) / evaluate_series(before, rho)
+        return np.where(rho >= 1.0, alone, ratio)
+
+    table = factor(x.correlation())
+    table[(1,) * table.ndim] = alone
+    near, distant = x.neighbours(), 0.0
+    if near is not None:
+        series = x.marginal.even_series
+        own, far = x.apart(near)
+        near, distant = through(near, own, far, lambda m: factor(np.where(m >= own, 1.0, invert_series(series, m - series[0]))))
+    return multiply(g, gaussian(x.dims, 0.0, table).with_neighbours(near, alone, distant))
 
 
 def along_weight(g: Value, x: Value, reduced: Sequence[int], fan_in: float) -> tuple[Value, Value] | None:
@@ -191,11 +288,11 @@ def along_weight(g: Value, x: Value, reduced: Sequence[int], fan_in: float) -> t
     return affine(base, (g.second_moment / base.second_moment) ** 0.5), gaussian(x.dims, 0.0, table)
 
 
-def largest_gradient(g: Value, x: Value, dims: Sequence[int], window: float) -> Value:
-    """Gradient of x from that of the largest entries of its windows along some dimensions, each with ``window`` positions.
+def largest_gradient(g: Value, x: Value, dims: Sequence[int], kernels: Sequence[int]) -> Value:
+    """Gradient of x from that of the largest entries of its windows along some dimensions, of these sizes.
 
     The sum over positions is that of g. An entry at ``z = sqrt(r) common + sqrt(1 - r) own`` is the largest of its window with
-    probability ``Phi(own)^(window - 1)``.
+    probability ``Phi(own)^(positions - 1)``.
     """
     outputs, inputs = (float(np.prod([value.shape[d] for d in dims])) for value in (g, x))
     for d in dims:
@@ -215,14 +312,32 @@ def largest_gradient(g: Value, x: Value, dims: Sequence[int], window: float) -> 
     table = np.moveaxis(table, range(other.ndim, table.ndim), [sum(len(v) for v in x.dims[:d]) for d in dims if x.dims[d]])
     made_dims = tuple(x.dims[d] if d in dims else axes_d for d, axes_d in enumerate(g.dims))
     made = gaussian(made_dims, 0.0, np.asarray(table), lineage=g.lineage | x.lineage)
-    return replace(made, given=_given_largest(x, dims, window).scaled())
+    return replace(made, given=_given_largest(x, dims, kernels).scaled())
 
 
-def _given_largest(x: Value, dims: Sequence[int], window: float) -> Given:
-    rho = x.correlation()
-    at = {sum(len(v) for v in x.dims[:d]) for d in dims if x.dims[d]}
-    shared = float(np.clip(rho[tuple(0 if p in at else 1 for p in range(rho.ndim))], 0.0, 1.0)) if at else 1.0
+def _given_largest(x: Value, dims: Sequence[int], kernels: Sequence[int]) -> Given:
+    window = float(np.prod(kernels))
+    shared = float(np.clip(_within_windows(x, dims, kernels), 0.0, 1.0))
     points, mass = coarse()
     own = np.sqrt(1.0 - shared) * nodes()[:, None] + np.sqrt(shared) * points[None, :]
     chance = (torch.special.ndtr(torch.from_numpy(own)).numpy() ** (window - 1.0)) @ mass
     return Given(chance, chance)
+
+
+def _within_windows(x: Value, dims: Sequence[int], kernels: Sequence[int]) -> float:
+    """Correlation of the latents of two entries of one window: of neighbours, where near places share more."""
+    axes = [axis for d in dims for axis in x.dims[d]]
+    if not axes:
+        return 1.0
+    near = x.neighbours()
+    if near is None or any(axis not in axes for axis in near.axes):
+        return float(x.correlation()[tuple(0 if axis in axes else 1 for axis in x.axes)])
+    sizes = [kernel for d, kernel in zip(dims, kernels, strict=True) for _ in x.dims[d]]
+    moments, _ = x.lagged(axes, sizes)
+    pairs = np.array(1.0)
+    for size in sizes:
+        pairs = np.multiply.outer(pairs, np.where(np.arange(size) > 0, 2.0, 1.0) * (size - np.arange(size)))
+    pairs[(0,) * pairs.ndim] = 0.0
+    series = x.marginal.even_series
+    rho = invert_series(series, moments - series[0])
+    return float((pairs * rho).sum() / pairs.sum())

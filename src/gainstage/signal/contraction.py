@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from gainstage.signal import levels
 from gainstage.signal.axes import Axis, Dim, axes_of, distinct
 from gainstage.signal.movement import expand, merge_dim, refine, reshape
-from gainstage.signal.neighbours import Neighbours, beyond, by_lag, cut, made, outer
+from gainstage.signal.neighbours import REACH, Neighbours, beyond, by_lag, cut, made, outer
 from gainstage.signal.overlap import Taps
 from gainstage.signal.quadrature import Array
 from gainstage.signal.rows import kept, pattern_of, tilted
@@ -170,18 +170,22 @@ def convolve(x: Value, weight: Value, places: Sequence[Places], groups: int, *, 
         channels = {starts[2] + i: float(axis.size) for i, axis in enumerate(x.dims[2])}
         taps = {starts[3 + d]: float((window > 0.0).sum(1).mean()) for d, window in enumerate(windows) if x.dims[3 + d]}
         kernel = {
-            x.axes[starts[3 + d]]: Taps(place.shape[1], _stride(place), space[d][0] if space[d] else None)
+            x.axes[starts[3 + d]]: Taps(place.shape[1], stride_of(place), space[d][0] if space[d] else None)
             for d, place in enumerate(places)
             if x.dims[3 + d]
         }
         groups_at = range(starts[1], starts[2])
         result = weighted(result, x, weight, channels | taps, alone=groups_at, places=list(taps), taps=kernel)
     fresh = float(np.abs(weight.table).sum()) <= (1.0 + 1e-9) * weight.second_moment
-    before = _strided_neighbours(x, places, space) if fresh and not transposed else None
-    if before is None:
+    if not fresh:
         return replace(result, lean=_border_lean(profile, windows, None))
-    near = _padded_neighbours(x, before, windows, space)
-    return replace(result, near=near, lean=_border_lean(profile, windows, cut(before)))
+    inner = None if transposed else _strided_neighbours(x, places, space)
+    near, far = _moved_neighbours(x, places, windows, space)
+    result = replace(result, near=near, lean=_border_lean(profile, windows, inner))
+    padded = any(np.ptp(window.sum(1)) > 0.0 for window in windows)
+    if near is None or transposed or padded or all(stride_of(place) == 1 for place in places):
+        return result
+    return result.with_neighbours(near, result.second_moment, far * result.second_moment)  # of places that are read, not of all
 
 
 def _map_table(
@@ -218,36 +222,71 @@ def _border_lean(profile: Array | None, windows: Sequence[Array], near: Neighbou
 
 def _strided_neighbours(x: Value, places: Sequence[Places], space: Sequence[Dim]) -> Neighbours | None:
     """The same tap of two outputs reads places that lie as many strides apart."""
-    inner = axes_of(x.dims[3:])
-    if not inner or not axes_of(tuple(space)):
+    before = x.neighbours()
+    if before is None or not axes_of(tuple(space)):
         return None
-    before = x.neighbours() or Neighbours(inner, np.ones((1,) * len(inner)))
     for dim, place, out in zip(x.dims[3:], places, space, strict=True):
         for axis in dim:
-            before = before.strided(axis, _stride(place) if out else 1, out)
-    return before
+            before = before.strided(axis, stride_of(place) if out else 1, out)
+    return cut(before)
 
 
-def _stride(place: Places) -> int:
+def stride_of(place: Places) -> int:
     """How far apart the same tap of two neighbouring outputs reads."""
     return max(int(place[1].max() - place[0].max()), 1) if len(place) > 1 else 1
 
 
-def _padded_neighbours(x: Value, before: Neighbours, windows: Sequence[Array], space: Sequence[Dim]) -> Neighbours | None:
-    """Lag by lag the taps that two outputs both have, times what the places that they read share.
+def _moved_neighbours(
+    x: Value, places: Sequence[Places], windows: Sequence[Array], space: Sequence[Dim]
+) -> tuple[Neighbours | None, float]:
+    """Lag by lag the same taps of two outputs, times what the places that they read share.
 
-    ``[far + (own - far) e(stride d)] sum_k w_pk w_qk``, at equal levels of p and q, averaged over places at each lag.
+    ``sum_k w_pk w_qk [far + (own - far) e(place_pk - place_qk)]``, at equal levels of p and q,
+    averaged over pairs at each lag; and what
+    two places far apart share, over what one has.
     """
-    inside = [window for window, dim in zip(windows, space, strict=True) if dim]
-    if all(np.ptp(window.sum(1)) == 0.0 for window in inside):
-        return cut(before)
-    even = [window / np.sqrt(np.maximum((window**2).sum(1, keepdims=True), 1e-300)) for window in inside]
-    products = [window @ window.T for window in even]
-    taps, distant = outer([by_lag(product) for product in products]), float(np.prod([beyond(product) for product in products]))
-    own, far = x.apart(x.neighbours() or Neighbours(axes_of(x.dims[3:]), np.ones((1,) * len(axes_of(x.dims[3:])))))
-    shared = (far + (own - far) * before.over(axes_of(tuple(space)), taps.shape)) * taps
-    top = float(shared[(0,) * shared.ndim]) - far * distant
-    return made(axes_of(tuple(space)), (shared - far * distant) / top) if top > 0.0 else None
+    inner, outer_axes = axes_of(x.dims[3:]), axes_of(tuple(space))
+    if not inner or not outer_axes:
+        return None, 1.0
+    before = x.neighbours() or Neighbours((), np.array(1.0))
+    for axis in inner:
+        before = before.with_axis(axis)
+    own, far = x.apart(before)
+    excess, taps, distant = before.over(inner, before.over(inner, [before.lags(axis) for axis in inner]).shape), [], 1.0
+    for window, place, dim, out in zip(windows, places, x.dims[3:], space, strict=True):
+        counts, pairs, apart = _shared_taps(window, place, before.lags(dim[0]) if dim else 1)
+        if dim:
+            excess = np.tensordot(excess, counts, axes=([0], [1]))
+        if out:
+            taps.append(pairs)
+            distant *= apart
+        if not out and dim:
+            excess = excess[..., 0]
+        elif out and not dim:
+            excess = excess[..., None] * pairs
+    shared = far * outer(taps) + (own - far) * excess
+    alone = float(shared[(0,) * shared.ndim])
+    top = alone - far * distant
+    if top <= 0.0:
+        return None, 1.0
+    return made(outer_axes, (shared - far * distant) / top), far * distant / alone
+
+
+def _shared_taps(window: Array, place: Places, lags: int) -> tuple[Array, Array, float]:
+    """Same taps of two outputs by the distance D of the outputs: those that read at a distance d [D, d], and all [D].
+
+    At equal levels of the outputs; beside them all for outputs that are far apart.
+    """
+    even = window / np.sqrt(np.maximum((window**2).sum(1, keepdims=True), 1e-300))
+    outputs = len(place)
+    counts = np.zeros((min(outputs, REACH), lags))
+    for shift in range(len(counts)):
+        first, second = place[: outputs - shift], place[shift:]
+        product = even[: outputs - shift] * even[shift:]
+        distance = np.where((first >= 0) & (second >= 0), np.abs(first - second), lags)
+        counts[shift] = np.bincount(np.minimum(distance, lags).ravel(), product.ravel(), lags + 1)[:lags] / (outputs - shift)
+    matrix = even @ even.T
+    return counts, by_lag(matrix), beyond(matrix)
 
 
 def _grouped(x: Value, weight: Value, groups: int, rank: int, *, transposed: bool) -> tuple[Value, Value]:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
 
 from gainstage.signal import levels
 from gainstage.signal.axes import Axis, Dim
-from gainstage.signal.contraction import Places, Subscripts, match
+from gainstage.signal.contraction import Places, Subscripts, match, stride_of
 from gainstage.signal.movement import merge_dim, reshape
+from gainstage.signal.neighbours import outer
 from gainstage.signal.quadrature import Array
 from gainstage.signal.value import Value, gaussian
 
@@ -74,10 +76,46 @@ def convolution_weight_gradient(g: Value, x: Value, shape: Sequence[int], places
         operands += [pairs.reshape((2,) * len(subscripts)), subscripts]
     out_index = [*(n for label in "goc" for n in numbers.of(label, ())), *tap_index]
     table = np.asarray(np.einsum(*operands, out_index), dtype=np.float64)  # type: ignore[call-overload]
+    if g.neighbours() is not None or x.neighbours() is not None:
+        windows = [_weighted(place, g, x, d - rank) for d, place in enumerate(places)]
+        samples = math.prod(axis.size for axis in g.dims[0])
+        table[(1,) * table.ndim] += samples * _neighbours_gain(g, x, places, windows, (even_g, even_x))
     dims = ((*g.dims[1], *g.dims[2]), x.dims[2], *taps)
     found_value = gaussian(dims, 0.0, table, lineage=g.lineage | x.lineage)
     assert found_value.shape == tuple(shape), (found_value.shape, shape)
     return found_value
+
+
+def _neighbours_gain(
+    g: Value, x: Value, places: Sequence[Places], windows: Sequence[Array], tables: tuple[Array, Array]
+) -> float:
+    """``sum over pairs of positions of K_g(lag) K_x(stride lag)``, less the sum of products of the averages in the tables."""
+    counts, strides, axes = [], [], [(dim_g, dim_x) for dim_g, dim_x in zip(g.dims[3:], x.dims[3:], strict=True)]
+    for window, place in zip(windows, places, strict=True):
+        matrix = window @ window.T / window.shape[1]
+        sums = np.array([float(np.trace(matrix, lag)) for lag in range(len(matrix))])
+        counts.append(np.where(np.arange(len(sums)) > 0, 2.0, 1.0) * sums)
+        strides.append(stride_of(place))
+    shape = [len(count) for count in counts]
+    near, average = np.ones(shape), np.ones(shape)
+    for value, table, side, steps in ((g, tables[0], 0, [1] * len(shape)), (x, tables[1], 1, strides)):
+        present = [pair[side][0] if pair[side] else None for pair in axes]
+        lags = [step * (n - 1) + 1 if axis else 1 for axis, n, step in zip(present, shape, steps, strict=True)]
+        moments, _ = value.lagged([axis for axis in present if axis], [n for axis, n in zip(present, lags, strict=True) if axis])
+        moments = moments.reshape(lags)[tuple(slice(None, None, step) for step in steps)]
+        near = near * moments
+        average = average * by_equality(table, [value.axes.index(axis) if axis else None for axis in present], shape)
+    return float((outer(counts) * (near - average)).sum())
+
+
+def by_equality(table: Array, positions: Sequence[int | None], shape: Sequence[int]) -> Array:
+    """Entries of a table by lags along some axes: the same place at lag 0, another one elsewhere; the rest equal."""
+    index: list[Array | int] = [1] * table.ndim
+    for d, (position, size) in enumerate(zip(positions, shape, strict=True)):
+        if position is not None:
+            along = np.where(np.arange(size) > 0, 0, 1)
+            index[position] = along.reshape([-1 if e == d else 1 for e in range(len(shape))])
+    return np.broadcast_to(table[tuple(index)], shape)
 
 
 def _weighted(places: Places, g: Value, x: Value, dim: int) -> Array:

@@ -95,23 +95,22 @@ def _mixing(matrix: Array) -> Array:
 
 
 def _filtered_neighbours(x: Value, even: Array, axis: Axis, matrix: Array, table: Array) -> tuple[Neighbours | None, Array]:
-    """Lag by lag along one axis, and what places share on average, written into the table of the result."""
+    """Lag by lag along one axis; what that adds on average to the table, which took all pairs of places to be alike."""
     near = (x.neighbours() or Neighbours((axis,), np.ones(1))).with_axis(axis)
     own, far = far_of(near, even, x.axes)
     lags, pairs = filtered(near, axis, matrix)
-    sums = matrix.sum(1)
-    square = float((sums**2).mean())
-    across = (float(sums.sum()) ** 2 - float((sums**2).sum())) / max(sums.size * (sums.size - 1.0), 1.0)
+    mixing = _mixing(matrix)
     rest = tuple(a for a in near.axes if a is not axis)
     result = table.copy()
     for same in np.ndindex(*(2,) * len(near.axes)):
         here = same[near.axes.index(axis)]
-        others = [bool(s) for s, a in zip(same, near.axes, strict=True) if a is not axis]
-        shared = Neighbours(rest, pairs[here].reshape([near.lags(a) for a in rest])).average(others)
+        equal = dict(zip(near.axes, map(bool, same), strict=True))
+        shared = Neighbours(rest, pairs[here].reshape([near.lags(a) for a in rest])).average([equal[a] for a in rest])
+        alike = sum(mixing[here, i] * near.average([equal[a] if a is not axis else bool(i) for a in near.axes]) for i in (0, 1))
         index = [1] * len(x.axes)
-        for s, a in zip(same, near.axes, strict=True):
-            index[x.axes.index(a)] = s
-        result[tuple(index)] = far * (square if here else across) + (own - far) * shared
+        for a, s in equal.items():
+            index[x.axes.index(a)] = int(s)
+        result[tuple(index)] += (own - far) * (shared - alike)
     top = float(lags[(0,) * lags.ndim])
     return (made(near.axes, lags / top) if top > 0.0 else None), result
 

@@ -283,10 +283,13 @@ def multiply(x: Value, y: Value) -> Value:
         is_weight=x.is_weight and y.is_weight,
         prior=x.prior,
         levels=levels.product(x.levels, y.levels),
-        near=_product_neighbours(x, y),
         uneven=of_product(x, y),
     )
-    if product.is_weight or float(shared[full]) != 0.0:
+    if float(shared[full]) != 0.0:
+        return product
+    if x.neighbours() is not None or _on_axes(y, x) is not None:
+        product = _near_product(x, y, product)
+    if product.is_weight:
         return product
     return replace(product, log_variance=product.log_variance + product_stray(x, y, product))
 
@@ -303,27 +306,31 @@ def _product_marginal(x: Value, y: Value, mean: float, std: float) -> Marginal:
     return Marginal(object(), values)
 
 
-def _product_neighbours(x: Value, y: Value) -> Neighbours | None:
-    """Lag by lag the product of what the factors share: nothing is lost to a factor that is the same in all places."""
-    pair = (x.neighbours(), _on_axes(y, x))
-    present = [near for near in pair if near is not None]
-    if not present:
-        return None
+def _near_product(x: Value, y: Value, product: Value) -> Value:
+    """Lag by lag the product of what the factors share; what that adds to the product of their averages in the table."""
+    y = replace(y, dims=x.dims, near=_on_axes(y, x))
+    present = [near for near in (x.neighbours(), y.neighbours()) if near is not None]
     axes = tuple(axis for axis in x.axes if any(axis in near.axes for near in present))
     shape = tuple(max(near.lags(axis) for near in present) for axis in axes)
-    products, distant = np.ones(shape), 1.0
-    for value, near in zip((x, y), pair, strict=True):
-        table = value.table
-        if near is None:
-            same = [1 if axis not in axes else slice(None) for axis in x.axes]
-            moments = table[tuple(same)][np.ix_(*[np.r_[1, np.zeros(size - 1, int)] for size in shape])]
-            far = float(table[tuple(0 if axis in axes else 1 for axis in x.axes)])
-        else:
-            own, far = value.apart(near.renamed(x.axes, value.axes))
-            moments = far + (own - far) * near.over(axes, shape)
-        products, distant = products * moments, distant * far
+    (of_x, far_x), (of_y, far_y) = x.lagged(axes, shape), y.lagged(axes, shape)
+    products, distant = of_x * of_y, far_x * far_y
+    profile = np.ones((1,) * len(x.axes)) if product.levels is None else product.levels
+    factors = [levels.pair_factor(levels.over(profile, x.axes.index(axis), axis.size)) for axis in axes]
+    table = product.table.copy()
+    for same in np.ndindex(*(2,) * len(axes)):
+        if not all(same):
+            exact, mean_x, mean_y = (
+                Neighbours(axes, lagged - far).average([bool(s) for s in same]) + far
+                for lagged, far in ((products, distant), (of_x, far_x), (of_y, far_y))
+            )
+            index = [1] * table.ndim
+            for axis, equal in zip(axes, same, strict=True):
+                index[x.axes.index(axis)] = equal
+            factor = math.prod(1.0 if equal else along for equal, along in zip(same, factors, strict=True))
+            table[tuple(index)] += factor * (exact - mean_x * mean_y)
     own = float(products[(0,) * len(shape)])
-    return made(axes, (products - distant) / (own - distant)) if own > distant else None
+    near = made(axes, (products - distant) / (own - distant)) if own > distant else None
+    return replace(product, table=table, near=near)
 
 
 def modulate(x: Value, profile: Array | None, scale: float) -> Value:

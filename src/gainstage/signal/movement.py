@@ -281,8 +281,10 @@ def _start(x: Value, dim: int) -> int:
 
 def with_axes(x: Value, dims: tuple[Dim, ...]) -> Value:
     """The same tensor, its coordinates identified with those of another."""
-    near = x.neighbours()
-    return replace(x, dims=dims, near=None if near is None else near.renamed(x.axes, axes_of(dims)))
+    near, lean = x.neighbours(), x.lean
+    if lean is not None and lean.near is not None:
+        lean = replace(lean, near=lean.near.renamed(x.axes, axes_of(dims)))
+    return replace(x, dims=dims, near=None if near is None else near.renamed(x.axes, axes_of(dims)), lean=lean)
 
 
 def refine(x: Value, y: Value, dim_x: int, dim_y: int) -> tuple[Value, Value]:

@@ -51,7 +51,7 @@ class Neighbours:
             wide = wide.with_axis(axis)
         excess = np.transpose(wide.excess, [wide.axes.index(axis) for axis in axes])
         cut = excess[tuple(slice(0, n) for n in shape)]
-        return np.pad(cut, [(0, n - m) for n, m in zip(shape, cut.shape, strict=True)])
+        return np.pad(cut, [(0, int(n) - m) for n, m in zip(shape, cut.shape, strict=True)]) if cut.ndim else cut
 
     def average(self, same: Sequence[bool]) -> float:
         """Average of e over pairs of places that are equal along some of the axes and differ along the others."""
@@ -100,7 +100,7 @@ def far_of(near: Neighbours, table: Array, axes: Sequence[Axis]) -> tuple[float,
     own = float(table[(1,) * table.ndim])
     average = near.average([False] * len(near.axes))
     apart = float(table[tuple(0 if axis in near.axes else 1 for axis in axes)])
-    return own, (apart - own * average) / (1.0 - average)
+    return own, (apart - own * average) / (1.0 - average) if average < 1.0 - 1e-9 else own
 
 
 def write(near: Neighbours, table: Array, axes: Sequence[Axis], moments: tuple[float, float], factors: Sequence[float]) -> Array:

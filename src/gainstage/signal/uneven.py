@@ -1,9 +1,10 @@
 """Uneven channels: rows of weights draw different variances, and a function of them makes different means.
 
-Given all weights, channel c of ``y = w x`` has a variance ``w' C w``, C the covariance of what it reads; over rows it strays by
-``2 tr(C^2) / tr(C)^2``, of leading order in 1/fan-in. That ratio is the mean square of the cosine between what two places read:
-1/n for n independent entries, and what earlier layers have made alike beyond (:attr:`Value.overlap`). Nothing of it shows in
-second moments of y; but the channels' means of f(y) differ, which is all that an average over a large map leaves where the rows
+Given all weights, channel c of ``y = w x`` has a variance ``w' C w``, C the covariance of what it reads; over rows it strays
+by ``2 tr(C^2) / tr(C)^2``, of leading order in 1/fan-in, and by ``(kurtosis of w - 3) / n`` more. The ratio of traces is the
+mean square of the cosine between what two places read: 1/n for n independent entries, and what earlier layers have made
+alike beyond (:attr:`Value.overlap`). Nothing of it shows in second moments of y; but means of f(y) differ from channel to
+channel, which is all that an average over a large map leaves where the rows
 of weights sum to zero.
 """
 
@@ -15,7 +16,7 @@ from dataclasses import replace
 import numpy as np
 
 from gainstage.signal.axes import Axis
-from gainstage.signal.quadrature import Array, expectation
+from gainstage.signal.quadrature import Array, expectation, kurtosis
 from gainstage.signal.value import Uneven, Value
 
 
@@ -31,7 +32,9 @@ def of_weights(y: Value, weight: Value, *, alike: float, number: float) -> Uneve
     rows = tuple(axis for axis in y.axes if axis in weight.axes)
     if not rows:
         return None
-    return Uneven(rows, 2.0 * (max(alike - 1.0 / number, 0.0) if is_centred(weight) else alike))
+    if is_centred(weight):
+        return Uneven(rows, 2.0 * max(alike - 1.0 / number, 0.0))
+    return Uneven(rows, max(2.0 * alike + (kurtosis(weight.marginal.values) - 3.0) / number, 0.0))
 
 
 def is_centred(weight: Value) -> bool:

@@ -13,6 +13,7 @@ Beside the table a value knows its marginal distribution, as a function g of a s
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -269,6 +270,14 @@ class Value:
         """Second moments of an entry, and of two far apart on the map, at equal levels."""
         positions = [self.axes.index(axis) for axis in near.axes]
         return far_of(near, levels.evened(self.table, self.levels, positions), self.axes)
+
+    def lagged(self, axes: Sequence[Axis], shape: Sequence[int]) -> tuple[Array, float]:
+        """Second moments of entries that differ by each lag along some axes only, and of such far apart; at equal levels."""
+        near = self.neighbours() or Neighbours((), np.array(1.0))
+        for axis in axes:
+            near = near.with_axis(axis)
+        own, far = self.apart(near)
+        return far + (own - far) * near.over(tuple(axes), shape), far
 
     def with_neighbours(self, near: Neighbours | None, own: float, far: float) -> Value:
         """The same with what near places share, and with the averages that follow in the table; moments at equal levels."""

@@ -22,6 +22,7 @@ from gainstage.signal import (
     expand,
     permute,
     reshape,
+    to_reader,
 )
 
 aten = torch.ops.aten
@@ -54,7 +55,7 @@ def bias_gradient(g: Value, bias: Value | None, dim: int) -> Gradient:
 def linear(call: BackwardCall, g: Value, x: Value, weight: Value, bias: Value | None = None) -> tuple[Gradient, ...]:
     """``g W`` and ``g^T x``."""
     batch = LETTERS[: len(x.dims) - 1]
-    to_x = contract(g, weight, batch + "z", "zy", batch + "y")
+    to_x = to_reader(g, call.output, weight, float(x.shape[-1]), contract(g, weight, batch + "z", "zy", batch + "y"))
     return to_x, _dense_gradient(g, x, batch + "z", batch + "y", "zy"), bias_gradient(g, bias, -1)
 
 
@@ -118,9 +119,10 @@ def convolution(
     each = _spatial(x, weight, g, stride, padding, dilation)
     back = [transposed_windows(out, kernel, s, p, d, size) for size, kernel, s, p, d, out in each]
     taps = [windows(*args) for args in each]
-    to_x = convolve(g, weight, back, groups, transposed=True)
+    terms = float(np.prod(weight.shape[1:]))
+    to_x = to_reader(g, call.output, weight, terms, convolve(g, weight, back, groups, transposed=True))
     to_weight = convolution_weight_gradient(g, x, weight.shape, taps, groups)
-    pair = along_weight(g, x, [1], float(np.prod(weight.shape[1:])))
+    pair = along_weight(g, x, [1], terms)
     if pair is not None:
         to_weight = combine(torch.add, to_weight, convolution_weight_gradient(*pair, weight.shape, taps, groups))
     return to_x, to_weight, bias_gradient(g, bias, 1)

@@ -99,8 +99,7 @@ def max_pool(call: BackwardCall, g: Value, x: Value, kernel: Any, *args: Any, **
     Windows that overlap may share their largest entry; what they add there is counted as independent.
     """
     rank = len(list(kernel))
-    window = float(np.prod(per_dim(kernel, rank)))
-    return (largest_gradient(g, x, range(len(x.dims) - rank, len(x.dims)), window),)
+    return (largest_gradient(g, x, range(len(x.dims) - rank, len(x.dims)), per_dim(kernel, rank)),)
 
 
 def _affine_part(
