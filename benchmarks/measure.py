@@ -81,7 +81,7 @@ def forward_pass(example: Example, *, with_grad: bool = False) -> dict[str, tupl
 
 
 def backward_pass(example: Example) -> dict[str, tuple[str, float]]:
-    """``"path@call"`` and parameter name -> type and mean square of the gradient; outputs' entries have unit random weights."""
+    """``"path@call"`` and parameter name -> type and mean square of the gradient; outputs' weights are signs."""
     found: dict[str, tuple[str, float]] = {}
 
     def note(key: str, module: nn.Module, tensor: torch.Tensor) -> None:
@@ -91,11 +91,16 @@ def backward_pass(example: Example) -> dict[str, tuple[str, float]]:
     with module_outputs(example.model, note):
         result = example.model(*example.args, **(example.kwargs or {}))
     outputs = [tensor for tensor in tensor_leaves(result) if tensor.requires_grad]
-    torch.autograd.backward(outputs, [torch.randn_like(tensor) for tensor in outputs])
+    torch.autograd.backward(outputs, [_signs(tensor) for tensor in outputs])
     for name, parameter in example.model.named_parameters():
         if parameter.grad is not None:
             found[name] = ("parameter", _mean_square(parameter.grad))
     return found
+
+
+def _signs(tensor: torch.Tensor) -> torch.Tensor:
+    """Independent weights of mean 0 and second moment 1: signs, whose mean square does not stray."""
+    return torch.randint_like(tensor, 2).mul_(2.0).sub_(1.0)
 
 
 def _mean_square(tensor: torch.Tensor) -> float:

@@ -102,13 +102,19 @@ def accuracy() -> str:
     parts = []
     for policy, found in results("accuracy").items():
         rows = [
-            (model["model"], model["failure"] or str(model["draws"]), str(model["modules"]), *_quantiles(model))
+            (model["model"], model["failure"] or str(model["draws"]), *_known([model]), *_quantiles(model))
             for model in found["models"]
         ]
-        total = ("**all**", "", str(sum(model["modules"] for model in found["models"])), *_quantiles(found["all"]))
-        headings = ("model", "draws", "outputs", "p50 %", "p90 %", "p99 %")
+        total = ("**all**", "", *_known(found["models"]), *_quantiles(found["all"]))
+        headings = ("model", "draws", "quantities", "known to 3 %", "p50 %", "p90 %", "p99 %")
         parts.append(f"{ACCURACY[policy]}\n\n{table(headings, [*rows, total])}")
     return "\n\n".join(parts) or NOT_MEASURED
+
+
+def _known(models: Sequence[Mapping[str, Any]]) -> tuple[str, str]:
+    """How many quantities there are, and of how many the mean over draws is known well enough to judge by."""
+    known = sum(model.get("settled", model["modules"] - len(model["apart"])) for model in models)
+    return str(sum(model["modules"] for model in models)), str(known)
 
 
 def _quantiles(found: Mapping[str, float]) -> tuple[str, ...]:
@@ -159,7 +165,8 @@ def summary() -> str:
     for policy, found in results("accuracy").items():
         p50, p90, p99 = _quantiles(found["all"])
         lines.append(
-            f"- {ACCURACY[policy].rstrip('.')}, {len(found['models'])} reference models, error against many draws: "
+            f"- {ACCURACY[policy].rstrip('.')}, {len(found['models'])} reference models, error against the mean over draws, "
+            f"where that is known to 3 % ({' of '.join(reversed(_known(found['models'])))}): "
             f"p50 {p50} %, p90 {p90} %, p99 {p99} %."
         )
     lines += [
