@@ -81,6 +81,27 @@ def test_exponentials_of_scales_are_stacked():
     assert abs(drawn.mean()) < 0.05
 
 
+def test_couplings_that_only_add():
+    transforms = pytest.importorskip("nflows.transforms")
+    residual = pytest.importorskip("nflows.nn.nets").ResidualNet
+    masks = [(torch.arange(FEATURES) + i) % 2 for i in range(3)]
+    layers = [transforms.AdditiveCouplingTransform(mask, lambda i, o: residual(i, o, hidden_features=64)) for mask in masks]
+    model, x = gs.Flow(transforms.CompositeTransform(layers)).eval(), torch.randn(512, FEATURES)
+    plan = gs.plan(model, (x,), logdet_std=0.1)
+    shifts = [name for name, parameter in plan.parameters.items() if parameter.role == "coupling_shift"]
+    assert len(shifts) == 3
+    assert "log det is 0 whatever the weights are" in plan.explain(shifts[0])
+    moved = []
+    for seed in range(16):
+        gs.apply(model, plan, seed=seed)
+        z, determinant = model(x)
+        assert determinant.abs().max() == 0.0
+        moved.append((z - x).square().mean().item())
+    assert sum(moved) / 16 == pytest.approx(0.015, rel=0.3)  # three shifts of variance 0.01, of half the features each
+    gs.initialize(model, (x,), logdet_std=0.0)
+    assert torch.equal(model(x)[0], x)
+
+
 def test_twice_the_deviation():
     torch.manual_seed(0)
     model = gs.Flow(zuko_maf()).eval()

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from gainstage.graph import Graph
+from gainstage.graph import Graph, NodeKind
 from gainstage.plan import Passage
 from gainstage.policies import Fan, FanScaled
 from gainstage.roles import Role, Roles
@@ -243,6 +243,11 @@ class Explainer:
     def _determinant(self, demand: Demand) -> list[str]:
         value = self.solution.values[demand.node]
         mean = value.mean if isinstance(value, Value) else 0.0
+        if self.graph.by_name[demand.node].kind is NodeKind.CONSTANT:
+            return [
+                f"log det is {mean:.3g} whatever the weights are: these couplings only add;",
+                f"their shifts get a variance of {demand.goal.constant:.4g}, so that the flow starts near the identity",
+            ]
         return [
             f"Var(log det) = {demand.goal.constant:.4g} at {self._place(demand.node)}, over draws and inputs: a volume near 1;",
             "scales and shifts, which the flow adds, are equally quiet",

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from gainstage.errors import InputError
-from gainstage.graph import Graph, TensorMeta
+from gainstage.graph import Graph, NodeKind, TensorMeta
 from gainstage.roles import Roles
 from gainstage.solve.setting import Setting
 
@@ -33,6 +33,8 @@ def find_determinant(graph: Graph, logdet_std: float | None, position: int | Non
             raise InputError(f"logdet: there is no output {position}; the model returns {len(graph.outputs)}")
         return graph.outputs[position]
     found = [name for name, shape in shapes.items() if len(shape) == 1 or (len(shape) == 2 and shape[1] == 1 and len(shapes) > 1)]
+    if not found and len(constant := _constant_outputs(graph)) == 1:
+        return constant[0]
     if len(found) != 1:
         listed = ", ".join(str(list(shape)) for shape in shapes.values())
         raise InputError(
@@ -40,6 +42,17 @@ def find_determinant(graph: Graph, logdet_std: float | None, position: int | Non
             "(z, log_determinant), by gainstage.Flow for one, and say with logdet= which output it is."
         )
     return found[0]
+
+
+def _constant_outputs(graph: Graph) -> list[str]:
+    """Constants of shape [batch] that no operation reads, but the model returns: the log-determinant of additive couplings."""
+    read = {name for node in graph.nodes for name in node.operands()}
+    return [
+        node.name
+        for node in graph.nodes
+        if node.kind is NodeKind.CONSTANT and node.name not in read and isinstance(node.meta, TensorMeta)
+        and len(node.meta.shape) == 1 and node.meta.dtype.is_floating_point
+    ]  # fmt: skip
 
 
 def identity_start(roles: Roles, settings: Mapping[str, Setting]) -> dict[str, Setting]:
