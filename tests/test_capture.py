@@ -136,6 +136,11 @@ def write_into_views(s, x):
     return h, permuted
 
 
+def windows_of_a_fill(s, x):
+    ones = torch.ones_like(x)
+    return s.m[0](x) + ones.as_strided((3, 8), (2, 1))[:1]
+
+
 def write_into_pieces(s, x):
     h = s.m[0](x)
     with torch.no_grad():
@@ -216,6 +221,7 @@ IDS = torch.tensor([[1, 2, 3], [0, 7, 1]])
 CASES: dict[str, tuple[Callable[[], nn.Module], tuple, dict]] = {
     "slices": (lambda: Scripted(write_into_slices, square(), square(), square()), (x(),), {}),
     "views": (lambda: Scripted(write_into_views, square()), (x(),), {}),
+    "fill": (lambda: Scripted(windows_of_a_fill, square()), (x(),), {}),
     "pieces": (lambda: Scripted(write_into_pieces, square(), square()), (x(),), {}),
     "out": (lambda: Scripted(write_elsewhere, square(), square()), (x(),), {}),
     "index": (lambda: Scripted(write_by_index, square(), square()), (x(), torch.tensor([0, 1, 1, 3, 5])), {}),
