@@ -48,7 +48,7 @@ def test_a_row_tells_what_was_found_and_is_read_back(tmp_path):
     path = tmp_path / "zoo.jsonl"
     path.write_text(json.dumps(asdict(row)) + "\n", encoding="utf-8")
     assert read_rows(path)["awkward", "plain"].errors == row.errors
-    assert [line[:3] for line in totals([row])] == [("awkward", "1", "1"), ("all", "1", "1")]
+    assert [line[:4] for line in totals([row])] == [("awkward", "34", "1", "1"), ("all", "472", "1", "1")]
 
 
 def test_a_model_that_cannot_be_read_is_a_row_with_the_reason():

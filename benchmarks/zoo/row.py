@@ -142,7 +142,7 @@ def failing(row: ZooRow, stage: str) -> Iterator[None]:
         yield
     except Exception as error:  # noqa: BLE001
         reason = next((line for line in str(error).splitlines() if line.strip()), "")
-        row.failure = f"{stage if row.rung or stage != 'plan' else 'capture'}: {type(error).__name__}: {reason[:300]}"
+        row.failure = f"{stage if row.rung or stage != 'plan' else 'capture'}: {type(error).__name__}: {reason[:800]}"
 
 
 def quantiles(errors: list[float]) -> tuple[float, float, float]:

@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from benchmarks.zoo.load import ZOOS
+from benchmarks.zoo.load import ZOOS, zoo_models
 from benchmarks.zoo.row import ZooRow, quantiles
 
 RESULTS = Path(__file__).parents[1] / "results" / "zoo.jsonl"
 SHOWN = 12  # of the worst
 TOTAL_HEADINGS = (
-    "zoo", "models", "planned", "by export", "by a run", "ops ruled %", "plan s p50", "largest", "slow", "MB largest",
+    "zoo", "listed", "run", "planned", "by export", "by a run", "ops ruled %", "plan s p50", "largest", "slow", "MB largest",
     "draws fewest", "outputs", "p50 %", "p90 %", "p99 %", "apart",
 )  # fmt: skip
 FAILURE_HEADINGS = ("model", "reason")
@@ -31,17 +31,18 @@ def read_rows(path: Path = RESULTS) -> dict[tuple[str, str], ZooRow]:
 def totals(rows: Sequence[ZooRow]) -> list[tuple[str, ...]]:
     """A line for each zoo and one for all."""
     groups = {zoo: [row for row in rows if row.zoo == zoo] for zoo in ZOOS}
-    lines = [_total(zoo, group) for zoo, group in groups.items() if group]
-    return [*lines, _total("all", rows)] if rows else []
+    lines = [_total(zoo, len(zoo_models(zoo)), group) for zoo, group in groups.items() if group]
+    return [*lines, _total("all", sum(len(zoo_models(zoo)) for zoo in ZOOS), rows)] if rows else []
 
 
-def _total(name: str, rows: Sequence[ZooRow]) -> tuple[str, ...]:
+def _total(name: str, listed: int, rows: Sequence[ZooRow]) -> tuple[str, ...]:
     planned = [row for row in rows if row.plan_seconds > 0.0]
     errors = [error for row in rows for error in row.errors]
     ruled, sampled = sum(row.ruled for row in rows), sum(row.sampled for row in rows)
     seconds = [row.plan_seconds for row in planned] or [0.0]
     return (
         name,
+        str(listed),
         str(len(rows)),
         str(len(planned)),
         str(sum(row.rung == "export" for row in rows)),
