@@ -9,7 +9,9 @@ import sys
 import time
 import traceback
 from datetime import timedelta
+from functools import cache
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -23,7 +25,8 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 
 import gainstage as gs
 from gainstage.apply import apply, materialize, param_init_fn
-from gainstage.errors import InputError, PlanMismatchError, RankError
+from gainstage.errors import InputError, NonFiniteError, PlanMismatchError, RankError
+from gainstage.graph import held
 from gainstage.plan import Block, Distribution, Family, Mixing, ParameterPlan, Plan
 
 SEED = 3
@@ -256,6 +259,116 @@ def measured_inputs():
         gs.measure_inputs([] if dist.get_rank() == 0 else part.split(50), progress=False)
 
 
+def in_one_process(model, *args, **kwargs):
+    """What gs.verify finds where no other process is about."""
+    with patch.object(dist, "is_initialized", return_value=False):
+        return gs.verify(model, *args, **kwargs)
+
+
+def assert_same_check(found, expected):
+    """Up to the order of sums, and the same on every rank."""
+    names = ("path", "call", "output", "module_type", "shape")
+    assert [[getattr(row, name) for name in names] for row in found.rows] == [
+        [getattr(row, name) for name in names] for row in expected.rows
+    ]
+    for row, other in zip(found.rows, expected.rows, strict=True):
+        for name in ("predicted", "measured", "sampling_error", "spread"):
+            assert getattr(row, name) == pytest.approx(getattr(other, name), rel=1e-4, abs=1e-7), (row.path, name)
+    assert [(one.kind, one.where) for one in found.findings] == [(one.kind, one.where) for one in expected.findings]
+    checks = [None] * dist.get_world_size()
+    dist.all_gather_object(checks, found.to_dict())
+    assert all(check == checks[0] for check in checks)
+
+
+def own_part(tokens):
+    return tokens.tensor_split(dist.get_world_size())[dist.get_rank()]
+
+
+TOKENS = torch.randint(11, (9, 7), generator=torch.Generator().manual_seed(1))
+
+
+@cache
+def verified_alone(*, is_planned):
+    """A model whose weights are not all as planned, the plan, and what one process finds on the whole batch."""
+    model = Model().eval()
+    plan = gs.initialize(model, (TOKENS,), seed=SEED)
+    with torch.no_grad():
+        model.fused.weight.mul_(4.0)
+    given = plan if is_planned else None
+    return model, given, in_one_process(model, (TOKENS,), plan=given)
+
+
+def verified(shard, part=own_part):
+    """With a plan, and without."""
+
+    def case():
+        for is_planned in (True, False):
+            original, plan, expected = verified_alone(is_planned=is_planned)
+            assert ("fused.weight" in {finding.where for finding in expected.findings}) == is_planned, expected
+            assert len(expected.rows) == 7
+            model = Model().eval()
+            model.load_state_dict(original.state_dict())
+            model = shard(model)
+            before = {name: held(parameter).clone() for name, parameter in model.named_parameters()}
+            assert_same_check(gs.verify(model, (part(TOKENS),), plan=plan), expected)
+            for name, parameter in model.named_parameters():
+                assert torch.equal(held(parameter), before[name]), name
+
+    return case
+
+
+def by_fully_shard(model):
+    fully_shard(model.mixer)
+    fully_shard(model)
+    return model
+
+
+def by_tensor_parallel(model):
+    """Local slices, partial sums, and whole DTensors on the way."""
+    styles = {"fused": ColwiseParallel(output_layouts=Replicate()), "first": ColwiseParallel(output_layouts=Replicate())}
+    return parallelize_module(model, init_device_mesh("cpu", (dist.get_world_size(),)), styles)
+
+
+class Wide(nn.Sequential):
+    """A pair of layers with a slice of what lies between on each process."""
+
+    def __init__(self):
+        super().__init__(nn.Linear(6, 24), nn.ReLU(), nn.Linear(24, 5))
+
+
+def verified_slices():
+    x = torch.randn(16, 6, generator=torch.Generator().manual_seed(0))
+    expected = Wide()
+    plan = gs.initialize(expected, (x,), seed=SEED)
+    model = Wide()
+    model.load_state_dict(expected.state_dict())
+    parallelize_module(model, init_device_mesh("cpu", (dist.get_world_size(),)), {"0": ColwiseParallel(), "2": RowwiseParallel()})
+    check = gs.verify(model, (x,), plan=plan)
+    assert check.ok, check
+    assert_same_check(check, in_one_process(expected, (x,), plan=plan))
+
+
+def verified_before_it_exists():
+    """Streamed, each rank with its part."""
+    model = on_meta().eval()
+    plan = gs.plan(model, (TOKENS,))
+    expected = in_one_process(model, (TOKENS,), plan=plan, seed=SEED)
+    assert expected.ok, expected
+    assert_same_check(gs.verify(by_fully_shard(model), (own_part(TOKENS),), plan=plan, seed=SEED), expected)
+
+
+def verified_with_another_plan():
+    plan = plan_for(Model(), **({} if dist.get_rank() else {"fused.bias": {"distribution": NORMAL}}))
+    with pytest.raises(RankError, match="disagree on the plan, the model or its values: ranks 0: "):
+        gs.verify(sharded_model(), (TOKENS,), plan=plan)
+    is_bad = dist.get_rank() == 1
+    with pytest.raises(NonFiniteError if is_bad else RankError, match="NaN or infinity in input 0"):
+        gs.verify(Wide(), (torch.full((2, 6), float("nan") if is_bad else 1.0),))
+    torch.manual_seed(dist.get_rank())
+    with pytest.raises(RankError, match="disagree on the plan, the model or its values"):
+        gs.verify(Wide(), (torch.ones(2, 6),))
+
+
 def flattened(*, use_orig_params):
     def case():
         expected = reference()
@@ -371,6 +484,13 @@ CASES = {
     "planned on each rank": planned_on_each_rank,
     "learning rates": learning_rates,
     "measured inputs": measured_inputs,
+    "verified": verified(lambda model: model),
+    "verified, fully_shard": verified(by_fully_shard),
+    "verified, DDP": verified(nn.parallel.DistributedDataParallel),
+    "verified, tensor parallel": verified(by_tensor_parallel, part=lambda tokens: tokens),
+    "verified, slices": verified_slices,
+    "verified before it exists": verified_before_it_exists,
+    "verified with another plan": verified_with_another_plan,
     "another plan": another_plan_on_one_rank,
     "another seed": another_seed_on_one_rank,
     "another model": a_model_that_fits_on_all_ranks_but_one,

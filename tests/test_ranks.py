@@ -32,9 +32,18 @@ _TWO_DIMENSIONS = (
     "fully_shard over tensor parallel",
 )
 _ASTRAY = ("another plan", "another seed", "another model", "a failure", "an absent rank", "a killed rank")
+_VERIFIED = (
+    "verified",
+    "verified, DDP",
+    "verified, fully_shard",
+    "verified, tensor parallel",
+    "verified, slices",
+    "verified before it exists",
+    "verified with another plan",
+)
 _CASES = {
     1: _ANY,
-    2: (*_ANY, *_ASTRAY),
+    2: (*_ANY, *_VERIFIED, *_ASTRAY),
     3: (*_ANY, *_ASTRAY),
     4: (*_ANY, *_TWO_DIMENSIONS, *_ASTRAY),
 }

@@ -14,6 +14,7 @@ from torch.nn.parameter import is_lazy
 from gainstage.apply import apply, tailor
 from gainstage.apply.buffers import known_buffers
 from gainstage.apply.drawn import DrawnParameters
+from gainstage.apply.pieces import assembled
 from gainstage.calibrate import Calibration
 from gainstage.calibrate import calibrate as calibrate_to
 from gainstage.capture import capture, copied
@@ -42,13 +43,16 @@ from gainstage.signal import Value
 from gainstage.signal.gain import gain
 from gainstage.solve import Present, attention_signals, find_balance, find_determinant, find_family, planned_values, solve
 from gainstage.verify import (
+    Batch,
     Check,
     TaskGradients,
     check_inputs,
     check_mode,
     check_operations,
+    check_ranks,
     check_values,
     check_weights,
+    gathered,
     judge_tasks,
     measure_tasks,
     verify_drawn,
@@ -90,15 +94,14 @@ def inspect(
     graph = capture(model, args, kwargs, loss=loss, buffers=known_buffers(model))
     with _host():
         roles = infer_roles(graph)
-        values = present_values(graph, model, roles)
+        values = present_values(graph, real_parameters(model), roles)
         trace = build_trace(graph, values, propagate_backward(graph, values))
         return replace(trace, attention=attention_signals(graph, roles, values))
 
 
-def present_values(graph: Graph, model: nn.Module, roles: Roles) -> dict[str, Any]:
+def present_values(graph: Graph, tensors: Mapping[str, torch.Tensor], roles: Roles) -> dict[str, Any]:
     """Every node at the present parameters: independent entries with their moments, slice by slice where slices differ."""
-    tensors = {name: tensor for name, tensor in real_parameters(model).items() if name in graph.parameters}
-    moments = parameter_moments(tensors)
+    moments = {name: parameter_moments({name: tensors[name]})[name] for name in tensors if name in graph.parameters}
     index = {name: position for position, name in enumerate(graph.parameters)}
 
     def present(info: ParameterInfo) -> Value:
@@ -266,6 +269,9 @@ def verify(
     A model on the meta device is run on what :func:`apply` would write: each parameter is drawn when an operation reads it and
     dropped after, so that the model may be larger than memory.
 
+    Where ``torch.distributed`` runs, all processes make this call, with a model that is sharded or the same on all, each with
+    its part of the batch (or all with the same); each returns what one process would find on the whole batch.
+
     Args:
         model: in the mode that is to be verified.
         args: positional arguments of forward; real inputs, best of several samples.
@@ -280,7 +286,8 @@ def verify(
     Raises:
         NonFiniteError: NaN or infinity in a parameter or an input.
         PlanMismatchError: the plan was made for another model.
-        InputError: a model on the meta device without a plan, or a forward pass that fails.
+        InputError: a model on the meta device without a plan, FSDP1, or a forward pass that fails.
+        RankError: another process failed, has another plan, model or values, inputs of other shapes, or does not answer.
 
     Example::
 
@@ -289,16 +296,19 @@ def verify(
     """
     _check_call(model, args)
     given = dict(kwargs or {})
-    if plan is not None and all(parameter.is_meta for parameter in model.parameters()):
-        return _verify_drawn(model, args, given, plan, seed=seed, progress=progress)
-    check_values(model, args, given)
-    graph = capture(model, args, given)
+    is_drawn = plan is not None and all(parameter.is_meta for parameter in model.parameters())
+    check_ranks(plan, model, lambda: check_inputs(args, given) if is_drawn else check_values(model, args, given))
+    found = assembled(model, () if plan is None else plan.parameters)
+    batch = gathered(args, given)
+    if plan is not None and is_drawn:
+        return _verify_drawn(found.code, args, given, plan, batch, seed=seed, progress=progress)
+    graph = capture(found.code, batch.args, batch.kwargs, buffers=found.buffers)
 
     def present() -> Trace:
         with _host():
-            return build_trace(graph, present_values(graph, model, infer_roles(graph)))
+            return build_trace(graph, present_values(graph, found.parameters, infer_roles(graph)))
 
-    return compare_with(graph, model, args, given, plan=plan, present=present)
+    return compare_with(graph, found, args, given, batch=batch, plan=plan, present=present)
 
 
 def task_gradients(
@@ -348,12 +358,12 @@ def task_gradients(
 
 
 def _verify_drawn(
-    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], plan: Plan, *, seed: int,
+    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], plan: Plan, batch: Batch, *, seed: int,
     progress: Callable[[int, int], object] | None,
 ) -> Check:  # fmt: skip
     parameters = DrawnParameters(plan, seed)
-    check_inputs(args, kwargs)
-    graph = capture(model, args, kwargs, buffers=known_buffers(model))
+    buffers = known_buffers(model)
+    graph = capture(model, batch.args, batch.kwargs, buffers=buffers)
     if graph.guesses:
         raise InputError(
             f"A real pass needs every buffer. {' '.join(graph.guesses[:4])} "
@@ -366,7 +376,10 @@ def _verify_drawn(
             values = planned_values(graph, plan, moments=moments_of(model), tables=tables, source=measured_input, at_plan=False)
             return build_trace(graph, values)
 
-    return verify_drawn(graph, parameters, args, kwargs, plan=plan, present=present, progress=progress)
+    own = graph if len(batch.parts) == 1 else capture(model, args, kwargs, buffers=buffers)
+    return verify_drawn(
+        own, parameters, args, kwargs, whole=graph, batch=batch, plan=plan, present=present, progress=progress
+    )  # fmt: skip
 
 
 def calibrate(model: nn.Module, plan: Plan, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None) -> Calibration:

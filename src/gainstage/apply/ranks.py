@@ -20,13 +20,14 @@ from gainstage.errors import RankError
 _SLOWER = 10
 
 
-def together(ranks: Iterable[int], work: Callable[[], str], timeout: float) -> None:
+def together(ranks: Iterable[int], work: Callable[[], str], timeout: float, *, subject: str = "the plan or the seed") -> None:
     """Do the work here, and compare what it returns with what it returned on the other ranks.
 
     Args:
         ranks: processes that do the same; none or only this one where the model is not sharded.
         work: returns what has to be the same on all ranks.
         timeout: seconds to wait for the others, beyond ten times as long as the work took here.
+        subject: what has to be the same, for the message.
 
     Raises:
         RankError: another rank failed, returned something else, or did not answer in time.
@@ -48,7 +49,7 @@ def together(ranks: Iterable[int], work: Callable[[], str], timeout: float) -> N
     deadline = time.monotonic() + timeout + _SLOWER * (time.monotonic() - start)
     answers = {other: said if other == rank else _answer(store, call, other, deadline) for other in others}
     if len(set(answers.values())) > 1:
-        raise RankError(f"The ranks disagree on the plan or the seed: {_groups(answers)}. Plan on one rank and broadcast it.")
+        raise RankError(f"The ranks disagree on {subject}: {_groups(answers)}. Plan on one rank and broadcast it.")
 
 
 def _answer(store: Any, call: int, rank: int, deadline: float) -> str:

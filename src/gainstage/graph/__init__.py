@@ -12,7 +12,7 @@ from gainstage.graph.model import (
     Ref,
     TensorMeta,
 )
-from gainstage.graph.real import as_real, real_parameters
+from gainstage.graph.real import as_real, held, is_sharded, real_parameters, whole
 from gainstage.graph.region import Region, enters_regions_only
 from gainstage.graph.reuse import reused_weights
 
@@ -29,7 +29,10 @@ __all__ = [
     "as_real",
     "enters_regions_only",
     "fingerprint",
+    "held",
+    "is_sharded",
     "real_parameters",
     "reused_weights",
     "tensor_leaves",
+    "whole",
 ]

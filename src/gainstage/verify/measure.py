@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,8 +13,9 @@ from torch import nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from gainstage.apply.pieces import sharded_again
 from gainstage.errors import InputError
-from gainstage.graph import tensor_leaves
+from gainstage.graph import tensor_leaves, whole
 from gainstage.verify.untouched import untouched
 
 FEW_KEYS = 8  # a softmax over fewer entries may well put half of its weight on one
@@ -24,12 +26,50 @@ CallKey = tuple[str, int]  # module path, number of the call
 
 @dataclass(frozen=True, slots=True)
 class Measurement:
-    """One tensor: mean of the squares, its relative sampling error (0 where unknown), and whether all entries are finite."""
+    """One tensor: sums of its squares, so that parts of a batch can be put together.
+
+    Args:
+        shape: samples lie along the first dimension, or windows and heads of them, sample by sample.
+        samples: size of the batch.
+        squares: sum of the squares at each index of the first dimension, in float64, on the host.
+    """
 
     shape: tuple[int, ...]
-    second_moment: float
-    sampling_error: float
-    is_finite: bool
+    samples: int
+    squares: torch.Tensor
+
+    @property
+    def second_moment(self) -> float:
+        """Mean of the squares."""
+        return float(self._moments().mean())
+
+    @property
+    def sampling_error(self) -> float:
+        """Relative sampling error of the second moment; 0 where unknown.
+
+        Entries of one sample depend on each other; samples are independent given the weights. So the error is the deviation
+        between the means of the samples over the square root of their number, widened for few samples (the deviation of
+        Student's t with ``samples - 1`` degrees of freedom, which has none for less than four samples: then it is not
+        widened). Over inputs, for this one draw of weights.
+        """
+        moments = self._moments()
+        second = float(moments.mean())
+        if len(moments) == 1 or second <= 0.0:
+            return 0.0
+        degrees = len(moments) - 1
+        widening = (degrees / (degrees - 2)) ** 0.5 if degrees > 2 else 1.0
+        error: float = moments.std().item() / second / len(moments) ** 0.5 * widening
+        return error
+
+    @property
+    def is_finite(self) -> bool:
+        """All entries are."""
+        return self.second_moment < float("inf")
+
+    def _moments(self) -> torch.Tensor:
+        """Of each sample; of all entries where they cannot be told apart."""
+        rows = self.samples if len(self.squares) % self.samples == 0 else 1
+        return self.squares.reshape(rows, -1).sum(1) * (rows / math.prod(self.shape))
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +97,7 @@ def run_forward(
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
     *,
+    modules: Iterable[tuple[str, nn.Module]],
     look_at_output: Callable[[Mapping[int, torch.Tensor]], Mapping[int, tuple[float, float]]],
 ) -> Pass:
     """Run the model once, measure, and leave it as it was.
@@ -65,6 +106,7 @@ def run_forward(
         model: in the mode that is to be measured.
         args: positional arguments of forward; the model gets copies.
         kwargs: keyword arguments of forward; the model gets copies.
+        modules: what is measured, by path.
         look_at_output: is given the tensors that the model returns, by their place among them.
 
     Raises:
@@ -72,13 +114,18 @@ def run_forward(
     """
     found = Pass()
     copies = pytree.tree_map(lambda leaf: leaf.clone() if isinstance(leaf, torch.Tensor) else leaf, (args, dict(kwargs)))
-    with untouched(model), _hooked(model, found, samples_in(args, kwargs)) as stack, AttentionWatch(found, stack):
+    with (
+        untouched(model),
+        _hooked(modules, found, samples_in(args, kwargs)) as stack,
+        AttentionWatch(found, stack),
+        sharded_again(model),
+    ):
         try:
             output = model(*copies[0], **copies[1])
         except Exception as error:
             place = f" in module {stack[-1]!r}" if stack and stack[-1] else ""
             raise InputError(f"The forward pass failed{place}: {type(error).__name__}: {error}") from error
-        found.first_losses.update(look_at_output(dict(enumerate(tensor_leaves(output)))))
+        found.first_losses.update(look_at_output(dict(enumerate(map(whole, tensor_leaves(output))))))
     return found
 
 
@@ -88,7 +135,7 @@ def samples_in(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
 
 
 @contextmanager
-def _hooked(model: nn.Module, found: Pass, batch: int) -> Iterator[list[str]]:
+def _hooked(modules: Iterable[tuple[str, nn.Module]], found: Pass, batch: int) -> Iterator[list[str]]:
     """Measure every module call; yields the stack of the modules that are running."""
     stack: list[str] = []
     counts: dict[str, int] = {}
@@ -113,7 +160,7 @@ def _hooked(model: nn.Module, found: Pass, batch: int) -> Iterator[list[str]]:
         return leave
 
     handles = []
-    for path, module in model.named_modules():
+    for path, module in modules:
         handles += [module.register_forward_pre_hook(enter_for(path)), module.register_forward_hook(leave_for(path))]
     try:
         yield stack
@@ -122,29 +169,17 @@ def _hooked(model: nn.Module, found: Pass, batch: int) -> Iterator[list[str]]:
             handle.remove()
 
 
-def measure(tensor: torch.Tensor, batch: int) -> Measurement:
-    """Mean of the squares of a tensor and its relative sampling error.
-
-    Entries of one sample depend on each other; samples are independent given the weights. So the error is the deviation
-    between the means of the samples over the square root of their number, widened for few samples (the deviation of
-    Student's t with ``batch - 1`` degrees of freedom, which has none for less than four samples: then it is not widened).
-    Over inputs, for this one draw of weights.
+def measure(tensor: torch.Tensor, samples: int) -> Measurement:
+    """Squares of a tensor, summed at each index of its first dimension.
 
     Args:
-        tensor: samples lie along the first dimension, or windows and heads of them, sample by sample.
-        batch: number of samples.
+        tensor: of at least one entry.
+        samples: size of the batch.
     """
-    x = tensor.detach()
-    rows = x.reshape(batch, -1) if x.dim() > 0 and x.shape[0] % batch == 0 else x.reshape(1, -1)
-    norms = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64)
-    moments = norms.square() / rows.shape[1]
-    second = float(moments.mean())
-    error = 0.0
-    if len(moments) > 1 and second > 0.0:
-        degrees = len(moments) - 1
-        widening = (degrees / (degrees - 2)) ** 0.5 if degrees > 2 else 1.0
-        error = float(moments.std()) / second / len(moments) ** 0.5 * widening
-    return Measurement(tuple(tensor.shape), second, error, second < float("inf"))
+    x = whole(tensor.detach())
+    rows = x.reshape(x.shape[0] if x.dim() else 1, -1)
+    squares = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64).square()
+    return Measurement(tuple(x.shape), samples, squares.cpu())
 
 
 class AttentionWatch(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -160,10 +195,10 @@ class AttentionWatch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         result = func(*args, **named)
         name = func._schema.name.partition("::")[2]
         if name in ("_softmax", "_safe_softmax") and args[0].dim() >= 3:
-            self._look(args[0].detach()[:1].movedim(args[1], -1))
+            self._look(whole(args[0].detach())[:1].movedim(args[1], -1))
         elif name.startswith("_scaled_dot_product_") and not name.endswith("_backward"):
             given = {argument.name: value for argument, value in zip(func._schema.arguments, args, strict=False)} | named
-            self._look(_some_logits(given))
+            self._look(_some_logits({argument: whole(value) for argument, value in given.items()}))
         return result
 
     def _look(self, logits: torch.Tensor) -> None:

@@ -10,10 +10,9 @@ from statistics import NormalDist
 
 import numpy as np
 import torch
-from torch import nn
 
 from gainstage.findings import Finding, FindingKind
-from gainstage.graph import ParameterInfo, real_parameters
+from gainstage.graph import ParameterInfo
 from gainstage.plan import Distribution, Family, ParameterPlan, Plan
 
 FALSE_ALARMS = 1e-3  # probability that any parameter of a model that was drawn as planned is called wrong
@@ -51,9 +50,8 @@ def lost_ties(plan: Plan, parameters: Mapping[str, ParameterInfo]) -> tuple[list
     return findings, facts
 
 
-def not_as_planned(plan: Plan, model: nn.Module) -> list[Finding]:
+def not_as_planned(plan: Plan, tensors: Mapping[str, torch.Tensor]) -> list[Finding]:
     """Parameters whose mean or deviation cannot come from the planned distribution."""
-    tensors = real_parameters(model)
     parts = [(planned, *part) for planned in plan.parameters.values() for part in _parts(planned)]
     bound = NormalDist().inv_cdf(1.0 - FALSE_ALARMS / (4.0 * max(len(parts), 1)))  # two-sided, mean and deviation
     findings: list[Finding] = []
@@ -178,17 +176,16 @@ def _remedy(values: torch.Tensor) -> str:
     return "Apply the plan after everything else that writes parameters, and once: gs.apply(model, plan)."
 
 
-def equal_values(model: nn.Module, parameters: Mapping[str, ParameterInfo]) -> list[Finding]:
+def equal_values(tensors: Mapping[str, torch.Tensor], parameters: Mapping[str, ParameterInfo]) -> list[Finding]:
     """Different parameters with the same random values: clones that start identical, or a tie that was lost.
 
     Only trained parameters of at least two dimensions whose rows differ: constants, tables and repeated rows are equal by design.
     """
-    tensors = real_parameters(model)
     groups: dict[object, list[str]] = {}
     for name, info in parameters.items():
         tensor = tensors[name].detach()
         if info.requires_grad and tensor.dim() >= 2 and tensor.numel() >= 16:
-            groups.setdefault((info.shape, info.dtype, _digest(tensor)), []).append(name)
+            groups.setdefault((info.shape, info.dtype, digest(tensor)), []).append(name)
     found = [
         names
         for names in groups.values()
@@ -199,7 +196,7 @@ def equal_values(model: nn.Module, parameters: Mapping[str, ParameterInfo]) -> l
     return [_equal_finding(names, parameters) for names in found]
 
 
-def _digest(tensor: torch.Tensor) -> bytes:
+def digest(tensor: torch.Tensor) -> bytes:
     """Of at most a thousand entries: equal tensors have equal digests, and others hardly ever."""
     flat = tensor.reshape(-1)
     sample = flat[:: max(flat.numel() // 1024, 1)].to("cpu", torch.float64).contiguous()

@@ -13,6 +13,8 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from gainstage.graph import held
+
 
 @contextlib.contextmanager
 def untouched(model: nn.Module) -> Iterator[None]:
@@ -30,15 +32,19 @@ def untouched(model: nn.Module) -> Iterator[None]:
                 yield
         finally:
             for parameter, data, requires_grad, grad in parameters:
-                if parameter.data_ptr() != data.data_ptr():
+                if _is_elsewhere(parameter, data):
                     parameter.data = data
                 parameter.requires_grad_(requires_grad)
                 parameter.grad = grad
             guard.restore()
             for buffer, data, values in buffers:
-                if buffer.data_ptr() != data.data_ptr():
+                if _is_elsewhere(buffer, data):
                     buffer.data = data
                 buffer.copy_(values)
+
+
+def _is_elsewhere(tensor: torch.Tensor, data: torch.Tensor) -> bool:
+    return bool(held(tensor).data_ptr() != held(data).data_ptr())
 
 
 class _WriteGuard(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -48,7 +54,7 @@ class _WriteGuard(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self._parameters: dict[int, list[nn.Parameter]] = {}
         for parameter in parameters:
-            self._parameters.setdefault(parameter.untyped_storage().data_ptr(), []).append(parameter)
+            self._parameters.setdefault(held(parameter).untyped_storage().data_ptr(), []).append(parameter)
         self._saved: list[tuple[nn.Parameter, torch.Tensor]] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -63,7 +69,7 @@ class _WriteGuard(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _save(self, target: Any) -> None:
         for tensor in target if isinstance(target, (list, tuple)) else (target,):
             if isinstance(tensor, torch.Tensor):
-                for parameter in self._parameters.pop(tensor.untyped_storage().data_ptr(), ()):
+                for parameter in self._parameters.pop(held(tensor).untyped_storage().data_ptr(), ()):
                     self._saved.append((parameter, parameter.detach().clone()))
 
     def restore(self) -> None:

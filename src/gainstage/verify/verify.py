@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
+from gainstage.apply.pieces import Assembled
+from gainstage.apply.ranks import together
+from gainstage.apply.write import PATIENCE
 from gainstage.errors import InputError, NonFiniteError, PlanMismatchError
 from gainstage.findings import Finding
-from gainstage.graph import Graph, fingerprint, tensor_leaves
+from gainstage.graph import Graph, fingerprint, held, is_sharded, real_parameters, tensor_leaves
 from gainstage.plan import Plan
 from gainstage.propagate import Trace, check_initialised
 from gainstage.verify import signals
+from gainstage.verify.batch import Batch, put_together, ranks_at_work
 from gainstage.verify.compare import MODEL_ERROR, compare, predictions, z_bound
 from gainstage.verify.measure import Pass, run_forward, samples_in
-from gainstage.verify.parameters import equal_values, lost_ties, not_as_planned
+from gainstage.verify.parameters import digest, equal_values, lost_ties, not_as_planned
 from gainstage.verify.result import Check
 from gainstage.verify.streamed import run_streamed
 
@@ -36,8 +41,8 @@ def check_values(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, A
             f"{on_meta[0]} and {len(on_meta) - 1} more lie on the meta device: there are no values to measure. "
             "gs.materialize(model, plan) gives it values; with plan=plan, gs.verify can do without."
         )
-    bad = [f"parameter {name}" for name, tensor in model.named_parameters() if not bool(tensor.isfinite().all())]
-    bad += [f"buffer {name}" for name, tensor in model.named_buffers() if bool(tensor.isnan().any())]
+    bad = [f"parameter {name}" for name, tensor in model.named_parameters() if not bool(held(tensor).isfinite().all())]
+    bad += [f"buffer {name}" for name, tensor in model.named_buffers() if bool(held(tensor).isnan().any())]
     _refuse(bad)
     check_inputs(args, kwargs)
 
@@ -49,7 +54,7 @@ def check_inputs(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         InputError: an input on the meta device.
         NonFiniteError: NaN or infinity in an input.
     """
-    leaves = tensor_leaves((args, dict(kwargs)))
+    leaves = [held(leaf) for leaf in tensor_leaves((args, dict(kwargs)))]
     if any(leaf.is_meta for leaf in leaves):
         raise InputError("An input lies on the meta device; a real pass needs real inputs.")
     _refuse([f"input {position}" for position, leaf in enumerate(leaves) if not _is_input(leaf)])
@@ -67,22 +72,63 @@ def _is_input(tensor: torch.Tensor) -> bool:
     return not bool(tensor.isnan().any()) and not bool(tensor.isposinf().any() if tensor.is_floating_point() else False)
 
 
+def check_ranks(plan: Plan | None, model: nn.Module, check: Callable[[], None]) -> None:
+    """Check the input on all processes that verify together, and that they have the same plan and model.
+
+    Args:
+        plan: where the predictions come from, if there is one.
+        model: of this process.
+        check: raises where something is wrong with the input of this process.
+
+    Raises:
+        RankError: another process raises, has another plan, or a model of other shapes, or other values in what all hold.
+    """
+
+    def said() -> str:
+        check()
+        facts = [
+            (name, tuple(tensor.shape), str(tensor.dtype), b"" if is_sharded(tensor) or tensor.is_meta else digest(tensor))
+            for name, tensor in real_parameters(model).items()
+        ]
+        text = repr((model.training, facts, None if plan is None else plan.to_json()))
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    if ranks_at_work():
+        together(ranks_at_work(), said, PATIENCE, subject="the plan, the model or its values")
+    else:
+        check()
+
+
+def on_all_ranks(run: Callable[[], Pass]) -> Pass:
+    """A pass on each process; all raise where one fails."""
+    found: list[Pass] = []
+
+    def work() -> str:
+        found.append(run())
+        return ""
+
+    together(ranks_at_work(), work, PATIENCE)
+    return found[0]
+
+
 def verify(
     graph: Graph,
-    model: nn.Module,
+    model: Assembled,
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
     *,
+    batch: Batch,
     plan: Plan | None,
     present: Callable[[], Trace],
 ) -> Check:
     """Measure a real forward pass and compare it with a plan, or with a trace at the present weights.
 
     Args:
-        graph: of this model at these arguments.
+        graph: of this model at the whole batch.
         model: with values; left exactly as it was.
-        args: positional arguments of forward.
+        args: positional arguments of forward: of this process, if there are several.
         kwargs: keyword arguments of forward.
+        batch: that of all processes.
         plan: where the predictions come from, if there is one.
         present: predicts at the present parameters and inputs; asked for without a plan, or where the plan is not met.
 
@@ -92,13 +138,19 @@ def verify(
     """
     findings: list[Finding] = []
     if plan is not None:
-        findings += _check_plan(plan, graph, model)
+        findings += _check_plan(plan, graph, model.parameters)
     findings += [
-        finding for finding in equal_values(model, graph.parameters) if finding.where not in {known.where for known in findings}
+        finding
+        for finding in equal_values(model.parameters, graph.parameters)
+        if finding.where not in {known.where for known in findings}
     ]
     heads = signals.output_heads(graph)
-    found = run_forward(model, args, kwargs, look_at_output=lambda outputs: signals.first_losses(heads, outputs))
-    return _judge(graph, found, findings, plan=plan, present=present, input_level=_input_level(args, kwargs))
+
+    def look(outputs: Mapping[int, torch.Tensor]) -> Mapping[int, tuple[float, float]]:
+        return signals.first_losses(heads, outputs)
+
+    found = on_all_ranks(lambda: run_forward(model.running, args, kwargs, modules=model.modules, look_at_output=look))
+    return _judge(graph, found, findings, batch=batch, plan=plan, present=present)
 
 
 def verify_drawn(
@@ -107,6 +159,8 @@ def verify_drawn(
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
     *,
+    whole: Graph,
+    batch: Batch,
     plan: Plan,
     present: Callable[[], Trace],
     progress: Callable[[int, int], object] | None,
@@ -114,10 +168,12 @@ def verify_drawn(
     """As :func:`verify`, for a model on the meta device, with parameters that exist only while an operation reads them.
 
     Args:
-        graph: of this model at these arguments.
+        graph: of this model at these arguments, those of this process.
         parameters: what the plan would draw.
         args: positional arguments of forward.
         kwargs: keyword arguments of forward.
+        whole: of this model at the whole batch.
+        batch: that of all processes.
         plan: where the predictions come from.
         present: predicts the plan's parameters at these inputs.
         progress: called with the number of operations done, and in all.
@@ -130,20 +186,24 @@ def verify_drawn(
     check_mode(plan, graph)
     check_operations(plan, graph)
     heads = signals.output_heads(graph)
-    found = run_streamed(
-        graph,
-        parameters,
-        samples=samples_in(args, kwargs),
-        look_at_output=lambda outputs: signals.first_losses(heads, outputs),
-        progress=progress,
-    )
-    return _judge(graph, found, [], plan=plan, present=present, input_level=_input_level(args, kwargs))
+
+    def run() -> Pass:
+        return run_streamed(
+            graph,
+            parameters,
+            samples=samples_in(args, kwargs),
+            look_at_output=lambda outputs: signals.first_losses(heads, outputs),
+            progress=progress,
+        )
+
+    return _judge(whole, on_all_ranks(run), [], batch=batch, plan=plan, present=present)
 
 
 def _judge(
-    graph: Graph, found: Pass, findings: list[Finding], *, plan: Plan | None, present: Callable[[], Trace], input_level: float
+    graph: Graph, found: Pass, findings: list[Finding], *, batch: Batch, plan: Plan | None, present: Callable[[], Trace]
 ) -> Check:
-    """Compare a pass with its predictions, and add to what was found on the parameters."""
+    """Compare the passes of all processes with their predictions, and add to what was found on the parameters."""
+    found = put_together(found, batch, graph)
     heads = signals.output_heads(graph)
     rows = compare(predictions(graph, present() if plan is None else plan), found)
     findings += signals.not_finite(graph, rows)
@@ -153,7 +213,7 @@ def _judge(
     findings += signals.level_off(graph, rows, [finding.where for finding in findings])
     symptoms = [
         *signals.saturated(graph, found),
-        *signals.extreme_levels(graph, rows, input_level),
+        *signals.extreme_levels(graph, rows, _input_level(batch.args, batch.kwargs)),
         *signals.loud_heads(heads, found, plan),
     ]
     findings += [finding for finding in symptoms if not findings or finding.where not in {known.where for known in findings}]
@@ -162,13 +222,13 @@ def _judge(
     return Check(rows=tuple(row for row, _ in rows), findings=tuple(findings), bound=z_bound(len(rows)), model_error=MODEL_ERROR)
 
 
-def _check_plan(plan: Plan, graph: Graph, model: nn.Module) -> list[Finding]:
+def _check_plan(plan: Plan, graph: Graph, tensors: Mapping[str, torch.Tensor]) -> list[Finding]:
     findings, facts = lost_ties(plan, graph.parameters)
     plan.check_fits(facts)
     check_mode(plan, graph)
     if not findings:
         check_operations(plan, graph)
-    return findings + not_as_planned(plan, model)
+    return findings + not_as_planned(plan, tensors)
 
 
 def check_mode(plan: Plan, graph: Graph) -> None:
