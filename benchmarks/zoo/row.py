@@ -101,7 +101,7 @@ def watched(row: ZooRow) -> Iterator[None]:
             row.sampled = sum(each.count for each in counts if each.treatment == "sampled")
         return graph
 
-    with patch("gainstage.api.capture", captured):
+    with patch("gainstage.api.planning.capture", captured):
         yield
 
 

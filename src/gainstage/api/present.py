@@ -1,0 +1,77 @@
+"""What every public function needs of the model and its inputs as they are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from gainstage.errors import InputError
+from gainstage.graph import Graph, Node, ParameterInfo, enters_regions_only, real_parameters
+from gainstage.propagate import (
+    constant_value,
+    input_value,
+    kurtosis,
+    level_profile,
+    parameter_moments,
+    parameter_value,
+    propagate,
+    table_value,
+)
+from gainstage.roles import Roles, is_data
+from gainstage.signal import Value
+
+
+def on_host() -> torch.device:
+    """A context for numbers that are not the model's: they lie on the host, whatever device the caller made the default."""
+    return torch.device("cpu")
+
+
+def check_call(model: object, args: object) -> None:
+    """Tell a model and its positional arguments from what is neither.
+
+    Raises:
+        InputError: for anything else.
+    """
+    if not isinstance(model, nn.Module):
+        raise InputError(f"The model is {type(model).__name__}; give a torch.nn.Module.")
+    if not isinstance(args, (tuple, list)):
+        raise InputError(f"The positional arguments of forward come as a tuple, not as {type(args).__name__}: args=(x,).")
+
+
+def measured_input(node: Node) -> Value:
+    """Statistics of an input as it was given."""
+    assert node.meta is not None
+    assert not isinstance(node.meta, tuple)
+    return input_value(node.name, node.value, node.meta.shape)
+
+
+def moments_of(model: nn.Module) -> Callable[[str], tuple[float, float] | None]:
+    """Mean and variance of a parameter's present values, measured when asked for; None on the meta device."""
+    tensors = real_parameters(model)
+
+    def moments(name: str) -> tuple[float, float] | None:
+        return None if tensors[name].is_meta else parameter_moments({name: tensors[name]})[name]
+
+    return moments
+
+
+def present_values(graph: Graph, tensors: Mapping[str, torch.Tensor], roles: Roles) -> dict[str, Any]:
+    """Every node at the present parameters: independent entries with their moments, slice by slice where slices differ."""
+    moments = {name: parameter_moments({name: tensors[name]})[name] for name in tensors if name in graph.parameters}
+    index = {name: position for position, name in enumerate(graph.parameters)}
+
+    def present(info: ParameterInfo) -> Value:
+        if enters_regions_only(graph, info.name):
+            return replace(constant_value(tensors[info.name]), lineage=1 << index[info.name])
+        tensor = tensors[info.name]
+        is_table = is_data(graph, info.name, roles.of(info.name))
+        table = table_value(tensor, index[info.name]) if is_table else None
+        if table is not None:
+            return table
+        return parameter_value(info, index[info.name], *moments[info.name], level_profile(tensor), kurtosis=kurtosis(tensor))
+
+    return propagate(graph, present, measured_input)
