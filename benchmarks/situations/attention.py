@@ -63,6 +63,7 @@ def rows_of(subject: Subject) -> Iterator[Row]:
     named = {"situation": "attention", "package": subject.package, "model": subject.name}
     trace = gs.inspect(example.model, example.args, example.kwargs)
     entropies = np.mean([entropy for _, entropy in found], axis=0)
-    ratios = [signal.entropy / entropy for signal, entropy in zip(trace.attention, entropies, strict=True)]
+    by_place = {signal.path: signal.entropy for signal in trace.attention}  # several products may feed one softmax
+    ratios = [found / float(entropy) for found, entropy in zip(by_place.values(), entropies, strict=True)]
     yield row_over(variances.tolist(), **named, quantity="variance of the logits over the keys", asked=ASKED)
     yield row_over(ratios, **named, quantity="entropy of the attention, predicted over measured", asked=(0.95, 1.05))

@@ -10,8 +10,8 @@ from gainstage.propagate import AttentionSignal
 from gainstage.roles import Roles
 from gainstage.rules.attention import attention_logits
 from gainstage.signal import Value
-from gainstage.signal.attention import relative_entropy
-from gainstage.solve.constraint import Quantity, is_attention, measure
+from gainstage.signal.attention import apart, relative_entropy
+from gainstage.solve.constraint import Quantity, is_attention, key_variance, measure
 
 
 def attention_signals(graph: Graph, roles: Roles, values: Mapping[str, Any]) -> tuple[AttentionSignal, ...]:
@@ -31,13 +31,12 @@ def _signals(
         logits = _fused(node, values) if is_attention(node) else _written_out(node, values, readers)
         if logits is None:
             continue
-        variance = measure(Quantity.KEY_VARIANCE, graph, found.node, values)
         yield AttentionSignal(
             node=found.node,
             path=node.provenance.module_path,
             keys=logits.shape[-1],
-            logit_variance=variance,
-            entropy=relative_entropy(logits, variance),
+            logit_variance=measure(Quantity.KEY_VARIANCE, graph, found.node, values),
+            entropy=relative_entropy(apart(logits), key_variance(logits)),
         )
 
 
