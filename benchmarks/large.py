@@ -13,6 +13,7 @@ from benchmarks.stages import peak_megabytes, time_stage
 
 import gainstage as gs
 from gainstage.cli.huggingface import cpu_torchvision_if_installed
+from gainstage.report.progress import progress_bar
 
 TOKENS = 128
 
@@ -73,7 +74,8 @@ def measure(name: str) -> Large:
     else:
         inputs = {"input_ids": torch.randint(32000, (4, 16), generator=torch.Generator().manual_seed(0))}
         plan = gs.plan(model, (), inputs)
-        stage, check = time_stage("verify", lambda: gs.verify(model, (), inputs, plan=plan, progress=_show), repetitions=1)
+        with progress_bar("operations") as advance:
+            stage, check = time_stage("verify", lambda: gs.verify(model, (), inputs, plan=plan, progress=advance), repetitions=1)
         outcome = f"{sum(row.ok for row in check.rows)} of {len(check.rows)} module outputs as predicted"
     return Large(
         model=name,
@@ -85,10 +87,6 @@ def measure(name: str) -> Large:
         libraries_megabytes=libraries,
         outcome=outcome,
     )
-
-
-def _show(done: int, total: int) -> None:
-    print(f"\r{done} of {total} operations", end="", file=sys.stderr)
 
 
 if __name__ == "__main__":
