@@ -40,7 +40,7 @@ def subjects(p: float) -> tuple[Subject, ...]:
             attn_drop_rate=p,
         ),
         from_transformers(
-            "gpt2", "gpt2, 20 blocks", n_layer=DEPTH, n_head=4, n_embd=128, attn_pdrop=p, resid_pdrop=p, embd_pdrop=p,
+            "gpt2", "gpt2, 20 blocks", num_hidden_layers=DEPTH, attn_pdrop=p, resid_pdrop=p, embd_pdrop=p,
         ),
     )  # fmt: skip
 
