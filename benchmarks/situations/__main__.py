@@ -12,7 +12,6 @@ import argparse
 import json
 import sys
 from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +30,7 @@ def main() -> int:
     only = parser.parse_args().only
     one_thread()
     found: dict[str, list[dict[str, Any]]] = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
-    present = tuple(name for name in SITUATIONS if find_spec(f"benchmarks.situations.{name}"))
-    for name in present if only is None else (only,):
+    for name in SITUATIONS if only is None else (only,):
         found[name] = [row.to_dict() for row in import_module(f"benchmarks.situations.{name}").measure()]
         show(name, found[name])
         ordered = {known: found[known] for known in SITUATIONS if known in found}
