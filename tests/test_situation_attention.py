@@ -131,6 +131,31 @@ def test_biases_of_positions_are_no_noise():
     assert signal.entropy == pytest.approx(np.mean(found), rel=0.03)
 
 
+class Masked(nn.Module):
+    """Causal attention of one head; the mask is added, or comes with the product."""
+
+    def __init__(self, *, fused):
+        super().__init__()
+        self.q, self.k = nn.Linear(WIDTH, WIDTH, bias=False), nn.Linear(WIDTH, WIDTH, bias=False)
+        self.register_buffer("mask", torch.full((TOKENS, TOKENS), -math.inf).triu(1))
+        self.fused = fused
+
+    def forward(self, x):
+        q, k = self.q(x), self.k(x)
+        logits = torch.baddbmm(self.mask, q, k.mT) if self.fused else q @ k.mT + self.mask
+        return logits.softmax(-1) @ x
+
+
+def test_a_mask_that_comes_with_a_product_is_a_mask():
+    torch.manual_seed(0)
+    block, x = Masked(fused=False), torch.randn(8, TOKENS, WIDTH)
+    fused = Masked(fused=True)
+    fused.load_state_dict(block.state_dict())
+    apart, together = (gs.inspect(model, (x,)).nodes for model in (block, fused))
+    for node, other in (("baddbmm", "add"), ("softmax", "softmax"), ("matmul", "matmul_1")):
+        assert together[node].second_moment == pytest.approx(apart[other].second_moment, rel=1e-9), node
+
+
 @pytest.mark.parametrize("wish", [0.0, -1.0, math.inf, math.nan])
 def test_a_variance_that_is_none_is_refused(wish):
     with pytest.raises(InputError, match="logit_variance"):

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from gainstage.rules.conditions import add_apart
+from gainstage.rules.conditions import add_known
 from gainstage.rules.registry import Call, rule
-from gainstage.signal import Value, affine, combine, contract, convolve, known, mean_over, permute, reshape
+from gainstage.signal import Value, affine, combine, contract, convolve, mean_over, permute, reshape
 from gainstage.signal.contraction import Places
 
 aten = torch.ops.aten
@@ -69,11 +69,8 @@ def baddbmm(call: Call, x: Value, a: Value, b: Value, *, beta: float = 1, alpha:
     product = affine(matmul(call, a, b), float(alpha))
     if beta == 0:
         return product
-    return (
-        combine(torch.add, product, affine(x, float(beta)))
-        if x.constant is None
-        else add_apart(product, known(beta * x.constant))
-    )
+    shift = affine(x, float(beta))
+    return combine(torch.add, product, shift) if x.constant is None else add_known(product, shift)
 
 
 @rule(aten.einsum.default)
