@@ -14,7 +14,6 @@ from torch import nn
 
 from gainstage.capture.assemble import assemble
 from gainstage.capture.calls import canonical_paths, marks_by_readers
-from gainstage.capture.constants import draws
 from gainstage.capture.export import decompose, export
 from gainstage.capture.functional import NotFunctional, functionalise
 from gainstage.capture.lower import lower
@@ -119,7 +118,7 @@ def _one_path(recording: Recording) -> list[str]:
     """Where a run looked at values that other parameters, inputs or random numbers would change, one sentence for each line."""
     varying: set[str] = set()
     for node in recording.lowered.nodes:
-        if node.kind in (NodeKind.PARAMETER, NodeKind.INPUT) or draws(node) or any(n in varying for n in node.operands()):
+        if node.kind in (NodeKind.PARAMETER, NodeKind.INPUT) or node.may_draw or any(n in varying for n in node.operands()):
             varying.add(node.name)
     lines = dict.fromkeys(read.source for read in recording.reads if read.name in varying)
     return [f"One path seen: the run looked at values in {line or 'code of torch'}." for line in lines]

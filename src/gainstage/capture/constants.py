@@ -66,16 +66,11 @@ def _is_fill(node: Node) -> bool:
     return packet_name(node.op) in _FILLS and isinstance(node.meta, TensorMeta) and all(size >= 0 for size in node.meta.shape)
 
 
-def draws(node: Node) -> bool:
-    """Whether an operation may draw random numbers."""
-    return isinstance(node.op, OpOverload) and torch.Tag.nondeterministic_seeded in node.op.tags
-
-
 def _is_determined(node: Node) -> bool:
     """Whether an operation gives the same result each time."""
     if packet_name(node.op) in _UNWRITTEN:
         return False
-    if not draws(node):
+    if not node.may_draw:
         return True
     assert isinstance(node.op, OpOverload)
     names = [argument.name for argument in node.op._schema.arguments]

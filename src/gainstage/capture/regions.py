@@ -13,7 +13,6 @@ from collections.abc import Collection, Iterator, Sequence
 
 import torch
 
-from gainstage.capture.constants import draws
 from gainstage.capture.views import packet_name
 from gainstage.graph import Node, NodeKind, Ref, Region, TensorMeta
 
@@ -56,7 +55,7 @@ def fuse_parametrizations(nodes: Sequence[Node]) -> list[Node]:
     """
 
     def is_data(node: Node) -> bool:
-        return draws(node) or packet_name(node.op) in _LOOKUPS
+        return node.may_draw or packet_name(node.op) in _LOOKUPS
 
     made_of: dict[str, set[str]] = {}  # weights -> the parameters that they are computed from
     entangled: set[str] = set()  # weights on the way to which a parameter met itself

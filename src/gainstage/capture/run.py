@@ -16,7 +16,6 @@ import torch
 from torch import nn
 
 from gainstage.capture.calls import canonical_paths
-from gainstage.capture.constants import draws
 from gainstage.capture.lowered import Lowered
 from gainstage.capture.recorder import recording
 from gainstage.capture.refusal import refusal
@@ -126,7 +125,7 @@ def _is_decided_by_draws(made: Recording) -> bool:
     """Whether the run looked at a value that random numbers were drawn for."""
     random_: set[str] = set()
     for node in made.lowered.nodes:
-        if draws(node) or any(name in random_ for name in node.operands()):
+        if node.may_draw or any(name in random_ for name in node.operands()):
             random_.add(node.name)
     return any(read.name in random_ for read in made.reads)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
@@ -76,6 +76,18 @@ class Node:
         """Name of the operation as users meet it: ``aten.linear.default``."""
         return str(self.op) if isinstance(self.op, torch._ops.OpOverload) else getattr(self.op, "__name__", self.kind.value)
 
+    @property
+    def short_name(self) -> str:
+        """``linear`` of ``aten.linear.default``; "" for what is no operation."""
+        if isinstance(self.op, torch._ops.OpOverload):
+            return str(self.op.overloadpacket.__name__)
+        return getattr(self.op, "__name__", "") if self.op is not None else ""
+
+    @property
+    def may_draw(self) -> bool:
+        """Whether the operation may draw random numbers."""
+        return isinstance(self.op, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in self.op.tags
+
     def operands(self) -> Iterator[str]:
         """Names of the nodes that this one reads, in order, with repetitions."""
         for argument in (*self.args, *self.kwargs.values()):
@@ -144,3 +156,11 @@ class Graph:
             seen[node.name] = node
         assert all(name in seen for name in self.outputs)
         object.__setattr__(self, "by_name", seen)
+
+    def following(self, origins: Iterable[str]) -> set[str]:
+        """The origins and all nodes that are computed from them."""
+        reached = set(origins)
+        for node in self.nodes:
+            if node.name not in reached and any(operand in reached for operand in node.operands()):
+                reached.add(node.name)
+        return reached

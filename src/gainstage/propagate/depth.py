@@ -14,9 +14,9 @@ measured here on the tables of the network as it is, whatever its layers are:
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 from gainstage.findings import Finding, FindingKind
 
@@ -61,20 +61,14 @@ class Depth:
     @property
     def erased(self) -> tuple[float, ...]:
         """At each station, ``-log`` of what is left of the difference between two inputs, averages over positions apart."""
-        total, found = 0.0, [0.0]
-        for before, after in pairwise(self.stations):
-            total += 0.0 if after.averages else _log(before.apart) - _log(after.apart)
-            found.append(total)
-        return tuple(found)
+        pairs = pairwise(self.stations)
+        return _summed(0.0 if after.averages else _log(before.apart) - _log(after.apart) for before, after in pairs)
 
     @property
     def grown(self) -> tuple[float, ...]:
         """At each station, log of the factor that small differences have grown by, relative to the signal, norms apart."""
-        total, found = 0.0, [0.0]
-        for before, after in pairwise(self.stations):
-            total += 0.0 if after.normalises else _log(before.sensitivity) - _log(after.sensitivity)
-            found.append(total)
-        return tuple(found)
+        pairs = pairwise(self.stations)
+        return _summed(0.0 if after.normalises else _log(before.sensitivity) - _log(after.sensitivity) for before, after in pairs)
 
     @property
     def scale(self) -> float:
@@ -139,6 +133,10 @@ def _first_beyond(logs: Sequence[float]) -> int | None:
         return None
     within = [i for i, number in enumerate(logs) if number <= DEPTH_SCALES]
     return within[-1] + 1  # the first is 0
+
+
+def _summed(steps: Iterable[float]) -> tuple[float, ...]:
+    return tuple(accumulate(steps, initial=0.0))
 
 
 def _log(number: float) -> float:

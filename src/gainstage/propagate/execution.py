@@ -101,13 +101,9 @@ def _weights(graph: Graph, stops: Collection[str]) -> dict[str, frozenset[str]]:
     for node in graph.nodes:
         if node.parameter is not None:
             found[node.name] = frozenset({node.parameter})
-        elif node.kind is NodeKind.OP and node.name not in stops and not _is_random(node):
+        elif node.kind is NodeKind.OP and node.name not in stops and not node.may_draw:
             read = [graph.by_name[name] for name in node.operands()]
             own = [found[other.name] for other in read if other.name in found]
             if own and all(other.name in found or other.kind is NodeKind.CONSTANT for other in read):
                 found[node.name] = frozenset().union(*own)
     return found
-
-
-def _is_random(node: Node) -> bool:
-    return isinstance(node.op, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in node.op.tags

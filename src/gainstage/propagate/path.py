@@ -50,12 +50,9 @@ def _with_norms(graph: Graph, stations: Sequence[Station]) -> tuple[Station, ...
 
 def _carriers(graph: Graph) -> set[str]:
     """Nodes that depend on an input, or on rows that one picks."""
-    found: set[str] = set()
-    for node in graph.nodes:
-        is_source = node.kind is NodeKind.INPUT or node.op is torch.ops.aten.embedding.default
-        if is_source or any(name in found for name in node.operands()):
-            found.add(node.name)
-    return found
+    return graph.following(
+        node.name for node in graph.nodes if node.kind is NodeKind.INPUT or node.op is torch.ops.aten.embedding.default
+    )
 
 
 def _has_weight(graph: Graph, node: Node, carriers: set[str]) -> bool:

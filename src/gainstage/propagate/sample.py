@@ -93,12 +93,7 @@ def is_known(node: Node, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool
     operands = operands_of([*args, *kwargs.values()])
     if not operands:
         return not isinstance(node.op, torch._ops.OpOverload)  # arithmetic of sizes; an op without operands may be random
-    return not is_random(node) and all(value.constant is not None for value in operands)
-
-
-def is_random(node: Node) -> bool:
-    """Tell whether an op may draw random numbers."""
-    return isinstance(node.op, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in node.op.tags
+    return not node.may_draw and all(value.constant is not None for value in operands)
 
 
 def run_known(node: Node, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:

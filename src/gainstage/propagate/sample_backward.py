@@ -11,7 +11,7 @@ import torch
 
 from gainstage.errors import UnsupportedOpError
 from gainstage.graph import Node
-from gainstage.propagate.sample import ENTRIES, FEWEST, MOST, filled, is_random, operands_of, pooled_value
+from gainstage.propagate.sample import ENTRIES, FEWEST, MOST, filled, operands_of, pooled_value
 from gainstage.signal import Value
 from gainstage.signal.sampling import draw
 
@@ -45,7 +45,7 @@ def sample_backward(node: Node, g: Any, args: Sequence[Any], kwargs: Mapping[str
             try:
                 grads = torch.autograd.grad([o for o, _ in reached], wanted, [w for _, w in reached], allow_unused=True)
             except RuntimeError as error:
-                if is_random(node):
+                if node.may_draw:
                     return ()  # what is drawn has no derivative
                 raise UnsupportedOpError(f"no gradient of {node.op_name} in {node.provenance}: {error}") from error
             by_leaf = iter(grads)

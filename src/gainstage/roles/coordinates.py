@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from gainstage.graph import Node, Ref, TensorMeta
-from gainstage.roles.families import JOINING, MOVEMENT, NORMS, SELECTING, short_name
+from gainstage.roles.families import JOINING, MOVEMENT, NORMS, SELECTING
 from gainstage.roles.wiring import Wiring
 
 # A tensor of coordinates at every entry, several where entries were combined; a flat set where the layout is lost.
@@ -150,7 +150,7 @@ _IDENTITIES = frozenset({
 
 
 def _run(wiring: Wiring, node: Node, source: int, tensor: torch.Tensor) -> Any:
-    if short_name(node) in _IDENTITIES:
+    if node.short_name in _IDENTITIES:
         return tensor
     try:
         assert node.op is not None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -107,15 +106,6 @@ class Places:
     bias: str | None = None
 
 
-def short_name(node: Node) -> str:
-    """``linear`` of ``aten.linear.default``; "" for what is no operation."""
-    if isinstance(node.op, OpOverload):
-        return str(node.op.overloadpacket.__name__)
-    if node.op is operator.getitem:
-        return "getitem"
-    return getattr(node.op, "__name__", "") if node.op is not None else ""
-
-
 def argument(node: Node, place: int) -> Any:
     """Argument by its place in the schema, given by position or by name; None where it is left out."""
     if place < len(node.args):
@@ -133,7 +123,7 @@ def operand(node: Node, place: int | None) -> str | None:
 
 def places(node: Node) -> Places | None:
     """Data and weight of a contraction, by their places; None for other operations and for products of three and more."""
-    name = short_name(node)
+    name = node.short_name
     if name == "einsum":
         factors = argument(node, 1)
         if len(factors) != 2:
@@ -147,11 +137,11 @@ def places(node: Node) -> Places | None:
 
 def is_transposed(node: Node) -> bool:
     """Tell whether a convolution is transposed: its weight is [in, out / groups, ...]."""
-    name = short_name(node)
+    name = node.short_name
     return name in _TRANSPOSED or (name in ("convolution", "_convolution") and bool(argument(node, 6)))
 
 
 def groups_of(node: Node) -> int:
     """Number of groups of a convolution."""
-    given = argument(node, 8 if short_name(node) in ("convolution", "_convolution") else 6)
+    given = argument(node, 8 if node.short_name in ("convolution", "_convolution") else 6)
     return 1 if given is None else int(given)

@@ -24,7 +24,6 @@ from gainstage.roles.families import (
     argument,
     groups_of,
     is_transposed,
-    short_name,
 )
 from gainstage.roles.model import Role
 from gainstage.roles.wiring import Wiring
@@ -236,7 +235,7 @@ class _Reader:
 
     def contraction(self) -> Site:
         data, weight, bias = self.wiring.factors(self.node)
-        if short_name(self.wiring.nodes[self.node]) == "bilinear":
+        if self.wiring.nodes[self.node].short_name == "bilinear":
             data, weight, bias = self.wiring.at(self.node, 0), self.wiring.at(self.node, 2), self.wiring.at(self.node, 3)
         if self.weight == bias and self.weight != weight:
             if self.sets_rate():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from gainstage.graph import Graph, NodeKind
-from gainstage.roles.families import LOOKUP, short_name
+from gainstage.roles.families import LOOKUP
 from gainstage.roles.model import Role
 
 
@@ -16,7 +16,7 @@ def is_data(graph: Graph, parameter: str, role: Role) -> bool:
     source = next(node.name for node in graph.nodes if node.parameter == parameter)
     readers = [node for node in graph.nodes if source in node.operands()]
     return all(
-        short_name(node) in LOOKUP and all(_is_constant(graph, name) for name in node.operands() if name != source)
+        node.short_name in LOOKUP and all(_is_constant(graph, name) for name in node.operands() if name != source)
         for node in readers
     )
 

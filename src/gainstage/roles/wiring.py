@@ -22,7 +22,6 @@ from gainstage.roles.families import (
     RECURRENT,
     operand,
     places,
-    short_name,
 )
 
 LINEAR, NONLINEAR, SATURATING = 0, 1, 2  # how a tensor comes from the last contraction before it
@@ -100,7 +99,7 @@ def wire(graph: Graph) -> Wiring:
     """Number the nodes of a graph and sweep over them."""
     nodes = graph.nodes
     number = {node.name: i for i, node in enumerate(nodes)}
-    names = tuple(short_name(node) for node in nodes)
+    names = tuple(node.short_name for node in nodes)
     operands = tuple(
         tuple(dict.fromkeys(number[read] for read in node.operands()))[: MODELS_ONLY.get(name)]
         for node, name in zip(nodes, names, strict=True)

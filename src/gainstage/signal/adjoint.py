@@ -16,7 +16,7 @@ from gainstage.signal.gather import same_index_table
 from gainstage.signal.joining import join
 from gainstage.signal.linear import affine, averaged, multiply
 from gainstage.signal.movement import merge_dim, refine, take, with_axes
-from gainstage.signal.neighbours import Neighbours, made, through
+from gainstage.signal.neighbours import Neighbours, made, pairs_by_lag, through
 from gainstage.signal.pointwise import align, combine
 from gainstage.signal.quadrature import (
     Array,
@@ -24,7 +24,6 @@ from gainstage.signal.quadrature import (
     evaluate_series,
     expectation,
     invert_series,
-    kurtosis,
     nodes,
     power_series,
     weights,
@@ -104,7 +103,7 @@ def to_reader(g: Value, of: Value, weight: Value, terms: float, found: Value) ->
     """
     if g.uneven is None or g.uneven is not of.uneven or is_centred(weight):
         return found
-    return affine(found, max(1.0 - (kurtosis(weight.marginal.values) - 1.0) / terms, 0.0) ** 0.5)
+    return affine(found, max(1.0 - (weight.marginal.kurtosis - 1.0) / terms, 0.0) ** 0.5)
 
 
 def _projected_neighbours(g: Value, xhat: Value, along: float, common: float) -> Neighbours | None:
@@ -336,7 +335,7 @@ def _within_windows(x: Value, dims: Sequence[int], kernels: Sequence[int]) -> fl
     moments, _ = x.lagged(axes, sizes)
     pairs = np.array(1.0)
     for size in sizes:
-        pairs = np.multiply.outer(pairs, np.where(np.arange(size) > 0, 2.0, 1.0) * (size - np.arange(size)))
+        pairs = np.multiply.outer(pairs, pairs_by_lag(size))
     pairs[(0,) * pairs.ndim] = 0.0
     series = x.marginal.even_series
     rho = invert_series(series, moments - series[0])

@@ -252,7 +252,7 @@ def _moved_neighbours(
     for axis in inner:
         before = before.with_axis(axis)
     own, far = x.apart(before)
-    excess, taps, distant = before.over(inner, before.over(inner, [before.lags(axis) for axis in inner]).shape), [], 1.0
+    excess, taps, distant = before.over(inner, [before.lags(axis) for axis in inner]), [], 1.0
     for window, place, dim, out in zip(windows, places, x.dims[3:], space, strict=True):
         counts, pairs, apart = _shared_taps(window, place, before.lags(dim[0]) if dim else 1)
         if dim:

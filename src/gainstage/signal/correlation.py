@@ -58,8 +58,9 @@ def convolution_weight_gradient(g: Value, x: Value, shape: Sequence[int], places
         operands += [np.array([axis.size * (axis.size - 1.0), float(axis.size)]), [number]]
     taps: list[Dim] = []
     tap_index: list[int] = []
+    windows = [_weighted(place, g, x, d - rank) for d, place in enumerate(places)]
     for d, place in enumerate(places):
-        pairs = position_pairs(_weighted(place, g, x, d - rank))
+        pairs = position_pairs(windows[d])
         tap = (Axis(place.shape[1]),) if place.shape[1] > 1 else ()
         subscripts: list[int] = []
         if tap:
@@ -77,7 +78,6 @@ def convolution_weight_gradient(g: Value, x: Value, shape: Sequence[int], places
     out_index = [*(n for label in "goc" for n in numbers.of(label, ())), *tap_index]
     table = np.asarray(np.einsum(*operands, out_index), dtype=np.float64)  # type: ignore[call-overload]
     if g.neighbours() is not None or x.neighbours() is not None:
-        windows = [_weighted(place, g, x, d - rank) for d, place in enumerate(places)]
         samples = math.prod(axis.size for axis in g.dims[0])
         table[(1,) * table.ndim] += samples * _neighbours_gain(g, x, places, windows, (even_g, even_x))
     dims = ((*g.dims[1], *g.dims[2]), x.dims[2], *taps)

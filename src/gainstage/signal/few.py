@@ -21,6 +21,7 @@ import numpy as np
 
 from gainstage.signal import levels
 from gainstage.signal.marginal import Marginal
+from gainstage.signal.neighbours import pairs_by_lag
 from gainstage.signal.quadrature import Array, expectation, nodes, quantiles, standardised, sum_quantiles, weights
 from gainstage.signal.value import Uneven, Value
 
@@ -76,8 +77,7 @@ def effective_terms(x: Value, terms: Mapping[int, float]) -> float:
         moments = far + (own - far) * near.over(tuple(x.axes[p] for p in on_map), taps)
         alike = ((moments - x.mean**2) / (own - x.mean**2)) ** 2
         for tap in reversed(taps):
-            lags = np.arange(tap)
-            alike = alike @ (np.where(lags == 0, 1.0, 2.0) * (tap - lags) / tap**2)
+            alike = alike @ (pairs_by_lag(tap) / tap**2)
         square *= float(alike)
     return 1.0 / square
 
@@ -88,19 +88,20 @@ def with_shapes(x: Value, result: Value, function: Callable[[Array], Array]) -> 
     ``((E[f+] - E[f-]) / 2)^2`` is shared by the entries of one channel that have nothing else in common, and the level strays by
     ``((E[f+^2] - E[f-^2]) / 2)^2`` over the number of channels, relative to its square.
     """
-    if x.uneven is None or x.uneven.shape is None or any(axis not in x.axes for axis in x.uneven.axes):
+    uneven = x.unevenness()
+    if uneven is None or uneven.shape is None:
         return result
     std = x.variance**0.5
-    first, second = (function(x.mean + std * sign * x.uneven.shape) for sign in (1.0, -1.0))
+    first, second = (function(x.mean + std * sign * uneven.shape) for sign in (1.0, -1.0))
     means = (expectation(first) - expectation(second)) / 2.0
     squares = [expectation(values**2) for values in (first, second)]
     if sum(squares) <= 0.0:
         return result
-    rows = tuple(1 if axis in x.uneven.axes else slice(None) for axis in x.axes)
+    rows = tuple(1 if axis in uneven.axes else slice(None) for axis in x.axes)
     table = result.table.copy()
     table[rows] += means**2 * (1.0 - x.correlation()[rows])
     table[(1,) * table.ndim] = result.second_moment
-    channels = float(np.prod([axis.size for axis in x.uneven.axes]))
+    channels = float(np.prod([axis.size for axis in uneven.axes]))
     stray = ((squares[0] - squares[1]) / sum(squares)) ** 2 / channels
-    before = result.uneven or Uneven(x.uneven.axes, 0.0)
+    before = result.uneven or Uneven(uneven.axes, 0.0)
     return replace(result, table=table, uneven=replace(before, stray=before.stray + stray))

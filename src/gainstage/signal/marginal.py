@@ -8,7 +8,7 @@ from functools import cached_property
 import numpy as np
 
 from gainstage.signal import levels
-from gainstage.signal.quadrature import Array, nodes, power_series
+from gainstage.signal.quadrature import Array, kurtosis, nodes, power_series
 
 
 class Marginal:
@@ -32,6 +32,11 @@ class Marginal:
     def is_gaussian(self) -> bool:
         """Tell whether an entry of average level is Gaussian (or constant)."""
         return bool(np.allclose(np.diff(self.even), self.even[1] - self.even[0], rtol=1e-6, atol=1e-12))
+
+    @cached_property
+    def kurtosis(self) -> float:
+        """``E[(g - E g)^4] / Var(g)^2``."""
+        return kurtosis(self.values)
 
     @property
     def has_even(self) -> bool:

@@ -24,6 +24,12 @@ REACH = 12  # lags kept
 SMALL = 2e-3  # of the variance: what is below is as good as far
 
 
+def pairs_by_lag(count: int) -> Array:
+    """How many ordered pairs of ``count`` places in a row lie at each lag: ``n`` at 0, ``2 (n - d)`` at d."""
+    lags = np.arange(count)
+    return np.where(lags > 0, 2.0, 1.0) * (count - lags)
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Neighbours:
     """``excess``: e(d), one dimension for each of the axes; void for a tensor that lacks one of them."""

@@ -13,9 +13,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from gainstage.signal.axes import Axis
+from gainstage.signal.neighbours import REACH, pairs_by_lag
 from gainstage.signal.quadrature import Array
-
-REACH = 12  # lags kept
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -62,9 +61,7 @@ def patch_share(x: Overlap, taps: Mapping[Axis, Taps]) -> float:
     """Mean square cosine of two patches over that of two places: ``mean over pairs of taps of e(k - l)``, axis by axis."""
     share = 1.0
     for axis, tap in taps.items():
-        lags = np.arange(tap.count)
-        pairs = np.where(lags == 0, tap.count, 2.0 * (tap.count - lags))
-        share *= float((pairs * x.along(axis, tap.count)).sum()) / tap.count**2
+        share *= float((pairs_by_lag(tap.count) * x.along(axis, tap.count)).sum()) / tap.count**2
     return share
 
 

@@ -68,11 +68,19 @@ def standardised(grid: Array, mean: float, std: float) -> Array:
 
 def flattened(wanted: float) -> Array:
     """Values of mean 0, variance 1 and this kurtosis, between those of a normal and of a uniform variable."""
-    normal, uniform = nodes(), 12.0**0.5 * (cumulative() - 0.5)
+    shares, found = _kurtoses()
+    return standardised(_between(float(np.interp(-wanted, -found, shares))), 0.0, 1.0)
+
+
+@cache
+def _kurtoses() -> tuple[Array, Array]:
+    """Shares of a uniform variable in a normal one, and the kurtosis at each."""
     shares = np.linspace(0.0, 1.0, 33)
-    found = [kurtosis((1.0 - share) * normal + share * uniform) for share in shares]
-    share = float(np.interp(-wanted, -np.array(found), shares))
-    return standardised((1.0 - share) * normal + share * uniform, 0.0, 1.0)
+    return shares, np.array([kurtosis(_between(share)) for share in shares])
+
+
+def _between(share: float) -> Array:
+    return np.asarray((1.0 - share) * nodes() + share * 12.0**0.5 * (cumulative() - 0.5))
 
 
 def stray_passed(before: Array, after: Array, variance: float) -> float:
@@ -98,10 +106,16 @@ def stray_passed(before: Array, after: Array, variance: float) -> float:
 
 def _log_variance(values: Array, scale: float) -> float:
     """``Var log E[f(s z)^2]`` over a log-normal s, ``log s^2`` of this variance, ``E[s^2] = 1``."""
-    points, mass = np.polynomial.hermite_e.hermegauss(9)
+    points, mass = _few_points()
     found = _log_levels(values, scale**0.5 * points - scale / 2.0)
-    mass = mass / mass.sum()
     return float(mass @ found**2 - (mass @ found) ** 2)
+
+
+@cache
+def _few_points() -> tuple[Array, Array]:
+    """Places and masses of Gauss-Hermite quadrature with 9 points."""
+    points, mass = np.polynomial.hermite_e.hermegauss(9)
+    return points, mass / mass.sum()
 
 
 def _log_levels(values: Array, logs: Array) -> Array:

@@ -16,7 +16,7 @@ import numpy as np
 from gainstage.signal.axes import Axis
 from gainstage.signal.few import shaped
 from gainstage.signal.overlap import Taps, after_kernel, patch_share
-from gainstage.signal.quadrature import kurtosis, stray_passed
+from gainstage.signal.quadrature import stray_passed
 from gainstage.signal.uneven import is_centred, of_weights
 from gainstage.signal.value import Value
 
@@ -53,7 +53,7 @@ def weighted(
     groups = math.prod(x.axes[p].size for p in alone)
     made = replace(
         y,
-        log_variance=y.log_variance + (2.0 * (own + inherited) + (kurtosis(weight.marginal.values) - 3.0) / number) / channels,
+        log_variance=y.log_variance + (2.0 * (own + inherited) + (weight.marginal.kurtosis - 3.0) / number) / channels,
         overlap=after_kernel(x.overlap, own / groups, inherited, taps or {}),
         uneven=of_weights(y, weight, alike=own + inherited, number=number),
     )

@@ -86,9 +86,9 @@ def tailored_smooth(f: Function, curvature: float) -> Tailored | None:
     beta, alpha follows from the ratio ``C''(1) / C'(1)``, gamma from C' and delta from Q; beta is where Q' is met.
     """
     shifts = np.linspace(-_REACH, _REACH, _SHIFTS)
-    brackets = []
+    alphas, brackets = _scales(f, shifts, curvature), []
     for sign in (1.0, -1.0):
-        misses = _misses(f, shifts, curvature, sign)
+        misses = _conditions(f, alphas, shifts, sign)[0]
         places = np.flatnonzero(misses[1:] * misses[:-1] < 0.0)
         brackets += [(float(shifts[i]), float(shifts[i + 1]), sign) for i in places]
     for low, high, sign in sorted(brackets, key=lambda bracket: abs(bracket[0] + bracket[1])):

@@ -16,7 +16,7 @@ from dataclasses import replace
 import numpy as np
 
 from gainstage.signal.axes import Axis
-from gainstage.signal.quadrature import Array, expectation, kurtosis
+from gainstage.signal.quadrature import Array, expectation
 from gainstage.signal.value import Uneven, Value
 
 
@@ -34,7 +34,7 @@ def of_weights(y: Value, weight: Value, *, alike: float, number: float) -> Uneve
         return None
     if is_centred(weight):
         return Uneven(rows, 2.0 * max(alike - 1.0 / number, 0.0))
-    return Uneven(rows, max(2.0 * alike + (kurtosis(weight.marginal.values) - 3.0) / number, 0.0))
+    return Uneven(rows, max(2.0 * alike + (weight.marginal.kurtosis - 3.0) / number, 0.0))
 
 
 def is_centred(weight: Value) -> bool:
@@ -44,22 +44,24 @@ def is_centred(weight: Value) -> bool:
 
 def of_product(x: Value, y: Value) -> Uneven | None:
     """A factor that differs from channel to channel and is the same in all samples makes channels uneven."""
-    if x.uneven is None or any(axis not in x.axes for axis in x.uneven.axes):
+    uneven = x.unevenness()
+    if uneven is None:
         return None
-    rows = tuple(1 if axis in x.uneven.axes else 0 for axis in x.axes)
-    return replace(x.uneven, variance=x.uneven.variance + max(float(y.square_covariance()[rows]), 0.0))
+    rows = tuple(1 if axis in uneven.axes else 0 for axis in x.axes)
+    return replace(uneven, variance=uneven.variance + max(float(y.square_covariance()[rows]), 0.0))
 
 
 def of_sum(x: Value, y: Value, share: float) -> Uneven | None:
     """Of independent terms, x with a share of the variance: the squares of their shares weigh."""
     found: dict[tuple[Axis, ...], Uneven] = {}
     for value, part in ((x, share), (y, 1.0 - share)):
-        if value.uneven is None or any(axis not in value.axes for axis in value.uneven.axes):
+        uneven = value.unevenness()
+        if uneven is None:
             continue
         names = dict(zip(map(id, value.axes), x.axes, strict=True))
-        rows = tuple(names[id(axis)] for axis in value.uneven.axes)
+        rows = tuple(names[id(axis)] for axis in uneven.axes)
         before = found.get(rows, Uneven(rows, 0.0))
-        variance, stray = (part**2 * number for number in (value.uneven.variance, value.uneven.stray))
+        variance, stray = (part**2 * number for number in (uneven.variance, uneven.stray))
         found[rows] = Uneven(rows, before.variance + variance, None, before.stray + stray)
     return max(found.values(), key=lambda item: item.variance, default=None)
 
@@ -74,12 +76,13 @@ def with_means(x: Value, result: Value, function: Callable[[Array], Array]) -> V
 
     The channel's variance adds nothing to what two entries share that are one (rho = 1).
     """
-    if x.uneven is None or any(axis not in x.axes for axis in x.uneven.axes):
+    uneven = x.unevenness()
+    if uneven is None:
         return result
     wider = x.mean + (x.marginal.values - x.mean) * 1.01
     steepness = (expectation(function(wider)) - result.mean) / (2.0 * np.log(1.01))
     table = result.table.copy()
-    rows = tuple(1 if axis in x.uneven.axes else slice(None) for axis in x.axes)
-    table[rows] += steepness**2 * x.uneven.variance * (1.0 - x.correlation()[rows] ** 2)
+    rows = tuple(1 if axis in uneven.axes else slice(None) for axis in x.axes)
+    table[rows] += steepness**2 * uneven.variance * (1.0 - x.correlation()[rows] ** 2)
     table[(1,) * table.ndim] = result.second_moment
-    return replace(result, table=table, uneven=Uneven(x.uneven.axes, 0.0))
+    return replace(result, table=table, uneven=Uneven(uneven.axes, 0.0))

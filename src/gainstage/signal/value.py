@@ -261,6 +261,10 @@ class Value:
             return self.lean.profile
         return np.asarray(self.levels / self.levels.mean())
 
+    def unevenness(self) -> Uneven | None:
+        """How the variances of channels differ, if their axes are still there."""
+        return self.uneven if self.uneven is not None and all(axis in self.axes for axis in self.uneven.axes) else None
+
     def neighbours(self) -> Neighbours | None:
         """What near places share, if the axes of the map are still there."""
         axes = self.axes

@@ -286,8 +286,4 @@ def _conflict(first: Use, second: Use) -> RoleConflictError:
 
 def _carriers(graph: Graph) -> set[str]:
     """Nodes with a signal from an input or a contraction; a table that is added as it is, is none."""
-    found: set[str] = set()
-    for node in graph.nodes:
-        if node.kind is NodeKind.INPUT or is_contraction(node) or any(name in found for name in node.operands()):
-            found.add(node.name)
-    return found
+    return graph.following(node.name for node in graph.nodes if node.kind is NodeKind.INPUT or is_contraction(node))

@@ -10,7 +10,6 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from gainstage.graph import Graph, Node, NodeKind
-from gainstage.roles.families import short_name
 from gainstage.signal import Value
 from gainstage.solve.constraint import is_lookup
 
@@ -29,7 +28,7 @@ def through_network(graph: Graph, values: Mapping[str, Any], start: float, maps:
     found: dict[str, float] = {}
     for node in graph.nodes:
         arriving = _arriving(node, found, values)
-        if node.kind is NodeKind.INPUT or (graph.training and "batch_norm" in short_name(node)):
+        if node.kind is NodeKind.INPUT or (graph.training and "batch_norm" in node.short_name):
             found[node.name] = start
         elif arriving is not None:
             found[node.name] = maps[node.name](arriving) if node.name in maps else arriving
@@ -42,7 +41,7 @@ def _arriving(node: Node, found: Mapping[str, float], values: Mapping[str, Any])
     operands = [name for name in dict.fromkeys(node.operands()) if name in found]
     if not operands:
         return None
-    if len(operands) == 1 or short_name(node) not in ("add", "sub", "cat"):
+    if len(operands) == 1 or node.short_name not in ("add", "sub", "cat"):
         return max(found[name] for name in operands)
     weights = [_weight(values.get(name)) for name in operands]
     total = sum(weights)

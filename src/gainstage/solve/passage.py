@@ -11,7 +11,7 @@ from gainstage.errors import UnknownNameError, nearest
 from gainstage.graph import Graph, Node, NodeKind
 from gainstage.plan import Passage
 from gainstage.propagate import propagate_back_along
-from gainstage.roles.families import MOVEMENT, NOISE, POOLING, short_name
+from gainstage.roles.families import MOVEMENT, NOISE, POOLING
 from gainstage.rules import is_pointwise
 from gainstage.signal import Value
 from gainstage.solve.constraint import Own, data_operand, is_lookup
@@ -125,4 +125,4 @@ class Passages:
 
 
 def _is_transparent(node: Node) -> bool:
-    return node.op is not None and (is_pointwise(node.op) or short_name(node) in _TRANSPARENT)
+    return node.op is not None and (is_pointwise(node.op) or node.short_name in _TRANSPARENT)

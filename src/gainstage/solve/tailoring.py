@@ -13,7 +13,7 @@ import torch
 from gainstage.graph import Graph, ModuleCall, Node
 from gainstage.plan import ActivationPlan, TailoredActivation
 from gainstage.policies import Tailoring
-from gainstage.roles.families import argument, short_name
+from gainstage.roles.families import argument
 from gainstage.signal import Value
 from gainstage.signal.quadrature import Array
 from gainstage.signal.tailoring import Tailored, cosine_map, cosine_slope, leaky_cosine, tailored_slope, tailored_smooth
@@ -39,7 +39,7 @@ class _Site:
 
     @property
     def is_leaky(self) -> bool:
-        return short_name(self.node) in _LEAKY
+        return self.node.short_name in _LEAKY
 
     @property
     def is_open(self) -> bool:
@@ -47,7 +47,7 @@ class _Site:
 
     @property
     def negative_slope(self) -> float:
-        if short_name(self.node) == "relu":
+        if self.node.short_name == "relu":
             return 0.0
         given = argument(self.node, 1)
         return 0.01 if given is None else float(given)
@@ -92,7 +92,7 @@ def _sites(graph: Graph, values: Mapping[str, Any], between: set[str]) -> Iterat
             node = graph.by_name[call.outputs[0]]
             yield _Site(node=node, path=call.path, module_type=_TAILORED, values=_grid(values, node), is_done=True)
     for node in graph.nodes:
-        if node.name not in between or node.name in inside or short_name(node) not in _ACTIVATIONS:
+        if node.name not in between or node.name in inside or node.short_name not in _ACTIVATIONS:
             continue
         path, kind = node.provenance.module_path, node.provenance.module_type
         refused = _refusal(node, is_module=(path, (node.name,)) in own)
@@ -115,7 +115,7 @@ def _grid(values: Mapping[str, Any], node: Node) -> Array:
 
 def _refusal(node: Node, *, is_module: bool) -> str:
     """Why an activation is not to be changed; "" where it can be."""
-    name = short_name(node)
+    name = node.short_name
     if not is_module:
         return "it is a function inside of forward, not a module of torch.nn of its own"
     if name in _KINKED:

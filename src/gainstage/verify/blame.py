@@ -41,15 +41,6 @@ def _is_matrix(graph: Graph, node: Node) -> bool:
     return len(graph.parameters[_parameter(node)].shape) >= 2
 
 
-def following(graph: Graph, origins: Collection[str]) -> set[str]:
-    """The origins and all nodes that are computed from them."""
-    reached = set(origins)
-    for node in graph.nodes:
-        if node.name not in reached and any(operand in reached for operand in node.operands()):
-            reached.add(node.name)
-    return reached
-
-
 def unused_parameters(graph: Graph) -> list[str]:
     """Parameters that reach no output of the model."""
     used = {node.parameter for node in graph.nodes if node.kind is NodeKind.PARAMETER}

@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from gainstage.findings import Finding, FindingKind
-from gainstage.graph import Graph, Node, NodeKind, TensorMeta
+from gainstage.graph import Graph, NodeKind, TensorMeta
 from gainstage.plan import Family, Plan
-from gainstage.verify.blame import first_attention, following, nearest_parameters, unused_parameters
+from gainstage.verify.blame import first_attention, nearest_parameters, unused_parameters
 from gainstage.verify.compare import Prediction
 from gainstage.verify.measure import Pass
 from gainstage.verify.result import CheckRow
@@ -41,7 +41,7 @@ def not_finite(graph: Graph, rows: Rows) -> list[Finding]:
 
 def unexplained(graph: Graph, rows: Rows, blamed: Sequence[str]) -> Rows:
     """Rows out of bounds that do not follow from parameters, inputs or nodes (by name) that are blamed already."""
-    explained = following(graph, [node.name for node in graph.nodes if node.name in blamed or node.parameter in blamed])
+    explained = graph.following([node.name for node in graph.nodes if node.name in blamed or node.parameter in blamed])
     return [(row, one) for row, one in rows if not row.ok and math.isfinite(row.measured) and one.node not in explained]
 
 
@@ -54,9 +54,9 @@ def other_inputs(graph: Graph, rows: Rows, present: Rows, blamed: Sequence[str])
     now = next((now for now, other in present if other.node == one.node), None)
     if now is None or not now.ok or abs(now.z) > 0.5 * abs(row.z):
         return []
-    inputs = [node for node in graph.nodes if node.kind is NodeKind.INPUT and one.node in following(graph, [node.name])]
-    good = [other.node for row, other in rows if row.ok and other.node in following(graph, [node.name for node in inputs])]
-    if one.node in following(graph, good):
+    inputs = [node for node in graph.nodes if node.kind is NodeKind.INPUT and one.node in graph.following([node.name])]
+    good = [other.node for row, other in rows if row.ok and other.node in graph.following([node.name for node in inputs])]
+    if one.node in graph.following(good):
         return []
     return [
         Finding(
@@ -102,7 +102,7 @@ def large_spread(graph: Graph, rows: Rows) -> list[Finding]:
     wide = (
         (row, one)
         for row, one in rows
-        if _short_name(graph.by_name[one.node]) in _CONTRACTIONS
+        if graph.by_name[one.node].short_name in _CONTRACTIONS
         and row.ok
         and row.spread > SPREAD
         and row.ratio > 0.0
@@ -154,7 +154,7 @@ def extreme_levels(graph: Graph, rows: Rows, input_level: float) -> list[Finding
 
 def _is_last(graph: Graph, name: str) -> bool:
     """No parameter is read after this node: a head may well start near zero."""
-    after = following(graph, [name])
+    after = graph.following([name])
     read = [graph.by_name[operand] for later in after - {name} for operand in graph.by_name[later].operands()]
     return not any(node.kind is NodeKind.PARAMETER for node in read)
 
@@ -203,18 +203,14 @@ def output_heads(graph: Graph) -> dict[int, tuple[str, int]]:
     root = next((call for call in graph.calls if not call.path), None)
     for position, name in zip(root.positions, root.outputs, strict=True) if root else ():
         node = graph.by_name[name]
-        while _short_name(node) in ("add", "view", "reshape", "to", "_to_copy"):
+        while node.short_name in ("add", "view", "reshape", "to", "_to_copy"):
             node = graph.by_name[next(iter(node.operands()))]
-        short = _short_name(node)
+        short = node.short_name
         parameters = [graph.by_name[operand].parameter for operand in node.operands()]
         weight = next((parameter for parameter in parameters if parameter), None)
         if short in _CONTRACTIONS and weight and isinstance(node.meta, TensorMeta):
             heads[position] = (weight, 1 if short.startswith("conv") else -1)
     return heads
-
-
-def _short_name(node: Node) -> str:
-    return node.op_name.split(".")[1] if node.op_name.startswith("aten.") else ""
 
 
 def first_losses(heads: Mapping[int, tuple[str, int]], outputs: Mapping[int, torch.Tensor]) -> dict[int, tuple[float, float]]:
