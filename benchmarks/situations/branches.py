@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -78,26 +77,19 @@ SUBJECTS = (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Merging:
-    """The operands of one merge, by node."""
-
-    operands: tuple[str, ...]
-
-
 def measure() -> list[Row]:
     """Loudest over quietest branch of each merge."""
     return [row for subject in SUBJECTS for row in rows_of(subject)]
 
 
-def mergings(graph: Graph, roles: Roles) -> list[Merging]:
+def mergings(graph: Graph, roles: Roles) -> list[tuple[str, ...]]:
     """Sums and concatenations of siblings, and several branches that one addition puts on a stream."""
     found = [tuple(branch.operand for branch in merge.branches) for merge in roles.merges]
     for stream in roles.streams:
         pairs = list(zip(stream.adds, stream.branches, strict=True))
         found += [tuple(b.operand for other, b in pairs if other == add) for add in dict.fromkeys(stream.adds)]
     first = {node.name: position for position, node in enumerate(graph.nodes)}
-    return [Merging(names) for names in sorted(found, key=lambda names: first[names[0]]) if len(set(names)) > 1]
+    return [names for names in sorted(found, key=lambda names: first[names[0]]) if len(set(names)) > 1]
 
 
 def rows_of(subject: Subject) -> Iterator[Row]:
@@ -126,7 +118,7 @@ def passed(example: Example) -> tuple[list[list[float]], list[list[float]]]:
     """For each merge the summed squares of its branches and the mean squares of their gradients, in a real pass of the graph."""
     graph = capture(example.model, example.args, example.kwargs)
     found = mergings(graph, infer_roles(graph))
-    wanted = {name for merging in found for name in merging.operands}
+    wanted = {name for merging in found for name in merging}
     read = Counter(name for node in graph.nodes for name in node.operands())
     parameters = dict(example.model.named_parameters())
     results: dict[str, torch.Tensor] = {}
@@ -140,12 +132,12 @@ def passed(example: Example) -> tuple[list[list[float]], list[list[float]]]:
         outputs, [results[name] for name in names], [torch.randn_like(output) for output in outputs], allow_unused=True
     )
     by_name = {name: g for name, g in zip(names, gradients, strict=True) if g is not None}
-    made = [merging for merging in found if all(name in by_name for name in merging.operands)]
+    made = [merging for merging in found if all(name in by_name for name in merging)]
     return (
-        [[float(results[name].detach().double().square().sum()) for name in merging.operands] for merging in made],
+        [[float(results[name].detach().double().square().sum()) for name in merging] for merging in made],
         [
-            [float(by_name[name].double().square().mean()) for name in merging.operands]
+            [float(by_name[name].double().square().mean()) for name in merging]
             for merging in made
-            if all(read[name] == 1 for name in merging.operands)  # other readers send gradients of their own
+            if all(read[name] == 1 for name in merging)  # other readers send gradients of their own
         ],
     )

@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from benchmarks.zoo.reference import Example
+from benchmarks.zoo.reference import Example, seeded
 from torch import nn
 
 from gainstage.cli.models import cpu_torchvision
@@ -25,10 +25,7 @@ class Subject:
 
     def draw(self, seed: int) -> Example:
         """In train mode, with weights and inputs from this seed."""
-        torch.manual_seed(seed)
-        example = self.build()
-        example.model.train()
-        return example
+        return seeded(self.build)(seed)
 
 
 def from_timm(name: str, said: str = "", *, size: int = 0, batch: int = 2, **options: Any) -> Subject:

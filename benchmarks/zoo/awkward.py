@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from benchmarks.zoo.reference import Example
+from benchmarks.zoo.reference import Example, seeded
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -280,14 +280,4 @@ _BUILDERS: dict[str, Callable[[], Example]] = {
 
 def awkward_models() -> dict[str, Callable[[int], Example]]:
     """Name -> builder of a model in train mode; weights and inputs depend on the seed alone."""
-
-    def seeded(build: Callable[[], Example]) -> Callable[[int], Example]:
-        def built(seed: int) -> Example:
-            torch.manual_seed(seed)
-            example = build()
-            example.model.train()
-            return example
-
-        return built
-
     return {name: seeded(build) for name, build in _BUILDERS.items()}

@@ -31,17 +31,19 @@ def reference_models() -> dict[str, Callable[[int], Example]]:
     """Name -> builder; weights and inputs depend on the seed that a builder is given, and on nothing else."""
     found: dict[str, Callable[[int], Example]] = {}
     for name in _TORCHVISION:
-        found[f"torchvision:{name}"] = _seeded(lambda name=name: _torchvision(name))
+        found[f"torchvision:{name}"] = seeded(lambda name=name: _torchvision(name))
     for name in _TIMM:
-        found[f"timm:{name}"] = _seeded(lambda name=name: _timm(name))
+        found[f"timm:{name}"] = seeded(lambda name=name: _timm(name))
     for entry in json.loads(_TRANSFORMERS.read_text(encoding="utf-8")):
-        found[f"transformers:{entry['model_type']}"] = _seeded(lambda entry=entry: _transformers(entry))
+        found[f"transformers:{entry['model_type']}"] = seeded(lambda entry=entry: _transformers(entry))
     for name, build in _PLAIN.items():
-        found[f"torch:{name}"] = _seeded(build)
+        found[f"torch:{name}"] = seeded(build)
     return found
 
 
-def _seeded(build: Callable[[], Example]) -> Callable[[int], Example]:
+def seeded(build: Callable[[], Example]) -> Callable[[int], Example]:
+    """A builder of the model in train mode; weights and inputs depend on the seed alone."""
+
     def built(seed: int) -> Example:
         torch.manual_seed(seed)
         example = build()

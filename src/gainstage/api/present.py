@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from gainstage.errors import InputError
-from gainstage.graph import Graph, Node, ParameterInfo, enters_regions_only, real_parameters
+from gainstage.graph import Graph, Node, ParameterInfo, parameters_of_regions, real_parameters
 from gainstage.propagate import (
     constant_value,
     input_value,
@@ -63,9 +63,10 @@ def present_values(graph: Graph, tensors: Mapping[str, torch.Tensor], roles: Rol
     """Every node at the present parameters: independent entries with their moments, slice by slice where slices differ."""
     moments = {name: parameter_moments({name: tensors[name]})[name] for name in tensors if name in graph.parameters}
     index = {name: position for position, name in enumerate(graph.parameters)}
+    of_regions = parameters_of_regions(graph)
 
     def present(info: ParameterInfo) -> Value:
-        if enters_regions_only(graph, info.name):
+        if info.name in of_regions:
             return replace(constant_value(tensors[info.name]), lineage=1 << index[info.name])
         tensor = tensors[info.name]
         is_table = is_data(graph, info.name, roles.of(info.name))

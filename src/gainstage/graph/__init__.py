@@ -13,7 +13,7 @@ from gainstage.graph.model import (
     TensorMeta,
 )
 from gainstage.graph.real import as_real, held, is_sharded, real_parameters, whole
-from gainstage.graph.region import Region, enters_regions_only
+from gainstage.graph.region import Region, parameters_of_regions
 from gainstage.graph.reuse import reused_weights
 
 __all__ = [
@@ -27,10 +27,10 @@ __all__ = [
     "Region",
     "TensorMeta",
     "as_real",
-    "enters_regions_only",
     "fingerprint",
     "held",
     "is_sharded",
+    "parameters_of_regions",
     "real_parameters",
     "reused_weights",
     "tensor_leaves",

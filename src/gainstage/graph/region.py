@@ -36,11 +36,15 @@ class Region:
         return results[0] if len(results) == 1 else results
 
 
-def enters_regions_only(graph: Graph, parameter: str) -> bool:
-    """Whether nothing but regions reads a parameter: its entries then count together, not as so many draws."""
-    names = {node.name for node in graph.nodes if node.parameter == parameter}
-    readers = [node for node in graph.nodes if not names.isdisjoint(node.operands())]
-    return bool(readers) and all(isinstance(node.op, Region) for node in readers)
+def parameters_of_regions(graph: Graph) -> frozenset[str]:
+    """Parameters that nothing but regions reads: their entries count together, not as so many draws."""
+    parameter_of = {node.name: node.parameter for node in graph.nodes if node.parameter is not None}
+    read: dict[str, bool] = {}
+    for node in graph.nodes:
+        for name in node.operands():
+            if name in parameter_of:
+                read[parameter_of[name]] = read.get(parameter_of[name], True) and isinstance(node.op, Region)
+    return frozenset(parameter for parameter, by_regions_only in read.items() if by_regions_only)
 
 
 def _filled(argument: Any, values: Mapping[str, Any]) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from gainstage.graph import Graph, Node, Ref
@@ -12,20 +12,16 @@ from gainstage.rules.attention import attention_logits
 from gainstage.signal import Value
 from gainstage.signal.attention import apart, relative_entropy
 from gainstage.solve.constraint import Quantity, is_attention, key_variance, measure
+from gainstage.solve.initial import readers_of
 
 
 def attention_signals(graph: Graph, roles: Roles, values: Mapping[str, Any]) -> tuple[AttentionSignal, ...]:
     """One for each product of queries and keys that feeds a softmax, in execution order."""
-    readers: dict[str, list[Node]] = {}
-    for node in graph.nodes:
-        for name in node.operands():
-            readers.setdefault(name, []).append(node)
-    return tuple(_signals(graph, roles, values, readers))
+    return tuple(_signals(graph, roles, values))
 
 
-def _signals(
-    graph: Graph, roles: Roles, values: Mapping[str, Any], readers: Mapping[str, list[Node]]
-) -> Iterable[AttentionSignal]:
+def _signals(graph: Graph, roles: Roles, values: Mapping[str, Any]) -> Iterator[AttentionSignal]:
+    readers = readers_of(graph)
     for found in roles.logits:
         node = graph.by_name[found.node]
         logits = _fused(node, values) if is_attention(node) else _written_out(node, values, readers)
@@ -55,7 +51,7 @@ def _fused(node: Node, values: Mapping[str, Any]) -> Value | None:
     )
 
 
-def _written_out(node: Node, values: Mapping[str, Any], readers: Mapping[str, list[Node]]) -> Value | None:
+def _written_out(node: Node, values: Mapping[str, Any], readers: Mapping[str, Sequence[Node]]) -> Value | None:
     """The logits, with their mask, that the first softmax after a product was taken of; None where it is over others."""
     seen, stack = {node.name}, [node]
     while stack:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from gainstage.graph import Graph, Node, NodeKind, ParameterInfo, enters_regions_only
+from gainstage.graph import Graph, Node, NodeKind, ParameterInfo, parameters_of_regions
 from gainstage.plan import Distribution, Family
 from gainstage.policies import FixedStd, Identity, Keep, ModuleDefault, NearChance, Policy, Target, Zero, module_default
 from gainstage.propagate import constant_value, evaluate, parameter_value, table_value
@@ -39,7 +39,7 @@ class Present:
 def initial_settings(graph: Graph, roles: Roles, policy: Policy, present: Present) -> dict[str, Setting]:
     """A setting for every parameter of the graph."""
     cuts = cut_parameters(roles, graph.parameters)
-    start = _Start(graph, roles, policy, present, _readers(graph), _parameter_nodes(graph))
+    start = _Start(graph, roles, policy, present, readers_of(graph), _parameter_nodes(graph), parameters_of_regions(graph))
     return {name: start.setting(info, index, *cuts[name]) for index, (name, info) in enumerate(graph.parameters.items())}
 
 
@@ -69,6 +69,7 @@ class _Start:
     present: Present
     readers: Mapping[str, tuple[Node, ...]]
     node_of: Mapping[str | None, str]
+    of_regions: frozenset[str]
 
     def setting(self, info: ParameterInfo, index: int, dim: int, cuts: tuple[int, ...]) -> Setting:
         count = len(cuts) - 1
@@ -115,7 +116,7 @@ class _Start:
         kept = blank.with_all(mean=mean, variance=variance)
         name = blank.info.name
         is_table = is_data(self.graph, name, self.roles.of(name))
-        if enters_regions_only(self.graph, name) and name in self.present.tables and not self.present.tables[name].is_meta:
+        if name in self.of_regions and name in self.present.tables and not self.present.tables[name].is_meta:
             return replace(kept, is_fixed=True, given=KEPT, table=constant_value(self.present.tables[name]), lines=lines)
         table = table_value(self.present.tables[name], blank.index) if is_table and name in self.present.tables else None
         return replace(kept, is_fixed=True, given=KEPT, table=table, lines=lines)
@@ -236,7 +237,8 @@ def _parameter_nodes(graph: Graph) -> dict[str | None, str]:
     return {node.parameter: node.name for node in graph.nodes if node.kind is NodeKind.PARAMETER}
 
 
-def _readers(graph: Graph) -> dict[str, tuple[Node, ...]]:
+def readers_of(graph: Graph) -> dict[str, tuple[Node, ...]]:
+    """Nodes that read each node, in execution order."""
     found: dict[str, list[Node]] = {}
     for node in graph.nodes:
         for name in dict.fromkeys(node.operands()):

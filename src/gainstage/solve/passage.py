@@ -73,14 +73,14 @@ class Passages:
         node = self._graph.by_name[own.use.node]
         if is_lookup(node) or not isinstance(values.get(node.name), Value):
             return None
-        operand = data_operand(node, values)
-        if operand is None or operand[0] not in self._carries:
+        way = self._way(node, values)
+        if not way:
             return None
-        origin = self._origin[operand[0]]
+        origin = way[0].name
         first = values[origin]
         if not isinstance(first, Value) or first.second_moment <= 0.0:
             return None
-        back = propagate_back_along(self._segment(origin, operand[0], node), values).get(origin)
+        back = propagate_back_along(way, values).get(origin)
         if back is None:
             return None
         forward = values[node.name].second_moment / first.second_moment
@@ -88,11 +88,7 @@ class Passages:
 
     def between(self, own: Own, values: Mapping[str, Any]) -> list[str]:
         """Nodes that lie between the origin of a contraction's input and the contraction."""
-        node = self._graph.by_name[own.use.node]
-        operand = data_operand(node, values)
-        if operand is None or operand[0] not in self._carries:
-            return []
-        return [inside.name for inside in self._segment(self._origin[operand[0]], operand[0], node)[1:-1]]
+        return [inside.name for inside in self._way(self._graph.by_name[own.use.node], values)[1:-1]]
 
     def wanted(self, own: Own, values: Mapping[str, Any], variance: float, forward: float) -> float:
         """The variance that keeps the second moment of the signal, that of the gradient, or the geometric mean of both.
@@ -111,10 +107,14 @@ class Passages:
         backward = variance / passage.backward
         return backward if self.balance is Balance.BACKWARD else math.sqrt(forward * backward)
 
-    def _segment(self, origin: str, last: str, contraction: Node) -> list[Node]:
-        """The origin, what lies between it and the contraction's input, and the contraction; in execution order."""
+    def _way(self, contraction: Node, values: Mapping[str, Any]) -> list[Node]:
+        """The origin, what lies between it and the contraction, and the contraction; empty where it reads no signal."""
+        operand = data_operand(contraction, values)
+        if operand is None or operand[0] not in self._carries:
+            return []
+        origin = self._origin[operand[0]]
         inside = {origin}
-        agenda = [last]
+        agenda = [operand[0]]
         while agenda:
             name = agenda.pop()
             if name not in inside:

@@ -46,11 +46,6 @@ class Setting:
     lines: tuple[str, ...] = ()
 
     @property
-    def sizes(self) -> tuple[int, ...]:
-        """How many coordinates along ``dim`` each part has."""
-        return tuple(stop - start for start, stop in pairwise(self.cuts))
-
-    @property
     def mean(self) -> float:
         """Mean over all entries."""
         return self._average(self.means)

@@ -20,7 +20,7 @@ from gainstage.solve.demands import Demands
 from gainstage.solve.initial import no_value, nominal_fan_of
 from gainstage.solve.passage import Passages
 from gainstage.solve.setting import Setting
-from gainstage.solve.whitened import FirstLayer, batch_of
+from gainstage.solve.whitened import FirstLayer
 
 TOLERANCE = 1e-3  # relative, on second moments
 _MOST_STEPS = 16
@@ -131,7 +131,7 @@ class Walk:
             assert node.parameter is not None
             value: Any = value_of(self._settings[node.parameter])
         elif (layer := self._first.get(node.name)) is not None:
-            value = layer.value(self._settings[layer.parameter], batch_of(self._graph, node))
+            value = layer.value(self._settings[layer.parameter])
         else:
             value = evaluate(node, self._values, no_value, self._source, self._graph)
         self._values[node.name] = value

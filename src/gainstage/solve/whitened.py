@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 
@@ -13,6 +12,8 @@ from gainstage.inputs import Features, InputStatistics, Patches, Rows, Whitening
 from gainstage.plan import Block, Distribution, Family, Mixing, ParameterPlan
 from gainstage.policies import FanScaled, Policy
 from gainstage.roles import Roles
+from gainstage.roles.families import argument
+from gainstage.rules.linear import per_dim
 from gainstage.signal import Value
 from gainstage.signal.movement import reshape
 from gainstage.solve.setting import Setting
@@ -44,13 +45,14 @@ class FirstLayer:
     bias: str | None
     statistics: InputStatistics
     whitening: Whitening
+    batch: int  # samples in the example
 
-    def value(self, setting: Setting, batch: int) -> Value:
+    def value(self, setting: Setting) -> Value:
         """What it puts out, with the weight at its present variance."""
         assert isinstance(self.node.meta, TensorMeta)
         outputs = setting.info.shape[0]
         is_map = isinstance(self.statistics.rows, Patches)
-        found = output_value(self.statistics, self.whitening, setting.variance, batch, outputs, is_map=is_map)
+        found = output_value(self.statistics, self.whitening, setting.variance, self.batch, outputs, is_map=is_map)
         return replace(reshape(found, self.node.meta.shape), lineage=1 << setting.index)
 
     @property
@@ -108,10 +110,6 @@ class FirstLayers:
     layers: Mapping[str, FirstLayer] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
-    def of(self, parameter: str) -> FirstLayer | None:
-        """The layer with this weight."""
-        return next((layer for layer in self.layers.values() if layer.parameter == parameter), None)
-
 
 def find_first_layers(
     graph: Graph, roles: Roles, policy: Policy, inputs: Mapping[str, InputStatistics], settings: Mapping[str, Setting]
@@ -128,8 +126,8 @@ def find_first_layers(
     layers: dict[str, FirstLayer] = {}
     notes = []
     for name, statistics in inputs.items():
-        search = _Search(graph, roles, policy, settings, statistics)
-        found = search.run(name)
+        search = _Search(graph, roles, policy, settings, statistics, graph.by_name[name])
+        found = search.run()
         layers |= {layer.node.name: layer for layer in found}
         if not found:
             notes.append(f"inputs: nothing that reads {name} is whitened: {search.why}")
@@ -145,11 +143,12 @@ class _Search:
     policy: Policy
     settings: Mapping[str, Setting]
     statistics: InputStatistics
+    input: Node
     why: str = "no weight multiplies it directly"
     whitenings: dict[bool, Whitening] = field(default_factory=dict)  # by whether a bias takes off the mean
 
-    def run(self, name: str) -> list[FirstLayer]:
-        reached, found = {name}, []
+    def run(self) -> list[FirstLayer]:
+        reached, found = {self.input.name}, []
         for node in self.graph.nodes:
             operands = list(node.operands())
             if node.op in _IN_ORDER and operands and operands[0] in reached:
@@ -169,6 +168,7 @@ class _Search:
             multiplied = rows or "parts of its input by parts of it"
             self.why = f"{weight} multiplies {multiplied}, measured were {self.statistics.rows}; name the layer with first="
             return None
+        assert isinstance(self.input.meta, TensorMeta)
         is_centred = bias is not None and _can_take_off(bias, self.roles, self.settings)
         if is_centred not in self.whitenings:
             self.whitenings[is_centred] = whitening_of(self.statistics, is_centred=is_centred)
@@ -178,6 +178,7 @@ class _Search:
             bias=bias if is_centred else None,
             statistics=self.statistics,
             whitening=self.whitenings[is_centred],
+            batch=self.input.meta.shape[0],
         )
 
 
@@ -198,27 +199,18 @@ def _rows(node: Node, shape: tuple[int, ...]) -> Rows | None:
     """What a node multiplies its weight with."""
     if node.op is aten.linear.default:
         return Features(shape[1])
-    rank = len(shape) - 2
-    given: dict[str, Any] = dict(zip(("stride", "padding", "dilation", "groups"), node.args[3:], strict=False)) | dict(
-        node.kwargs
-    )
-    if given.get("groups", 1) != 1:
+    rank, kernel = len(shape) - 2, shape[2:]
+    stride, padding, dilation, groups = (argument(node, place) for place in range(3, 7))
+    if groups not in (None, 1):
         return None
-
-    def tuple_of(name: str, default: int) -> tuple[int, ...]:
-        number = given.get(name, default)
-        found = tuple(number) if isinstance(number, (list, tuple)) else (number,)
-        return found if len(found) == rank else found * rank
-
-    kernel, dilation = shape[2:], tuple_of("dilation", 1)
-    padding = given.get("padding", 0)
-    around = padding if isinstance(padding, str) else tuple_of("padding", 0)
+    dilations = tuple(per_dim(1 if dilation is None else dilation, rank))
+    around = padding if isinstance(padding, str) else tuple(per_dim(0 if padding is None else padding, rank))
     return Patches(
         channels=shape[1],
         kernel=kernel,
-        stride=tuple_of("stride", 1),
-        padding=padding_of(around, kernel, dilation),
-        dilation=dilation,
+        stride=tuple(per_dim(1 if stride is None else stride, rank)),
+        padding=padding_of(around, kernel, dilations),
+        dilation=dilations,
     )
 
 
@@ -227,13 +219,3 @@ def _can_take_off(bias: str, roles: Roles, settings: Mapping[str, Setting]) -> b
     setting = settings[bias]
     is_zero = setting.given is None and setting.mean == 0.0 and setting.variance == 0.0
     return is_zero and len({use.node for use in roles.uses[bias]}) == 1
-
-
-def batch_of(graph: Graph, node: Node) -> int:
-    """Samples in the example, by the input that a first layer reads."""
-    name = node.name
-    while graph.by_name[name].kind is not NodeKind.INPUT:
-        name = next(iter(graph.by_name[name].operands()))
-    meta = graph.by_name[name].meta
-    assert isinstance(meta, TensorMeta)
-    return meta.shape[0]
