@@ -505,6 +505,7 @@ def main(folder, *names):
     outcomes = {}
     for name in names:
         start = time.monotonic()
+        torch.manual_seed(dist.get_rank())
         try:
             CASES[name]()
             outcomes[name] = "passed"
