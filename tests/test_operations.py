@@ -102,3 +102,29 @@ def test_integers_among_numbers_count_as_numbers():
     trace = gs.inspect(Shifted(WIDTH, WIDTH), (x(),))
     expected = float(torch.arange(WIDTH).double().square().mean()) * 2 / 3 + 0.5  # E[w x + b]^2 is 1/3 + 1/3/128 by default
     assert trace.modules[""][0].second_moment == pytest.approx(expected / 2, rel=0.06)
+
+
+@torch.library.custom_op("gainstage_tests::half", mutates_args=())
+def half(x: torch.Tensor) -> torch.Tensor:
+    return 0.5 * x
+
+
+half.register_fake(torch.empty_like)
+half.register_autograd(lambda ctx, g: 0.5 * g)
+
+
+@gs.rules.rule(torch.ops.gainstage_tests.half.default)
+def broken(call, x):
+    """A rule with a mistake in it."""
+    return x / 2
+
+
+def test_a_rule_that_fails_leaves_its_node_to_sampling_and_the_trace_says_so():
+    torch.manual_seed(0)
+    model = Between(half)
+    trace = gs.inspect(model, (x(),))
+    assert [trace.graph.by_name[name].op_name for name in trace.sampled] == ["gainstage_tests.half.default"]
+    before, after = (trace.modules["first"][0].second_moment, trace.nodes[trace.sampled[0]].second_moment)
+    assert after == pytest.approx(before / 4, rel=0.01)  # 32 draws of 8192 entries
+    with pytest.raises(TypeError):  # held against the operation, the mistake comes out
+        testing.assert_rule(testing.RuleCase(op=torch.ops.gainstage_tests.half.default, args=(testing.entries(4, 6),)))

@@ -176,6 +176,32 @@ def test_windowed_attention_with_biases_and_a_float_mask() -> None:
     assert abs(math.log(trace.calls[-1].outputs[0].second_moment / mean)) < 0.04 + 4.0 * error
 
 
+class MaskedInPart(nn.Module):
+    """A corner of the logits is overwritten, where a triangle of it is excluded; the rest stays as it is."""
+
+    def __init__(self) -> None:
+        """Draw the projection."""
+        super().__init__()
+        self.qkv = nn.Linear(32, 96)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Attention in which the first eight queries see one to eight of the last eight keys and all others."""
+        q, k, v = self.qkv(x).chunk(3, -1)
+        logits = q @ k.transpose(-2, -1) * 0.2
+        corner = logits[:, :8, 4:]
+        logits[:, :8, 4:] = torch.full_like(corner, -math.inf).where(torch.ones(8, 8).triu(1).bool(), corner)
+        return logits.softmax(-1) @ v
+
+
+def test_a_mask_that_is_written_into_a_part_of_the_logits() -> None:
+    """What is excluded in a slice stays excluded in the whole: else the output is a quarter too small."""
+    torch.manual_seed(0)
+    trace = inspect(MaskedInPart(), (torch.randn(2, 12, 32),))
+    assert not trace.sampled
+    mean, error = second_moment_over_draws(MaskedInPart, (2, 12, 32), 100)
+    assert abs(math.log(trace.calls[-1].outputs[0].second_moment / mean)) < 0.04 + 4.0 * error
+
+
 class Experts(nn.Module):
     """Each token goes to two of six experts: rows are sorted by expert, multiplied in groups, and put back."""
 

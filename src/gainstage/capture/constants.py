@@ -18,6 +18,7 @@ aten = torch.ops.aten
 
 # These read nothing of their first operand but its shape.
 _FILLS = {"zeros_like": 0, "ones_like": 1, "new_zeros": 0, "new_ones": 1, "zero": 0}
+_FILLS_WITH = {"full_like": 1, "new_full": 2, "fill": 1}  # position of what they fill with
 _SELECTIONS = frozenset({"embedding", "embedding_bag", "index", "index_select", "gather"})
 _UNWRITTEN = frozenset({"empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided", "empty_permuted"})
 
@@ -63,7 +64,17 @@ def _known(nodes: Sequence[Node]) -> set[str]:
 
 
 def _is_fill(node: Node) -> bool:
-    return packet_name(node.op) in _FILLS and isinstance(node.meta, TensorMeta) and all(size >= 0 for size in node.meta.shape)
+    return _filling(node) is not None and isinstance(node.meta, TensorMeta) and all(size >= 0 for size in node.meta.shape)
+
+
+def _filling(node: Node) -> float | None:
+    """The number that a node fills a tensor with, None for other nodes and where it is computed."""
+    name = packet_name(node.op)
+    if name not in _FILLS_WITH:
+        return _FILLS.get(name)
+    position = _FILLS_WITH[name]
+    number = node.args[position] if len(node.args) > position else node.kwargs.get("fill_value", node.kwargs.get("value"))
+    return number if isinstance(number, (bool, int, float)) else None
 
 
 def _is_determined(node: Node) -> bool:
@@ -110,9 +121,9 @@ def _evaluate(node: Node, values: Mapping[str, Any], nodes: Sequence[Node], assu
         value, sentence = _guess(node, nodes)
         assumptions.append(sentence)
         return value
-    if _is_fill(node):
-        assert isinstance(node.meta, TensorMeta)
-        return torch.full((), _FILLS[packet_name(node.op)], dtype=node.meta.dtype).expand(node.meta.shape)
+    number = _filling(node)
+    if number is not None and isinstance(node.meta, TensorMeta):
+        return torch.full((), number, dtype=node.meta.dtype).expand(node.meta.shape)
     args, kwargs = _operands(node.args, values), {key: _operands(item, values) for key, item in node.kwargs.items()}
     if "device" in kwargs:
         kwargs["device"] = torch.device("cpu")

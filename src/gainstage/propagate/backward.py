@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from gainstage.errors import GainstageError
 from gainstage.graph import Graph, Node, NodeKind, Ref
 from gainstage.propagate.interpret import resolve
 from gainstage.propagate.sample_backward import sample_backward
@@ -100,12 +101,14 @@ def _through(node: Node, g: Any, values: Mapping[str, Any]) -> tuple[tuple[Any, 
     kwargs = {name: resolve(argument, values) for name, argument in node.kwargs.items()}
     call = BackwardCall(node.op, values[node.name])
     rule = backward_rules().get(node.op, times_slope if is_pointwise(node.op) else None)
-    if rule is not None:
-        try:
-            return rule(call, g, *args, **kwargs), False
-        except NotImplementedError:
-            pass  # a call that the rule does not cover
-    return sample_backward(node, g, args, kwargs), True
+    if rule is None:
+        return sample_backward(node, g, args, kwargs), True
+    try:
+        return rule(call, g, *args, **kwargs), False
+    except GainstageError:
+        raise
+    except Exception:  # noqa: BLE001  (the rule does not cover this call, whether it knew so or not)
+        return sample_backward(node, g, args, kwargs), True
 
 
 def _deliver(gradients: dict[str, Any], argument: Any, gradient: Any, needed: set[str]) -> None:

@@ -46,7 +46,7 @@ def evaluate(node: Node, values: Mapping[str, Result], parameter: ParameterValue
         raise
     except Exception as error:
         raise UnsupportedOpError(
-            f"the rule of {node.op_name} does not cover this call, in {node.provenance}: {type(error).__name__}: {error}"
+            f"{node.op_name} cannot be predicted, in {node.provenance}: {type(error).__name__}: {error}"
         ) from error
     _check(node, call, result)
     return result
@@ -63,7 +63,9 @@ def _unknown(node: Node, call: Call, args: list[Any], kwargs: dict[str, Any]) ->
         args = [*args[:first], *(as_numbers(argument) for argument in args[first:])]
     try:
         return found(call, *args, **kwargs)
-    except NotImplementedError:
+    except GainstageError:
+        raise
+    except Exception:  # noqa: BLE001  (the rule does not cover this call, whether it knew so or not)
         return sample_node(node, call, args, kwargs)
 
 

@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from itertools import combinations
 
 import numpy as np
+import torch
 
 from gainstage.signal import levels, neighbours
 from gainstage.signal.axes import Axis, axes_of
 from gainstage.signal.marginal import Marginal
-from gainstage.signal.movement import map_tables, merge_dim, refine, with_axes
+from gainstage.signal.movement import full_prior, map_tables, merge_dim, refine, with_axes
 from gainstage.signal.overlap import mixed
 from gainstage.signal.quadrature import Array, covariance_series, quantiles, weights
 from gainstage.signal.value import Joined, Value
@@ -66,7 +67,19 @@ def join(values: Sequence[Value], dim: int) -> Value:
         near=neighbours.mixed(
             [(part.neighbours(), n * part.variance) for part, n in zip(parts, sizes, strict=True)], axes_of(dims)
         ),
+        prior=_prior(values, dim),
     )
+
+
+def _prior(values: Sequence[Value], dim: int) -> torch.Tensor | None:
+    """What is known beforehand of parts, one after the other; 0 where nothing is."""
+    if all(value.prior is None for value in values):
+        return None
+    nothing = torch.zeros((1,) * len(values[0].dims), dtype=torch.float64)
+    priors = [nothing if value.prior is None else full_prior(value) for value in values]
+    shape = list(np.broadcast_shapes(*([n if d != dim else 1 for d, n in enumerate(prior.shape)] for prior in priors)))
+    sizes = [value.shape[dim] for value in values]
+    return torch.cat([prior.expand(*shape[:dim], n, *shape[dim + 1 :]) for prior, n in zip(priors, sizes, strict=True)], dim)
 
 
 def _between(values: Sequence[Value], dim: int, like: Array) -> Array:

@@ -38,10 +38,11 @@ def permute(x: Value, order: Sequence[int]) -> Value:
     axes = [axis for d in order for axis in range(starts[d], starts[d + 1])]
     profile = None if x.levels is None else np.transpose(x.levels, axes)
     moved = map_tables(x, tuple(x.dims[d] for d in order), lambda table: np.transpose(table, axes), profile)
-    return replace(moved, prior=None if x.prior is None else _full_prior(x).permute(order))
+    return replace(moved, prior=None if x.prior is None else full_prior(x).permute(order))
 
 
-def _full_prior(x: Value) -> torch.Tensor:
+def full_prior(x: Value) -> torch.Tensor:
+    """What is known beforehand, with all dimensions; of size 1 where it does not vary."""
     assert x.prior is not None
     prior = x.prior
     return prior.reshape((1,) * (len(x.dims) - prior.dim()) + tuple(prior.shape))
@@ -131,7 +132,7 @@ def reshape(x: Value, shape: Sequence[int]) -> Value:
     dims = tuple(() if size == 1 else tuple(next(parts)) for size in target)
     moved = map_tables(x, dims, lambda table: table, x.levels)
     constant = None if x.constant is None else x.constant.reshape(target)
-    prior = None if x.prior is None else torch.broadcast_to(_full_prior(x), x.shape).reshape(target)
+    prior = None if x.prior is None else torch.broadcast_to(full_prior(x), x.shape).reshape(target)
     return replace(moved, constant=constant, prior=prior)
 
 
@@ -185,7 +186,16 @@ def select(x: Value, dim: int, index: int) -> Value:
     dim %= len(x.dims)
     index %= max(x.shape[dim], 1)
     moved = _of_part(x, dim, index, index + 1) or _fix(x, dim, index)
-    return replace(moved, dims=moved.dims[:dim] + moved.dims[dim + 1 :])
+    prior = _prior_of(x, dim, slice(index, index + 1))
+    return replace(moved, dims=moved.dims[:dim] + moved.dims[dim + 1 :], prior=None if prior is None else prior.squeeze(dim))
+
+
+def _prior_of(x: Value, dim: int, part: slice) -> torch.Tensor | None:
+    """What is known beforehand of a range of a dimension."""
+    if x.prior is None:
+        return None
+    prior = full_prior(x)
+    return prior if prior.shape[dim] == 1 else prior[(slice(None),) * dim + (part,)]
 
 
 def _fix(x: Value, dim: int, index: int) -> Value:
@@ -235,11 +245,15 @@ def take(x: Value, dim: int, start: int, stop: int, step: int = 1) -> Value:
     count = len(range(start, stop, step))
     if count == size:
         return x
-    part_of_one = _of_part(x, dim, start, stop) if step == 1 else None
-    if part_of_one is not None:
-        return part_of_one
-    if count == 1:
-        return _fix(x, dim, start)
+    part = _of_part(x, dim, start, stop) if step == 1 else None
+    if part is None:
+        part = _fix(x, dim, start) if count == 1 else _range(x, dim, range(start, stop, step))
+    return replace(part, prior=_prior_of(x, dim, slice(start, stop, step)))
+
+
+def _range(x: Value, dim: int, chosen: range) -> Value:
+    """Some coordinates of a dimension, at equal distances."""
+    start, stop, step = chosen.start, chosen.stop, chosen.step
     whole = x.dims[dim]
     inner = prod(axis.size for axis in whole[1:])
     if len(whole) > 1 and step == 1 and start % inner == 0 and stop % inner == 0:
