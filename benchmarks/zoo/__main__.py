@@ -15,6 +15,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 from multiprocessing.connection import Connection
 
+import torch
 from benchmarks.measure import one_thread
 from benchmarks.tables import plain_table
 from benchmarks.zoo.load import ZOOS, Loaded, zoo_models
@@ -23,6 +24,7 @@ from benchmarks.zoo.summary import FAILURE_HEADINGS, RESULTS, TOTAL_HEADINGS, fa
 from rich.console import Console
 from rich.progress import Progress
 
+import gainstage as gs
 from gainstage.cli.models import cpu_torchvision
 
 LIMIT = 120.0  # seconds for one model
@@ -91,6 +93,8 @@ def _import_libraries() -> None:
 
     assert timm.__version__
     transformers.logging.set_verbosity_error()
+    layer = torch.nn.Linear(2, 2)  # what a first plan imports is imported once, not in each process
+    gs.plan(layer, (torch.randn(2, 2),))
 
 
 def _append(row: ZooRow) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -21,11 +22,13 @@ from benchmarks.zoo.reference import Example
 
 import gainstage as gs
 from gainstage.capture import capture
-from gainstage.graph import Graph
+from gainstage.graph import Graph, Node
+from gainstage.propagate import has_rule
+from gainstage.propagate.sample import sample_node
 from gainstage.report.ops import count_ops
 
 ENOUGH = 16  # draws
-PATIENCE = 4.0  # seconds of drawing, after which fewer must do
+PATIENCE = 4.0  # processor seconds of drawing, after which fewer must do
 FEWEST = 2  # a standard error needs them
 WORST = 3  # outputs that are named
 
@@ -35,7 +38,7 @@ class ZooRow:
     """One model; what comes after the stage that failed keeps its default.
 
     ``errors``: ``|log(predicted / mean over draws)|`` of each module output whose mean is known to 3 %; ``apart`` counts the
-    others. ``megabytes``: by how much capture and plan raised the peak of the resident set.
+    others. ``megabytes``: by how much capture and plan raised the peak of the resident set. Seconds are the processor's.
     """
 
     zoo: str
@@ -44,7 +47,7 @@ class ZooRow:
     rung: str = ""
     nodes: int = 0
     ruled: int = 0
-    sampled: int = 0
+    sampled_ops: dict[str, int] = field(default_factory=dict)
     capture_seconds: float = 0.0
     plan_seconds: float = 0.0  # with the capture
     forward_seconds: float = 0.0
@@ -53,6 +56,11 @@ class ZooRow:
     errors: list[float] = field(default_factory=list)
     apart: int = 0
     worst: list[tuple[str, float]] = field(default_factory=list)
+
+    @property
+    def sampled(self) -> int:
+        """Nodes that were run on samples."""
+        return sum(self.sampled_ops.values())
 
     @property
     def is_slow(self) -> bool:
@@ -76,9 +84,9 @@ def _examined(row: ZooRow, loaded: Loaded, draws: int) -> None:
     before = _fresh_peak()
     plan = None
     with failing(row, "plan"), watched(row):
-        start = time.perf_counter()
+        start = time.process_time()
         plan = gs.plan(loaded.model, args, kwargs)
-        row.plan_seconds = time.perf_counter() - start
+        row.plan_seconds = time.process_time() - start
         row.megabytes = _peak() - before
     if plan is None:
         return
@@ -88,21 +96,28 @@ def _examined(row: ZooRow, loaded: Loaded, draws: int) -> None:
 
 @contextmanager
 def watched(row: ZooRow) -> Iterator[None]:
-    """Note what the first capture of a plan finds."""
+    """Note what the first capture of a plan finds, and what is sampled on the way: also where there is a rule that gave up."""
+    sampled: dict[str, tuple[str, bool]] = {}
 
     def captured(*args: Any, **kwargs: Any) -> Graph:
-        start = time.perf_counter()
+        start = time.process_time()
         graph = capture(*args, **kwargs)
         if not row.rung:
-            row.capture_seconds = time.perf_counter() - start
+            row.capture_seconds = time.process_time() - start
             row.rung, row.nodes = graph.rung, len(graph.nodes)
-            counts = count_ops(graph)
-            row.ruled = sum(each.count for each in counts if each.treatment == "ruled")
-            row.sampled = sum(each.count for each in counts if each.treatment == "sampled")
+            row.ruled = sum(each.count for each in count_ops(graph) if each.treatment == "ruled")
         return graph
 
-    with patch("gainstage.api.planning.capture", captured):
-        yield
+    def noted(node: Node, *args: Any) -> Any:
+        sampled[node.name] = node.op_name, has_rule(node)
+        return sample_node(node, *args)
+
+    try:
+        with patch("gainstage.api.planning.capture", captured), patch("gainstage.propagate.interpret.sample_node", noted):
+            yield
+    finally:
+        row.sampled_ops = dict(Counter(op for op, _ in sampled.values()).most_common())
+        row.ruled -= sum(ruled for _, ruled in sampled.values())
 
 
 def _compare(row: ZooRow, loaded: Loaded, plan: gs.Plan, draws: int) -> None:
@@ -112,11 +127,11 @@ def _compare(row: ZooRow, loaded: Loaded, plan: gs.Plan, draws: int) -> None:
         args, kwargs = loaded.arguments(seed)
         return forward_pass(Example(loaded.model, args, kwargs), with_grad=loaded.differentiates)
 
-    began = time.perf_counter()
+    began = time.process_time()
     one_pass(0)  # lazy parameters get their shapes
-    row.forward_seconds = time.perf_counter() - began
+    row.forward_seconds = time.process_time() - began
     passes: list[dict[str, tuple[str, float]]] = []
-    while len(passes) < draws and (len(passes) < FEWEST or time.perf_counter() - began < PATIENCE):
+    while len(passes) < draws and (len(passes) < FEWEST or time.process_time() - began < PATIENCE):
         gs.apply(loaded.model, plan, seed=1 + len(passes))
         passes.append(one_pass(1 + len(passes)))
     row.draws = len(passes)
