@@ -67,11 +67,11 @@ def test_the_second_moment_of_the_input_counts_not_its_variance():
 
 
 def test_explain_reads_like_a_textbook():
-    model, args = mlp(nn.ReLU())
+    model, args = mlp(nn.ReLU(), width=50)
     text = solved(model, args).explain("2.weight")
     assert "Var(w) = E[y^2] / (n E[x^2]), so that the output starts with E[y^2] = 1" in text
-    assert "n = 128; E[x^2] = 0.5 predicted at 1 (relu)" in text
-    assert "Var(w) = 1 / (128 x 0.5) = 0.01562, std 0.125" in text
+    assert "n = 100; E[x^2] = 0.5 predicted at 1 (relu)" in text
+    assert "Var(w) = 1 / (100 x 0.5) = 0.02, std 0.1414" in text
 
 
 def test_biases_are_zero_norms_one_slopes_kept():

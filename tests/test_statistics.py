@@ -2,7 +2,10 @@
 
 import pytest
 import torch
+from torch import nn
 
+import gainstage as gs
+from gainstage.errors import UnsupportedParameterError
 from gainstage.propagate import level_profile
 
 
@@ -43,3 +46,10 @@ def test_a_parameter_of_one_piece_has_no_slices(shape):
     assert sum(bool(level_profile(draw - draw.mean())) for draw in draws) == 0
     assert level_profile(torch.randn(100)) == ()
     assert level_profile(torch.zeros(shape)) == ()
+
+
+def test_parameters_on_meta_have_no_moments():
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+    with pytest.raises(UnsupportedParameterError, match=r"on the meta device.*0\.weight, 0\.bias.*gainstage\.plan"):
+        gs.inspect(model, (torch.zeros(2, 3),))

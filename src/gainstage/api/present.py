@@ -61,7 +61,7 @@ def moments_of(model: nn.Module) -> Callable[[str], tuple[float, float] | None]:
 
 def present_values(graph: Graph, tensors: Mapping[str, torch.Tensor], roles: Roles) -> dict[str, Any]:
     """Every node at the present parameters: independent entries with their moments, slice by slice where slices differ."""
-    moments = {name: parameter_moments({name: tensors[name]})[name] for name in tensors if name in graph.parameters}
+    moments = parameter_moments({name: tensor for name, tensor in tensors.items() if name in graph.parameters})
     index = {name: position for position, name in enumerate(graph.parameters)}
     of_regions = parameters_of_regions(graph)
 

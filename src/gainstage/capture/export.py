@@ -8,12 +8,12 @@ from dataclasses import dataclass
 
 import torch
 from torch.export import ExportedProgram
+from torch.fx import proxy
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, get_proxy_slot
-from torch.fx.proxy import TracerBase
 from torch.utils import _pytree as pytree
 
 from gainstage.capture.lowered import CallMark
-from gainstage.capture.provenance import user_frames
+from gainstage.capture.provenance import UserFrame
 from gainstage.capture.refusal import refusal
 from gainstage.capture.surroundings import Request, marked_calls, on_device_of, plain_modules, quiet, seeded, untouched
 from gainstage.errors import GainstageError
@@ -70,12 +70,14 @@ def decompose(exported: Exported) -> Exported:
 @contextlib.contextmanager
 def _all_user_frames() -> Iterator[None]:
     """Let nodes remember the innermost line of the user's code; torch keeps only the lines of functions named forward."""
-    original = TracerBase._filter_traceback_frames
-    TracerBase._filter_traceback_frames = lambda _tracer, frames: user_frames(frames)  # type: ignore[method-assign, assignment]
+    record, filtered = proxy.CapturedTraceback, proxy.TracerBase._filter_traceback_frames  # type: ignore[attr-defined]
+    proxy.CapturedTraceback = UserFrame  # type: ignore[attr-defined, assignment]
+    proxy.TracerBase._filter_traceback_frames = lambda _tracer, frames: frames  # type: ignore[method-assign, assignment]
     try:
         yield
     finally:
-        TracerBase._filter_traceback_frames = original  # type: ignore[method-assign]
+        proxy.CapturedTraceback = record  # type: ignore[attr-defined]
+        proxy.TracerBase._filter_traceback_frames = filtered  # type: ignore[method-assign]
 
 
 def _mark(tensor: torch.Tensor, mark: CallMark) -> None:

@@ -7,8 +7,9 @@ import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from traceback import StackSummary
+from traceback import FrameSummary, StackSummary
 from types import FrameType, TracebackType
+from typing import Self
 
 import torch
 from torch import fx
@@ -72,11 +73,28 @@ def current_line() -> str:
     return ""
 
 
-def user_frames(frames: StackSummary) -> StackSummary:
-    """Of the frames of a trace, the innermost one inside forward and outside torch; none if a model is torch's alone."""
-    names = [frame.name for frame in frames]
-    inside = frames[names.index("forward") :] if "forward" in names else []
-    return StackSummary.from_list([frame for frame in inside if _is_users(frame.filename)][-1:])
+class UserFrame:
+    """In the place of torch's record of all frames: the innermost one inside forward and outside torch, if there is one."""
+
+    def __init__(self, found: list[FrameSummary]) -> None:
+        self._found = found
+
+    @classmethod
+    def extract(cls) -> Self:
+        """Look at the frames that lead here."""
+        frame: FrameType | None = sys._getframe(1)
+        innermost: FrameType | None = None
+        while frame is not None:
+            code = frame.f_code
+            innermost = innermost or (frame if _is_users(code.co_filename) else None)
+            if innermost is not None and code.co_name == "forward":
+                return cls([FrameSummary(innermost.f_code.co_filename, innermost.f_lineno, innermost.f_code.co_name)])
+            frame = frame.f_back
+        return cls([])  # a model of torch's alone
+
+    def summary(self) -> StackSummary:
+        """As torch asks for it."""
+        return StackSummary.from_list(self._found)
 
 
 def _is_users(filename: str) -> bool:

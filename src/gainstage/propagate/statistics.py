@@ -26,9 +26,15 @@ def parameter_moments(parameters: Mapping[str, torch.Tensor]) -> dict[str, tuple
 
     Raises:
         NonFiniteError: NaN or infinity in a parameter; names them all.
-        UnsupportedParameterError: lazy parameters, which have no values yet.
+        UnsupportedParameterError: lazy parameters, and those on the meta device, which have no values yet.
     """
     check_initialised(parameters)
+    unreal = [name for name, tensor in parameters.items() if tensor.is_meta]
+    if unreal:
+        raise UnsupportedParameterError(
+            f"on the meta device, without values to look at: {', '.join(unreal[:8])}; gainstage.plan needs none, and "
+            "gainstage.materialize gives the model its values"
+        )
     found: dict[str, tuple[float, float]] = {}
     bad: list[str] = []
     for name, tensor in parameters.items():

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from gainstage.signal.linear import spectrum
-from gainstage.signal.quadrature import Array, nodes
+from gainstage.signal.quadrature import Array, between_nodes
 from gainstage.signal.value import Logits, Value, measured
 
 
@@ -26,8 +26,8 @@ def draw(values: Sequence[Value], generator: np.random.Generator) -> list[torch.
         key = (value.marginal.latent, *value.axes)
         if key not in latents:
             latents[key] = _correlated_normals(value, generator)
-        sample = np.interp(latents[key], nodes(), value.marginal.values)
-        tensors.append(torch.from_numpy(np.asarray(sample).reshape(value.shape)))
+        sample = between_nodes(latents[key], value.marginal.values)
+        tensors.append(torch.from_numpy(sample.reshape(value.shape)))
     return tensors
 
 

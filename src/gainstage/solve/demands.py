@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from gainstage.errors import RoleConflictError
 from gainstage.graph import Graph, NodeKind, TensorMeta
@@ -30,12 +31,29 @@ _DEMANDING = {
 }
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Demands:
     """All demands on one model, and what answers to each."""
 
     levels: tuple[Demand, ...]
     own: tuple[Own, ...]
+
+    @cached_property
+    def own_of(self) -> Mapping[str, Own]:
+        """By the name of the parameter."""
+        return {own.use.parameter: own for own in reversed(self.own)}
+
+    @cached_property
+    def answering(self) -> Mapping[str, Sequence[tuple[Demand, Sequence[Part]]]]:
+        """Demands that a parameter answers to, and with which parts, by its name."""
+        found: dict[str, list[tuple[Demand, list[Part]]]] = {}
+        for demand in self.levels:
+            parts: dict[str, list[Part]] = {}
+            for part in (lever.part for group in demand.groups for lever in group):
+                parts.setdefault(part[0], []).append(part)
+            for name, own in parts.items():
+                found.setdefault(name, []).append((demand, own))
+        return found
 
 
 def collect_demands(

@@ -33,8 +33,8 @@ class Explainer:
         """Lines for one parameter."""
         setting = self.solution.settings[name]
         found = [*self._reasons(name), *setting.lines]
-        answering = self._answering(name)
-        own = next((own for own in self.demands.own if own.use.parameter == name), None)
+        answering = self.demands.answering.get(name, ())
+        own = self.demands.own_of.get(name)
         if own is not None and (own.parts or not answering):
             found += self._own(own, setting)
         for demand, parts in answering:
@@ -46,13 +46,13 @@ class Explainer:
 
     def passage(self, name: str) -> Passage | None:
         """What the parameter does to levels forward and backward; None where it is not contracted with a signal."""
-        own = next((own for own in self.demands.own if own.use.parameter == name), None)
+        own = self.demands.own_of.get(name)
         found = None if own is None else self.passages.through(own, self.solution.values)
         return None if found is None else replace(found, origin=self._place(found.origin))
 
     def centred(self, setting: Setting) -> Setting:
         """A kernel with its centre tap only, which never falls into the padding: as loud as the one with independent taps."""
-        own = next((own for own in self.demands.own if own.use.parameter == setting.info.name), None)
+        own = self.demands.own_of.get(setting.info.name)
         if own is None:
             return setting
         ratio = fans(own, self.graph, self.solution.values, setting)[0] / nominal_fan_of(own.use, setting.info, self.graph)
@@ -67,14 +67,6 @@ class Explainer:
         elif len(calls) > 1 and not any(use.rows for use in uses):
             reasons.append(f"it is used {len(calls)} times; the first use decides, unless a demand below names another")
         return reasons
-
-    def _answering(self, name: str) -> list[tuple[Demand, list[Part]]]:
-        found = []
-        for demand in self.demands.levels:
-            parts = [lever.part for group in demand.groups for lever in group if lever.part[0] == name]
-            if parts:
-                found.append((demand, parts))
-        return found
 
     def _own(self, own: Own, setting: Setting) -> list[str]:
         values = self.solution.values
