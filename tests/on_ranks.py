@@ -323,6 +323,15 @@ def by_fully_shard(model):
     return model
 
 
+def by_flattening(*, use_orig_params):
+    def shard(model):
+        inner = FullyShardedDataParallel(model.fused, use_orig_params=use_orig_params, device_id=torch.device("cpu"))
+        model.fused = inner
+        return FullyShardedDataParallel(model, use_orig_params=use_orig_params, device_id=torch.device("cpu"))
+
+    return shard
+
+
 def by_tensor_parallel(model):
     """Local slices, partial sums, and whole DTensors on the way."""
     styles = {"fused": ColwiseParallel(output_layouts=Replicate()), "first": ColwiseParallel(output_layouts=Replicate())}
@@ -486,6 +495,8 @@ CASES = {
     "measured inputs": measured_inputs,
     "verified": verified(lambda model: model),
     "verified, fully_shard": verified(by_fully_shard),
+    "verified, FSDP1": verified(by_flattening(use_orig_params=False)),
+    "verified, FSDP1 with parameters": verified(by_flattening(use_orig_params=True)),
     "verified, DDP": verified(nn.parallel.DistributedDataParallel),
     "verified, tensor parallel": verified(by_tensor_parallel, part=lambda tokens: tokens),
     "verified, slices": verified_slices,

@@ -35,6 +35,8 @@ _ASTRAY = ("another plan", "another seed", "another model", "a failure", "an abs
 _VERIFIED = (
     "verified",
     "verified, DDP",
+    "verified, FSDP1",
+    "verified, FSDP1 with parameters",
     "verified, fully_shard",
     "verified, tensor parallel",
     "verified, slices",

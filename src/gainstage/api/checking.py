@@ -62,7 +62,7 @@ def verify(
     Raises:
         NonFiniteError: NaN or infinity in a parameter or an input.
         PlanMismatchError: the plan was made for another model.
-        InputError: a model on the meta device without a plan, FSDP1, or a forward pass that fails.
+        InputError: a model on the meta device without a plan, or a forward pass that fails.
         RankError: another process failed, has another plan, model or values, inputs of other shapes, or does not answer.
 
     Example::

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from torch import nn
 
 from gainstage.apply.box import run_boxes
 from gainstage.apply.parts import Holding, join, without_wrappers
@@ -22,8 +23,7 @@ def flattened_holdings(module: Any, path: str) -> dict[str, Holding]:
     if handle is None:
         return {}
     flat = handle.flat_param
-    if handle.uses_sharded_strategy and not handle.is_sharded(flat):
-        handle.reshard(free_unsharded_flat_param=True)
+    reshard_flattened(module)
     memory = vars(flat).get("_local_shard", flat.detach())  # set at the first forward pass
     ranks = frozenset(torch.distributed.get_process_group_ranks(handle.process_group))
     aliases: dict[str, list[str]] = {}
@@ -42,7 +42,30 @@ def flattened_holdings(module: Any, path: str) -> dict[str, Holding]:
             memory=memory.narrow(0, start, count),
             boxes=tuple(run_boxes(shape, held.intra_param_start_idx, held.intra_param_end_idx + 1)) if count else (),
             ranks=ranks,
+            group=handle.process_group if handle.uses_sharded_strategy else None,
         )
+    return found
+
+
+def reshard_flattened(module: Any) -> None:
+    """Give back what was gathered for a pass."""
+    handle = module._handle
+    if handle is not None and handle.uses_sharded_strategy and not handle.is_sharded(handle.flat_param):
+        handle.reshard(free_unsharded_flat_param=True)
+
+
+def whole_on_meta(module: Any) -> dict[int, dict[str, nn.Parameter]]:
+    """The parameters that one wrapper manages, whole and on the meta device: by identity of their module and by name in it."""
+    if module._handle is None:
+        return {}
+    flat = module._handle.flat_param
+    found: dict[int, dict[str, nn.Parameter]] = {}
+    for info, shape in zip(flat._param_infos, flat._shapes, strict=True):
+        values = torch.empty(shape, dtype=flat.dtype, device="meta")
+        found.setdefault(id(info.module), {})[info.param_name] = nn.Parameter(values, requires_grad=flat.requires_grad)
+    for shared in flat._shared_param_infos:
+        first = found[id(shared.prim_module)][shared.prim_param_name]
+        found.setdefault(id(shared.module), {})[shared.param_name] = first
     return found
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -26,6 +27,7 @@ class Holding:
         memory: what this process holds of it.
         boxes: which entries that is.
         ranks: the processes that hold parts of the parameter; empty where this one has the whole for itself.
+        group: the process group among which a flattened parameter is cut.
     """
 
     shape: tuple[int, ...]
@@ -35,6 +37,7 @@ class Holding:
     memory: torch.Tensor
     boxes: tuple[Box, ...]
     ranks: frozenset[int] = frozenset()
+    group: Any = None
 
 
 def join(path: str, name: str) -> str:

@@ -12,6 +12,7 @@ from typing import Any, final
 import torch
 from torch import nn
 
+from gainstage.apply.flattened import reshard_flattened, whole_on_meta
 from gainstage.apply.holding import holdings_of
 from gainstage.apply.parts import Holding, join, walk
 from gainstage.errors import InputError
@@ -41,15 +42,16 @@ def assembled(model: nn.Module, known: Container[str] = ()) -> Assembled:
     """The model in one piece; nothing is gathered yet but buffers.
 
     Args:
-        model: plain, or with DTensors for parameters (FSDP2, tensor parallel), or in DistributedDataParallel.
+        model: plain, or with DTensors for parameters (FSDP2, tensor parallel), or flattened ones (FSDP1), or in
+            DistributedDataParallel.
         known: names that a plan has, for a plan that was made of the wrapped model.
 
     Raises:
-        InputError: a model in FullyShardedDataParallel (FSDP1); what its modules refer to cannot be copied.
+        InputError: what the modules of a sharded model refer to cannot be copied.
     """
     while isinstance(model, nn.parallel.DistributedDataParallel) and next(iter(dict(model.named_parameters())), "") not in known:
         model = model.module
-    if not any(map(is_sharded, (*model.parameters(), *model.buffers()))) and not _is_fully_sharded(model):
+    if not any(map(is_sharded, (*model.parameters(), *model.buffers()))) and not _fully_sharded(model):
         modules = tuple(model.named_modules())
         return Assembled(running=model, code=model, buffers={}, modules=modules, parameters=real_parameters(model))
     holdings = holdings_of(model)
@@ -67,33 +69,24 @@ def assembled(model: nn.Module, known: Container[str] = ()) -> Assembled:
     return Assembled(running=model, code=code, buffers=buffers, modules=tuple(inner.items()), parameters=_Gathered(holdings))
 
 
-def _is_fully_sharded(model: nn.Module) -> bool:
-    """FSDP2 shares out parameters; FSDP1 is refused.
-
-    Raises:
-        InputError: FSDP1.
-    """
-    fsdp: Any = sys.modules.get("torch.distributed.fsdp")  # a model can only have what was imported
-    if fsdp is None:
-        return False
-    if any(isinstance(module, fsdp.FullyShardedDataParallel) for module in model.modules()):
-        raise InputError(
-            "The parameters of FullyShardedDataParallel (FSDP1) are flattened, and the model cannot be followed through it. "
-            "Use fully_shard (FSDP2), or verify before wrapping: gs.verify of the model on meta needs no memory."
-        )
-    return any(isinstance(module, fsdp.FSDPModule) for module in model.modules())
-
-
 @contextmanager
 def sharded_again(model: nn.Module) -> Iterator[None]:
-    """Have FSDP2 give back what it gathers for a forward pass, at the end."""
+    """Have FSDP give back what it gathers for a forward pass, at the end."""
     try:
         yield
     finally:
-        fsdp: Any = sys.modules.get("torch.distributed.fsdp")
-        for module in model.modules() if fsdp is not None else ():
-            if isinstance(module, fsdp.FSDPModule):
+        for module in _fully_sharded(model):
+            if hasattr(module, "_handle"):
+                reshard_flattened(module)
+            else:
                 module.reshard()
+
+
+def _fully_sharded(model: nn.Module) -> list[Any]:
+    """Modules whose parameters FSDP2 or FSDP1 shares out."""
+    fsdp: Any = sys.modules.get("torch.distributed.fsdp")  # a model can only have what was imported
+    kinds = () if fsdp is None else (fsdp.FSDPModule, fsdp.FullyShardedDataParallel)
+    return [module for module in model.modules() if isinstance(module, kinds)]
 
 
 def _on_meta(model: nn.Module, inner: Mapping[int, nn.Module]) -> nn.Module:
@@ -113,12 +106,16 @@ def _on_meta(model: nn.Module, inner: Mapping[int, nn.Module]) -> nn.Module:
     shared = (distributed.DeviceMesh, distributed.ProcessGroup)  # of the running processes: they cannot be copied
     shells: dict[int, Any] = {id(module): object.__new__(_own_class(module)) for module in inner.values()}
     memo |= {key: shells[id(module)] for key, module in inner.items()}
-    computed = [value for module in inner.values() for value in module.__dict__.values()]
+    flattened: dict[int, dict[str, nn.Parameter]] = {}
+    for module in _fully_sharded(model):
+        flattened |= whole_on_meta(module) if hasattr(module, "_handle") else {}
+    states = {id(module): _state(module, flattened.get(id(module), {})) for module in inner.values()}
+    computed = [value for state in states.values() for value in state.values()]
     memo |= {id(value): value.detach().clone() for value in computed if isinstance(value, torch.Tensor) and not value.is_leaf}
     memo |= {id(value): value for value in computed if isinstance(value, shared)}
     try:
-        for module in inner.values():
-            shells[id(module)].__dict__.update(copy.deepcopy(_state(module), memo))
+        for key, state in states.items():
+            shells[key].__dict__.update(copy.deepcopy(state, memo))
     except Exception as error:
         raise InputError(f"The sharded model cannot be copied without values: {type(error).__name__}: {error}") from error
     made: nn.Module = memo[id(model)]
@@ -133,13 +130,15 @@ def _own_class(module: nn.Module) -> type:
     return type(module)
 
 
-def _state(module: nn.Module) -> dict[str, Any]:
-    """Attributes, without the hooks of torch's sharding and what its wrappers remember."""
+def _state(module: nn.Module, flattened: Mapping[str, nn.Parameter]) -> dict[str, Any]:
+    """Attributes, without the hooks of torch's sharding and what its wrappers remember; parameters that were flattened whole."""
     state = {
         name: value
         for name, value in module.__dict__.items()
-        if not (name.startswith("__composable_api") or _is_of_sharding(value))
+        if not (name.startswith("__composable_api") or name in flattened or _is_of_sharding(value))
     }
+    own = {name: own for name, own in module._parameters.items() if not getattr(own, "_is_flat_param", False)}
+    state["_parameters"] = {**own, **flattened}
     for name in ("_forward_pre_hooks", "_forward_hooks", "_backward_hooks", "_backward_pre_hooks"):
         state[name] = type(state[name])((key, hook) for key, hook in state[name].items() if not _is_of_sharding(hook))
     for name in ("_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks"):
@@ -153,6 +152,17 @@ def _is_of_sharding(value: Any) -> bool:
     return is_code and str(getattr(function, "__module__", "")).startswith("torch.distributed.")
 
 
+def _whole_of(holding: Holding) -> torch.Tensor:
+    """All entries of a parameter, in their real form; those of a flattened one are put together from its runs."""
+    if holding.group is None:
+        return as_real(whole(holding.parameter.detach()))
+    entries = torch.zeros(holding.shape or (1,), dtype=holding.dtype, device=holding.memory.device)
+    for box in holding.boxes:
+        entries[tuple(slice(low, high) for low, high in box.bounds)] = box.view(holding.memory)
+    torch.distributed.all_reduce(entries, group=holding.group)
+    return entries.view(holding.shape)
+
+
 @final
 class _Gathered(Mapping[str, torch.Tensor]):
     """Whole parameters in their real form; the last one is kept, as it is read several times in a row."""
@@ -164,7 +174,7 @@ class _Gathered(Mapping[str, torch.Tensor]):
     def __getitem__(self, name: str) -> torch.Tensor:
         """Gathered now, or just before."""
         if self._last is None or self._last[0] != name:
-            self._last = name, as_real(whole(self._holdings[name].parameter.detach()))
+            self._last = name, _whole_of(self._holdings[name])
         return self._last[1]
 
     def __iter__(self) -> Iterator[str]:

@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from gainstage.apply.holding import holdings_of
 from gainstage.apply.pieces import Assembled
 from gainstage.apply.ranks import together
 from gainstage.apply.write import PATIENCE
 from gainstage.errors import InputError, NonFiniteError, PlanMismatchError
 from gainstage.findings import Finding
-from gainstage.graph import Graph, fingerprint, held, is_sharded, real_parameters, tensor_leaves
+from gainstage.graph import Graph, fingerprint, held, tensor_leaves
 from gainstage.plan import Plan
 from gainstage.propagate import Trace, check_initialised
 from gainstage.verify import signals
@@ -87,8 +88,8 @@ def check_ranks(plan: Plan | None, model: nn.Module, check: Callable[[], None]) 
     def said() -> str:
         check()
         facts = [
-            (name, tuple(tensor.shape), str(tensor.dtype), b"" if is_sharded(tensor) or tensor.is_meta else digest(tensor))
-            for name, tensor in real_parameters(model).items()
+            (name, here.shape, str(here.dtype), b"" if here.ranks or here.memory.is_meta else digest(here.memory))
+            for name, here in holdings_of(model).items()
         ]
         text = repr((model.training, facts, None if plan is None else plan.to_json()))
         return hashlib.sha256(text.encode()).hexdigest()
