@@ -16,7 +16,7 @@ from gainstage.apply.normal import normal_32, normal_64, portable_log
 from gainstage.plan import Distribution, Family
 
 # philox4x64 with 10 rounds, from the known-answer tests of Random123 1.14 (J. Salmon et al.): counter, key, result.
-_PUBLISHED = [
+PUBLISHED = [
     ((0, 0, 0, 0), (0, 0), (0x16554D9ECA36314C, 0xDB20FE9D672D0FDC, 0xD7E772CEE186176B, 0x7E68B68AEC7BA23B)),
     (
         (2**64 - 1,) * 4,
@@ -41,12 +41,12 @@ def philox(counter, key):
     return c0, c1, c2, c3
 
 
-@pytest.mark.parametrize(("counter", "key", "result"), _PUBLISHED)
+@pytest.mark.parametrize(("counter", "key", "result"), PUBLISHED)
 def test_the_oracle_gives_the_published_words(counter, key, result):
     assert philox(counter, key) == result
 
 
-@pytest.mark.parametrize(("counter", "key", "result"), _PUBLISHED)
+@pytest.mark.parametrize(("counter", "key", "result"), PUBLISHED)
 def test_words_are_the_published_ones(counter, key, result):
     stream = Stream(key[0] + (key[1] << 64))
     block = sum(word << (64 * index) for index, word in enumerate(counter))

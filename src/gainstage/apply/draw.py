@@ -3,25 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from gainstage.apply.normal import cut_normal_32, normal_32, normal_64
+from gainstage.apply.compiled import fill_for
+from gainstage.apply.law import law_of
 from gainstage.apply.stream import Stream
 from gainstage.plan import Distribution, Family, Mixing
-
-# Entries whose bits are drawn at once: so many that the calls for the few in the tails do not count, and few enough for a core's
-# share of the cache.
-_PIECE = 2**19
-
-# Written out, as a library's erf and exp may differ in the last bit from one machine to another.
-_CUT = 2.0  # deviations of the parent normal
-_WIDTH = 0.9544997361036416  # probability between the cuts: erf(sqrt(2))
-_CUT_VARIANCE = 0.7737413035499232  # of a normal cut at +-c, over its parent's: 1 - 2 c phi(c) / (Phi(c) - Phi(-c))
 
 
 def draw_range(
@@ -64,44 +56,8 @@ def draw_runs(distribution: Distribution, stream: Stream, starts: NDArray[np.int
     if distribution.family is Family.CONSTANT:
         out.fill(distribution.mean)
         return
-    for rows, columns in pieces(out.shape, _PIECE):
-        part = out[rows, columns]
-        words = stream.runs_of_bits(starts[rows] + columns.start, part.shape[1], 8 * out.itemsize)
-        entries = part.reshape(-1)  # a view: one row, or rows as a whole
-        _draw_centred(distribution, words.reshape(-1).view(f"i{out.itemsize}"), entries)
-        if distribution.mean:
-            entries += out.dtype.type(distribution.mean)
-
-
-def pieces(shape: Sequence[int], limit: int) -> Iterator[tuple[slice, slice]]:
-    """Parts of a matrix: whole rows, or parts of one row, of at most ``limit`` entries."""
-    rows, columns = shape
-    at_once = max(1, limit // max(1, columns))
-    for row in range(0, rows, at_once):
-        for column in range(0, columns, limit):
-            yield slice(row, row + at_once), slice(column, column + limit)
-
-
-def _draw_centred(distribution: Distribution, words: NDArray[Any], out: NDArray[Any]) -> None:
-    """Fill ``out`` with values of mean zero."""
-    std = distribution.std
-    single = out.dtype == np.float32
-    if distribution.family is Family.NORMAL:
-        if single:
-            normal_32(words, std, out)
-        else:
-            np.multiply(normal_64(words), std, out=out)
-    elif distribution.family is Family.TRUNCATED_NORMAL:
-        parent = std / math.sqrt(_CUT_VARIANCE)
-        if single:
-            cut_normal_32(words, _WIDTH, parent, out)
-        else:
-            np.multiply(normal_64(words, _WIDTH), parent, out=out)
-        np.clip(out, -_CUT * parent, _CUT * parent, out=out)  # rounding must not step over the cut
-    else:
-        assert distribution.family is Family.UNIFORM
-        np.copyto(out, words, casting="unsafe")
-        out *= out.dtype.type(math.sqrt(12) * std * 2.0 ** (-8 * out.itemsize))
+    law = law_of(distribution, 8 * out.itemsize)
+    fill_for(law, out)(law, stream, starts, out)
 
 
 def draw_matrix(distribution: Distribution, normals: torch.Tensor, output_dims: Sequence[int]) -> torch.Tensor:

@@ -10,7 +10,8 @@ import torch
 from numpy.typing import NDArray
 
 from gainstage.apply.box import Box, whole_box
-from gainstage.apply.draw import draw_matrix, draw_mixed, draw_runs, pieces
+from gainstage.apply.draw import draw_matrix, draw_mixed, draw_runs
+from gainstage.apply.runs import pieces
 from gainstage.apply.stream import Stream, stream_of
 from gainstage.plan import Distribution, Family, ParameterPlan
 
