@@ -4,10 +4,10 @@ import ast
 import importlib.util
 import json
 import os
+import resource
 import subprocess
 import sys
 import textwrap
-import time
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -103,13 +103,17 @@ def test_help_imports_nothing_heavy(arguments):
     assert python(textwrap.dedent(code)).endswith("heavy: []\n")
 
 
-def test_help_answers_in_three_tenths_of_a_second():
+def test_help_takes_three_tenths_of_a_second_of_the_processor():
     def seconds():
-        start = time.perf_counter()
-        python("from gainstage.cli import main; main(['--help'], standalone_mode=False)")
-        return time.perf_counter() - start
+        used = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return used.ru_utime + used.ru_stime
 
-    assert min(seconds() for _ in range(5)) < 0.3  # the least of five: other processes may hold the cores
+    def spent():
+        before = seconds()
+        python("from gainstage.cli import main; main(['--help'], standalone_mode=False)")
+        return seconds() - before
+
+    assert min(spent() for _ in range(5)) < 0.3
 
 
 def test_public_names_are_the_same_for_type_checkers_and_at_run_time():
@@ -386,6 +390,18 @@ def test_drawing_reports_its_progress(model_file, tmp_path, monkeypatch):
     assert seen[-1][1] == seen[-1][2]
 
 
+def test_derivations_on_request(model_file):
+    source = f"{model_file}:with_inputs"
+    shown = run("plan", source, "--explain", "*.weight", "--explain", "2.bias").stdout
+    planned = gainstage.Plan.from_json(run("plan", source, "--json").stdout)
+    assert " ".join(shown.split()) == " ".join(
+        " ".join(planned.explain(f"{layer}").split()) for layer in ("0.weight", "2.weight", "4.weight", "2.bias")
+    )
+    refused = run("plan", source, "--explain", "2.wieght")
+    assert refused.exit_code == 2
+    assert "2.weight" in refused.stderr
+
+
 def test_a_plan_is_written_applied_and_verified(model_file, tmp_path):
     source, plan_file, state_file = f"{model_file}:with_inputs", tmp_path / "plan.json", tmp_path / "state.pt"
     written = run("plan", source, "--output", plan_file, "--seed", 1)
@@ -395,7 +411,7 @@ def test_a_plan_is_written_applied_and_verified(model_file, tmp_path):
     assert "{0..4..2}.weight" in run("plan", source).stdout
     assert gainstage.Plan.from_json(run("plan", source, "--seed", 1, "--json").stdout) == planned
 
-    assert run("apply", source, "--plan", plan_file, "--seed", 3, "--output", state_file).exit_code == 0
+    assert run("apply", f"{model_file}:model", "--plan", plan_file, "--seed", 3, "-o", state_file).exit_code == 0
     state = torch.load(state_file, weights_only=True)
     for layer in (0, 2, 4):
         std = planned.parameters[f"{layer}.weight"].distribution.std

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -103,11 +104,14 @@ def _show_roles(choice: ModelChoice, overrides: dict[str, str] | None, *, as_jso
 
 
 @main.command()
-@click.option("--output", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE", help="Write the plan, as JSON.")
+@click.option("-o", "--output", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE", help="Write the plan, as JSON.")
+@click.option("--explain", multiple=True, metavar="PATTERN", help="How matching parameters were derived, not the table; repeat.")
 @output_options
 @plan_options
 @model_options(meta=True)
-def plan(choice: ModelChoice, *, output: Path | None, as_json: bool, ungrouped: bool, **options: Any) -> None:
+def plan(
+    choice: ModelChoice, *, output: Path | None, explain: tuple[str, ...], as_json: bool, ungrouped: bool, **options: Any
+) -> None:
     """Choose a distribution for every parameter."""
     import gainstage as gs
 
@@ -122,21 +126,31 @@ def plan(choice: ModelChoice, *, output: Path | None, as_json: bool, ungrouped: 
         click.echo(made.to_json())
     elif output is not None:
         click.echo(f"{len(made.parameters)} parameters planned, written to {output}")
-    else:
+    if explain:
+        texts = [text for pattern in explain for text in _explained(made, pattern)]
+        console().print("\n\n".join(texts), markup=False, highlight=False)
+    elif not as_json and output is None:
         from gainstage.report.plans import plan_report
 
         console().print(plan_report(made, grouped=not ungrouped))
 
 
+def _explained(plan: Plan, pattern: str) -> list[str]:
+    """The derivation of every parameter that matches, or of the one, or the activation, of that name."""
+    matching = [name for name in plan.parameters if fnmatchcase(name, pattern)]
+    return [plan.explain(name) for name in matching or [pattern]]
+
+
 @main.command()
 @existing_file("--plan", required=True, text="Plan to draw from (gainstage plan --output).")
 @click.option(
+    "-o",
     "--output",
     type=click.Path(dir_okay=False, path_type=Path),
     metavar="FILE",
     help="State dict to write: .safetensors, or .pt by torch.save.",
 )
-@model_options(meta=False)
+@model_options(meta=False, runs=False)
 def apply(choice: ModelChoice, *, plan: Path, output: Path | None) -> None:
     """Draw every parameter from a plan, and write the state dict.
 

@@ -48,7 +48,7 @@ class Source:
 def load(
     source: str,
     *,
-    inputs: Sequence[str] = (),
+    inputs: Sequence[str] | None = (),
     settings: Sequence[str] = (),
     device: str = "cpu",
     training: bool | None,
@@ -58,7 +58,7 @@ def load(
 
     Args:
         source: the MODEL argument.
-        inputs: ``--input`` texts; they replace the inputs that come with the model.
+        inputs: ``--input`` texts; they replace the inputs that come with the model. None: the model is not to be run.
         settings: ``--set`` texts, KEY=VALUE.
         device: of the model, "cpu" or "meta"; inputs always have values.
         training: mode of the model, None to leave it as it is built.
@@ -69,11 +69,13 @@ def load(
             something else than a model, or inputs that cannot be read.
         UnknownNameError: for a name that the library does not have.
     """
-    specifications = [parse_input(text) for text in inputs]
+    specifications = [parse_input(text) for text in inputs or ()]
     torch.manual_seed(seed)
     built = _builder(source)(source, parse_settings(settings), device)
     if training is not None:
         built.model.train(training)
+    if inputs is None:
+        return LoadedModel(model=built.model, kwargs={})
     if built.args or built.kwargs:
         own = (built.args, dict(built.kwargs))
         if not specifications:

@@ -39,6 +39,7 @@ class ModelChoice:
     meta: bool
     training: bool | None
     seed: int
+    runs: bool = True  # the command needs inputs
 
     def load(self) -> LoadedModel:
         """Build the model and its inputs. Imports torch."""
@@ -46,27 +47,31 @@ class ModelChoice:
 
         device = "meta" if self.meta else "cpu"
         return load(
-            self.source, inputs=self.inputs, settings=self.settings, device=device, training=self.training, seed=self.seed
-        )
+            self.source, inputs=self.inputs if self.runs else None, settings=self.settings, device=device,
+            training=self.training, seed=self.seed,
+        )  # fmt: skip
 
 
-def model_options(*, meta: bool) -> _Decorator:
+def model_options(*, meta: bool, runs: bool = True) -> _Decorator:
     """Add MODEL and everything that says how to build and feed it; the command receives it as its first argument.
 
     Args:
         meta: whether the command can work without values, on the meta device.
+        runs: whether the model is run or followed, and needs inputs.
     """
 
     def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(command)
-        def invoke(source: str, inputs: tuple[str, ...], settings: tuple[str, ...], **rest: Any) -> Any:
-            on_meta, training, seed = rest.pop("meta", False), rest.pop("training"), rest.pop("seed")
-            choice = ModelChoice(source=source, inputs=inputs, settings=settings, meta=on_meta, training=training, seed=seed)
+        def invoke(source: str, settings: tuple[str, ...], **rest: Any) -> Any:
+            choice = ModelChoice(
+                source=source, inputs=rest.pop("inputs", ()), settings=settings, meta=rest.pop("meta", False),
+                training=rest.pop("training", None), seed=rest.pop("seed"), runs=runs,
+            )  # fmt: skip
             return command(choice, **rest)
 
         invoke.__doc__ = f"{inspect.cleandoc(command.__doc__ or '')}\n\n{MODEL_HELP}"
         decorated: Callable[..., Any] = invoke
-        for option in reversed([*_MODEL_OPTIONS, *([_META] if meta else [])]):
+        for option in reversed([*_MODEL_OPTIONS, *(_RUN_OPTIONS if runs else []), _SEED, *([_META] if meta else [])]):
             decorated = option(decorated)
         return decorated
 
@@ -77,6 +82,15 @@ def model_options(*, meta: bool) -> _Decorator:
 _MODEL_OPTIONS: list[_Decorator] = [
     click.argument("source", metavar="MODEL"),
     click.option(
+        "--set",
+        "settings",
+        multiple=True,
+        metavar="KEY=VALUE",
+        help="An entry of the configuration (hf; dots go into sub-configurations), or a keyword argument of the callable.",
+    ),
+]
+_RUN_OPTIONS: list[_Decorator] = [
+    click.option(
         "--input",
         "inputs",
         multiple=True,
@@ -84,16 +98,9 @@ _MODEL_OPTIONS: list[_Decorator] = [
         help="An input, positional or by name: 2x3x224x224, input_ids=2x32:int, ids=2x32:int:1000 (below 1000), "
         "mask=2x32:bool. Replaces the model's own; repeat for more.",
     ),
-    click.option(
-        "--set",
-        "settings",
-        multiple=True,
-        metavar="KEY=VALUE",
-        help="An entry of the configuration (hf; dots go into sub-configurations), or a keyword argument of the callable.",
-    ),
     click.option("--train/--eval", "training", default=None, help="Mode of the model.  [default: as it is built]"),
-    click.option("--seed", default=0, show_default=True, help="Seed of everything that is drawn."),
 ]
+_SEED: _Decorator = click.option("--seed", default=0, show_default=True, help="Seed of everything that is drawn.")
 _META: _Decorator = click.option("--meta", is_flag=True, help="Build on the meta device: shapes without values.")
 
 
