@@ -452,11 +452,3 @@ def test_masks_indices_and_tables_of_timm(name, options):
     cpu_torchvision_if_installed()
     timm = pytest.importorskip("timm")
     assert_as_if_built_in_memory(lambda: timm.create_model(name, **options))
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_on_a_cuda_device_the_values_are_the_same():
-    real, model = nn.Linear(300, 200), on_meta(lambda: nn.Linear(300, 200))
-    apply(real, plan_of(real))
-    materialize(model, plan_of(model), device="cuda")
-    assert torch.equal(model.weight.cpu(), real.weight)

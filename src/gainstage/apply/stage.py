@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from gainstage.apply import device
 from gainstage.apply.box import Box, whole_box
 from gainstage.apply.draw import draw_matrix, draw_mixed, draw_runs
 from gainstage.apply.runs import pieces
@@ -42,7 +43,7 @@ def drawing_tasks(planned: ParameterPlan, seed: int, boxes: Sequence[Box], memor
         planned: what to draw.
         seed: any integer.
         boxes: which entries the memory holds.
-        memory: where to; contiguous, on the CPU, in the parameter's type.
+        memory: where to; contiguous, in the parameter's type, on the CPU or where :func:`gainstage.apply.device.draws_on` says.
 
     Returns:
         tasks that need linear algebra, and tasks that do not. All are independent of each other.
@@ -141,6 +142,9 @@ def _box_tasks(
 
 def _runs_task(stream: Stream, distribution: Distribution, starts: NDArray[np.int64], target: torch.Tensor) -> Task:
     def draw() -> None:
+        if target.device.type != "cpu":
+            device.draw_runs(distribution, stream, starts, target)
+            return
         if target.dtype == _compute_type(target.dtype) and target.is_contiguous():
             draw_runs(distribution, stream, starts, target.numpy())
             return

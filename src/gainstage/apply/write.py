@@ -22,6 +22,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from gainstage.apply.device import draws_on
 from gainstage.apply.holding import holdings_of
 from gainstage.apply.memory import check_writable
 from gainstage.apply.parts import Holding
@@ -201,13 +202,16 @@ class Writer:
         return "written"
 
     def _write_elsewhere(self, planned: ParameterPlan, holding: Holding) -> None:
-        """Drawn in contiguous memory of the host, then copied."""
+        """Drawn on the device, or in contiguous memory of the host and then copied."""
         memory = holding.memory
-        values = memory.to("cpu", copy=True).contiguous()
-        self._run(*drawing_tasks(planned, self._seed, holding.boxes, values))
         if planned.name not in self._fresh:
             self._saved.append((memory, memory.to("cpu", copy=True)))
         torch.autograd.graph.increment_version(holding.parameter)
+        if draws_on(memory):
+            self._run(*drawing_tasks(planned, self._seed, holding.boxes, memory))
+            return
+        values = memory.to("cpu", copy=True).contiguous()
+        self._run(*drawing_tasks(planned, self._seed, holding.boxes, values))
         memory.copy_(values)
 
     def _saving(self, tasks: Sequence[Task]) -> list[Task]:
