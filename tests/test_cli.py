@@ -52,6 +52,16 @@ def fails():
 
 
 number = 3
+
+
+class Branching(nn.Linear):
+    def forward(self, x):
+        y = super().forward(x)
+        return y if y.sum() < 1e9 else -y
+
+
+def branching():
+    return Branching(WIDTH, WIDTH)
 """
 
 
@@ -364,12 +374,20 @@ def test_no_line_is_wider_than_the_terminal(model_file, monkeypatch, columns):
 
 
 def test_ops_counts_the_operations_of_a_model_without_values(model_file):
-    rows = json.loads(run("ops", f"{model_file}:model", "--input", "2x24", "--meta", "--json").stdout)
-    assert {row["op"]: (row["count"], row["treatment"]) for row in rows} == {
+    found = json.loads(run("ops", f"{model_file}:model", "--input", "2x24", "--meta", "--json").stdout)
+    assert (found["rung"], found["assumptions"]) == ("export", [])
+    assert {row["op"]: (row["count"], row["treatment"]) for row in found["operations"]} == {
         "aten.linear.default": (3, "ruled"),
         "aten.relu.default": (3, "ruled"),
     }
-    assert "2 operations, 6 nodes: 6 ruled" in run("ops", f"{model_file}:model", "--input", "2x24").stdout
+    assert "2 operations, 6 nodes: 6 ruled (rung export)" in run("ops", f"{model_file}:model", "--input", "2x24").stdout
+
+
+def test_ops_says_that_one_path_was_seen_and_why(model_file):
+    shown = run("ops", f"{model_file}:branching", "--input", "2x24").stdout
+    assert "(rung tape)" in shown
+    assert "One path seen" in shown
+    assert "torch.export refused" in shown
 
 
 def test_rules_lists_the_registry():

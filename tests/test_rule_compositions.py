@@ -46,3 +46,16 @@ COMPOSITIONS = {
 def test_values_do_what_tensors_do(name):
     operation, rule = COMPOSITIONS[name]
     assert_rule(RuleCase(op=operation, args=(X,)), rule)
+
+
+def test_a_concatenation_that_gained_a_dimension_is_taken_apart():
+    whole = join([X, affine(X, 2.0)], 1)
+    part = take(reshape(whole, (4, 1, 12, 8, 1)), 2, 8, 11)
+    assert part.shape == (4, 1, 3, 8, 1)
+    assert part.second_moment == pytest.approx(4.0 * X.second_moment)
+
+
+def test_an_axis_that_meets_itself_in_another_dimension_stands_there_once():
+    row = take(X, 1, 0, 1)
+    crossed = combine(torch.mul, reshape(row, (4, 8, 1)), reshape(row, (4, 1, 8)))
+    assert len(set(crossed.axes)) == len(crossed.axes)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import random
+import sys
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 import gainstage as gs
 from gainstage import errors
 from gainstage.capture import capture
+from gainstage.capture.capture import RUNGS
 from gainstage.graph import Graph, NodeKind
 
 STAGE = importlib.import_module("gainstage.capture.capture")
@@ -264,3 +266,14 @@ def test_compiled_submodules_run_as_they_are(monkeypatch):
     graph = capture(model, (x(),))
     assert graph.nodes[-1].provenance.module_path == "1._orig_mod.1"
     assert len(graph.parameters) == 4
+
+
+@pytest.mark.parametrize(("name", "runs"), [("branch", 2), ("vmap", 1)])
+def test_a_plan_looks_again_where_values_chose_the_way_and_exports_once(name, runs, monkeypatch):
+    rungs = []
+    climbs = {rung: lambda request, rung=rung: (rungs.append(rung), RUNGS[rung](request))[1] for rung in RUNGS}
+    monkeypatch.setattr(sys.modules["gainstage.capture.capture"], "RUNGS", climbs)
+    build, args, reason = AWAY[name]
+    plan = gs.plan(build(), args)
+    assert rungs == ["export"] + ["tape"] * runs
+    assert any(reason in note for note in plan.notes)

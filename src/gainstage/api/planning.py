@@ -98,11 +98,11 @@ def plan(
 
     graph = capture(model, args, kwargs, buffers=known_buffers(model))
     made = solved(graph)
-    if graph.rung == "tape" and not any(tensor.is_meta or is_lazy(tensor) for tensor in tables.values()):
+    if graph.has_choices and not any(tensor.is_meta or is_lazy(tensor) for tensor in tables.values()):
         # What a run saw in values holds for the values that it ran on: look again at those that were planned.
         drawn, drawn_args, drawn_kwargs = copied(model, args, kwargs)
         apply(drawn, made, seed=0)
-        made = solved(capture(drawn, drawn_args, drawn_kwargs))
+        made = solved(capture(drawn, drawn_args, drawn_kwargs, like=graph))
     return made
 
 

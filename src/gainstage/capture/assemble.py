@@ -13,7 +13,7 @@ from gainstage.capture.calls import module_calls
 from gainstage.capture.constants import fold
 from gainstage.capture.functional import NotFunctional, functionalise
 from gainstage.capture.lowered import UNKNOWN_SIZE, Lowered
-from gainstage.capture.regions import fuse_complex, fuse_parametrizations
+from gainstage.capture.regions import fuse_complex, fuse_decays, fuse_parametrizations
 from gainstage.capture.rows import choose_rows
 from gainstage.errors import CaptureError, NonFiniteError, NoSignalError
 from gainstage.graph import Graph, Node, NodeKind, ParameterInfo, Ref, TensorMeta, reused_weights
@@ -25,6 +25,8 @@ def assemble(
     parameters: Mapping[str, ParameterInfo],
     *,
     rung: str,
+    refusals: Sequence[str],
+    choices: Sequence[str],
     assumptions: Sequence[str],
     with_gradient: frozenset[str],
 ) -> Graph:
@@ -35,7 +37,9 @@ def assemble(
         model: the module itself, for its mode and the types of its modules.
         parameters: canonical name -> info.
         rung: how the nodes were obtained.
-        assumptions: what had to be assumed so far.
+        refusals: why they were not obtained by another rung.
+        choices: where the run looked at values that could have been others.
+        assumptions: what else had to be assumed so far.
         with_gradient: parameters that autograd is known to reach.
 
     Returns:
@@ -49,6 +53,7 @@ def assemble(
     nodes, guesses = fold(reachable(_without_empty_pieces(functional.nodes), functional), functional.outputs)
     nodes = reachable(choose_rows(nodes), functional)
     nodes = reachable(fuse_parametrizations(nodes), functional)
+    nodes = fuse_decays(nodes, functional.outputs, functional.marks)
     nodes, names = fuse_complex(nodes, functional.outputs, functional.marks)
     functional = dataclasses.replace(functional, outputs=names)
     _check_sizes(nodes)
@@ -64,7 +69,9 @@ def assemble(
         calls=module_calls(functional, varying, model),
         training=model.training,
         rung=rung,
-        assumptions=(*assumptions, *guesses, *_reuse(nodes)),
+        refusals=tuple(refusals),
+        has_choices=bool(choices),
+        assumptions=(*assumptions, *choices, *refusals, *guesses, *_reuse(nodes)),
         guesses=tuple(guesses),
     )
 

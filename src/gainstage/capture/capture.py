@@ -33,6 +33,7 @@ def capture(
     *,
     loss: Callable[[Any], torch.Tensor] | None = None,
     buffers: Mapping[str, torch.Tensor] | None = None,
+    like: Graph | None = None,
 ) -> Graph:
     """Capture a model as a graph, in the mode (train or eval) that it is in; the model stays as it is.
 
@@ -42,6 +43,7 @@ def capture(
         kwargs: keyword arguments of forward.
         loss: what becomes the only output of the graph: the model's output -> a scalar.
         buffers: values of buffers that lie on the meta device, by name; others are guessed.
+        like: a graph of this model with other values; rungs that refused it are not tried again.
 
     Returns:
         The graph: no writes in place, ties resolved, constants computed.
@@ -58,11 +60,13 @@ def capture(
     parameters, names = parameter_table(model)
     request = Request(model=model, args=tuple(args), kwargs=given, loss=loss, buffers=buffers or {}, names=names)
     refused: dict[str, CaptureError] = {}
-    for rung, climb in RUNGS.items():
+    for rung in RUNGS if like is None else [like.rung]:
         try:
-            found = climb(request)
-            sentences = [*assumptions, *found.assumptions, *_reasons(refused)]
-            return assemble(found.lowered, model, parameters, rung=rung, assumptions=sentences, with_gradient=found.with_gradient)
+            found = RUNGS[rung](request)
+            return assemble(
+                found.lowered, model, parameters, rung=rung, refusals=_reasons(refused) if like is None else like.refusals,
+                choices=found.choices, assumptions=assumptions, with_gradient=found.with_gradient,
+            )  # fmt: skip
         except CaptureError as error:
             refused[rung] = error
     raise all_refused(refused)
@@ -70,10 +74,10 @@ def capture(
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Found:
-    """What a rung found: nodes without writes, what it assumed, and the parameters that autograd is known to reach."""
+    """What a rung found: nodes without writes, where values chose the way, and the parameters that autograd is known to reach."""
 
     lowered: Lowered
-    assumptions: Sequence[str] = ()
+    choices: Sequence[str] = ()
     with_gradient: frozenset[str] = frozenset()
 
 

@@ -2,7 +2,8 @@
 
 Complex numbers: tables are those of real entries, and one complex entry is two dependent ones. A complex parameter enters as its
 real form, with a last dimension of two. Parametrizations: a weight that is contracted with what was computed from it (its
-spectral norm, its orthogonal factor) depends on that entry by entry.
+spectral norm, its orthogonal factor) depends on that entry by entry. Decays: exponentials of differences of a running sum, as
+state-space models have them. The difference of two sums of negative terms is negative, and that is what keeps them below one.
 """
 
 from __future__ import annotations
@@ -18,6 +19,10 @@ from gainstage.graph import Node, NodeKind, Ref, Region, TensorMeta
 
 _WEIGHTED = frozenset({"linear", "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d"})
 _LOOKUPS = frozenset({"embedding", "embedding_bag", "index", "index_select", "gather"})
+_BETWEEN = frozenset(
+    {"cumsum", "add", "sub", "neg", "masked_fill", "where", "tril", "triu", "clamp", "pad", "select", "slice", "narrow",
+     "unsqueeze", "squeeze", "view", "reshape", "expand", "permute", "transpose", "to", "_to_copy", "contiguous", "clone", "flip"}
+)  # fmt: skip
 _CONTRACTIONS = frozenset({"mv", "vdot", "dot", "mm", "bmm", "matmul", "addmm", "einsum", "linear"})
 
 
@@ -39,11 +44,7 @@ def fuse_complex(nodes: Sequence[Node], outputs: Sequence[str], marked: Collecti
     outputs = [f"{name}_real" if name in complex_outputs else name for name in outputs]
     found = list(nodes)
     for names in _regions(nodes):
-        inside = [node for node in nodes if node.name in names]
-        outside = [node for node in found if node.name not in names]
-        wanted = {*outputs, *marked, *(name for node in outside for name in node.operands())}
-        results = [node for node in inside if node.name in wanted and not _is_complex(node)]
-        found = outside + _as_one(inside, results)
+        found = _fused(found, names, {*outputs, *marked})
     return _in_order(found), outputs
 
 
@@ -78,6 +79,42 @@ def fuse_parametrizations(nodes: Sequence[Node]) -> list[Node]:
         inside = _leading_to(result.name, weights)
         found[found.index(result)] = _as_one(inside, [result])[0]
     return found
+
+
+def fuse_decays(nodes: Sequence[Node], outputs: Sequence[str], marked: Collection[str]) -> list[Node]:
+    """The same graph, with one operation for each running sum and the exponentials of what is made of it and constants.
+
+    Args:
+        nodes: a graph without writes, its constants computed.
+        outputs: names of the outputs.
+        marked: names that are wanted after it: what modules return.
+    """
+    constants = {node.name for node in nodes if node.kind is NodeKind.CONSTANT}
+    sums: dict[str, str] = {}  # what is made of a running sum -> the sum
+    decays: dict[str, list[Node]] = {}  # running sum -> exponentials
+    for node in nodes:
+        read = {sums[name] for name in node.operands() if name in sums}
+        if len(read) == 1 and all(name in sums or name in constants for name in node.operands()):
+            if packet_name(node.op) in _BETWEEN:
+                sums[node.name] = next(iter(read))
+            elif packet_name(node.op) == "exp":
+                decays.setdefault(next(iter(read)), []).append(node)
+        elif packet_name(node.op) == "cumsum" and isinstance(node.meta, TensorMeta) and node.meta.dtype.is_floating_point:
+            sums[node.name] = node.name
+    found = list(nodes)
+    for first, ends in decays.items():
+        among = [node for node in nodes if sums.get(node.name) == first] + ends
+        inside = {each.name for end in ends for each in _leading_to(end.name, among)}
+        found = _fused(found, inside, {*outputs, *marked})
+    return _in_order(found)
+
+
+def _fused(nodes: Sequence[Node], names: Collection[str], wanted: Collection[str]) -> list[Node]:
+    """Nodes with one operation in the place of some, which returns what others read and what is wanted."""
+    outside = [node for node in nodes if node.name not in names]
+    read = {*wanted, *(name for node in outside for name in node.operands())}
+    inside = [node for node in nodes if node.name in names]
+    return outside + _as_one(inside, [node for node in inside if node.name in read and not _is_complex(node)])
 
 
 def _leading_to(name: str, nodes: Sequence[Node]) -> list[Node]:

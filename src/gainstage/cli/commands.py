@@ -229,11 +229,12 @@ def ops(choice: ModelChoice, *, as_json: bool) -> None:
     from gainstage.report.ops import count_ops, ops_report
 
     loaded = choice.load()
-    counts = count_ops(capture(loaded.model, loaded.args, loaded.kwargs))
+    graph = capture(loaded.model, loaded.args, loaded.kwargs)
     if as_json:
-        _write_json([{"op": row.op, "count": row.count, "treatment": row.treatment} for row in counts])
+        rows = [{"op": row.op, "count": row.count, "treatment": row.treatment} for row in count_ops(graph)]
+        _write_json({"rung": graph.rung, "assumptions": list(graph.assumptions), "operations": rows})
     else:
-        console().print(ops_report(counts))
+        console().print(ops_report(graph))
 
 
 @main.command()

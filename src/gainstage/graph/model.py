@@ -140,7 +140,9 @@ class Graph:
     calls: tuple[ModuleCall, ...]
     training: bool
     rung: str = "export"  # of the ladder of captures: "export", or "tape" for the record of one run
-    assumptions: tuple[str, ...] = ()  # what capture had to assume, one sentence each
+    refusals: tuple[str, ...] = ()  # why the rungs before it did not hold, one sentence each
+    has_choices: bool = False  # the run looked at values that other parameters, inputs or random numbers would change
+    assumptions: tuple[str, ...] = ()  # all that capture had to assume, one sentence each
     guesses: tuple[str, ...] = ()  # those of them that stand for values that were not there
     by_name: Mapping[str, Node] = field(init=False)
 

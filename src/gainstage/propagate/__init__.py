@@ -3,7 +3,7 @@
 from gainstage.propagate.backward import Backward, propagate_back_along, propagate_backward
 from gainstage.propagate.build import build_trace
 from gainstage.propagate.interpret import evaluate, has_rule, propagate
-from gainstage.propagate.sample import constant_value, is_sampled
+from gainstage.propagate.sample import constant_value
 from gainstage.propagate.statistics import (
     check_initialised,
     input_value,
@@ -28,7 +28,6 @@ __all__ = [
     "evaluate",
     "has_rule",
     "input_value",
-    "is_sampled",
     "kurtosis",
     "level_profile",
     "parameter_moments",

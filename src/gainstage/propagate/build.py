@@ -10,7 +10,7 @@ from gainstage.graph import Graph, Node, NodeKind
 from gainstage.propagate.backward import Backward
 from gainstage.propagate.interpret import has_rule
 from gainstage.propagate.path import main_path
-from gainstage.propagate.sample import is_sampled
+from gainstage.propagate.sample import samplings
 from gainstage.propagate.trace import CallSignals, ParameterStatistics, Signal, Trace
 from gainstage.rules import is_free
 from gainstage.signal import Value
@@ -51,7 +51,8 @@ def _was_sampled(node: Node, values: Mapping[str, Any]) -> bool:
     if node.kind is not NodeKind.OP or node.op is operator.getitem:
         return False
     assert node.op is not None
-    return is_sampled(values.get(node.name)) or not (has_rule(node) or is_free(node.op))
+    seen = set().union(*(samplings(values.get(name)) for name in node.operands()))
+    return bool(samplings(values.get(node.name)) - seen) or not (has_rule(node) or is_free(node.op))
 
 
 def _moment(gradient: Signal | None) -> float | None:

@@ -82,10 +82,10 @@ class Sampled:
     __slots__ = ()
 
 
-def is_sampled(result: Any) -> bool:
-    """Tell whether a result, or one of several, was measured on samples."""
+def samplings(result: Any) -> set[Sampled]:
+    """Where a result, or several, come from that were measured on samples: views of them come from there as well."""
     parts = result if isinstance(result, tuple) else (result,)
-    return any(isinstance(part, Value) and isinstance(part.source, Sampled) for part in parts)
+    return {part.source for part in parts if isinstance(part, Value) and isinstance(part.source, Sampled)}
 
 
 def is_known(node: Node, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 
+from rich.text import Text
+
 from gainstage.graph import Graph, Node, NodeKind
 from gainstage.propagate import has_rule
 from gainstage.report.tables import Column, Report, plural
@@ -48,20 +50,22 @@ def _treatment(node: Node) -> str:
     return "ruled" if has_rule(node) else "sampled"
 
 
-def ops_report(rows: list[OpRow]) -> Report[OpRow]:
-    """The operations of a model."""
+def ops_report(graph: Graph) -> Report[OpRow]:
+    """The operations of a captured model, how it was captured, and what had to be assumed."""
+    rows = count_ops(graph)
     by_treatment: Counter[str] = Counter()
     for row in rows:
         by_treatment[row.treatment] += row.count
     counts = ", ".join(f"{count} {treatment}" for treatment, count in by_treatment.most_common())
     return Report(
-        title=f"{plural(len(rows), 'operation')}, {plural(by_treatment.total(), 'node')}: {counts}",
+        title=f"{plural(len(rows), 'operation')}, {plural(by_treatment.total(), 'node')}: {counts} (rung {graph.rung})",
         columns=(
             Column(heading="operation", cell=lambda row: row.op),
             Column(heading="nodes", cell=lambda row: str(row.count), is_number=True),
             Column(heading="statistics", cell=lambda row: row.treatment),
         ),
         rows=rows,
+        remarks=[Text(assumption) for assumption in graph.assumptions],
     )
 
 

@@ -15,7 +15,7 @@ from gainstage.signal.filters import normalise
 from gainstage.signal.gather import same_index_table
 from gainstage.signal.joining import join
 from gainstage.signal.linear import affine, averaged, multiply
-from gainstage.signal.movement import merge_dim, refine, take, with_axes
+from gainstage.signal.movement import merge_dim, parts_along, refine, take, with_axes
 from gainstage.signal.neighbours import Neighbours, made, pairs_by_lag, through
 from gainstage.signal.pointwise import align, combine
 from gainstage.signal.quadrature import (
@@ -51,9 +51,9 @@ def normalise_gradient(g: Value, x: Value, dims: Sequence[int], eps: float, *, c
     divides strays from draw to draw, by ``v = mean over pairs of 2 rho^2`` of its square: ``E[1 / s^2] = (1 + v) / E[s^2]``.
     Of a concatenation, each part by itself, unless the average runs over the parts.
     """
-    found = x.parts_along()
-    apart = None if found is None else next(d for d, axes in enumerate(x.dims) if found[0] in axes)
-    if found is not None and apart is not None and apart not in dims:
+    found = parts_along(x)
+    if found is not None and found[0] not in dims:
+        apart = found[0]
         bounds = np.cumsum([0, *(part.shape[apart] for part in found[1])])
         pieces = [take(g, apart, int(start), int(stop)) for start, stop in pairwise(bounds)]
         done = [normalise_gradient(piece, part, dims, eps, centre=centre) for piece, part in zip(pieces, found[1], strict=True)]

@@ -13,7 +13,7 @@ from gainstage.signal.gram import Gram, modulated
 from gainstage.signal.joining import join
 from gainstage.signal.linear import amplitude_of, averaged, without_common
 from gainstage.signal.marginal import Marginal
-from gainstage.signal.movement import merge_dim
+from gainstage.signal.movement import merge_dim, parts_along
 from gainstage.signal.neighbours import Neighbours, cut, far_of, filtered, made
 from gainstage.signal.quadrature import Array, nodes, standardised
 from gainstage.signal.spread import held
@@ -157,10 +157,9 @@ def normalise(x: Value, reduced: Sequence[Axis], eps: float, *, centre: bool = T
     Layer, instance, group and batch norm are this, over other axes. The mean square over the axes is read off the table.
     Of a concatenation, each part by itself, unless the average runs over the parts.
     """
-    found = x.parts_along()
-    if found is not None and found[0] not in reduced:
-        dim = next(d for d, axes in enumerate(x.dims) if found[0] in axes)
-        return join([normalise(part, reduced, eps, centre=centre) for part in found[1]], dim)
+    found = parts_along(x)
+    if found is not None and x.dims[found[0]][0] not in reduced:
+        return join([normalise(part, reduced, eps, centre=centre) for part in found[1]], found[0])
     positions = [x.axes.index(axis) for axis in reduced]
     common = averaged(x.table, positions, reduced) if centre else np.zeros_like(x.table)
     table = x.table - common

@@ -62,7 +62,7 @@ def join(values: Sequence[Value], dim: int) -> Value:
         log_variance=max(part.log_variance for part in parts),
         is_weight=all(part.is_weight for part in parts),
         levels=levels.of_parts([(part.levels, part.second_moment) for part in ordered], sizes, position, table.ndim),
-        joined=Joined(table, new_axis, tuple(parts)),
+        joined=Joined(table, new_axis, tuple(parts), dim),
         overlap=mixed([(part.overlap, n / total) for part, n in zip(parts, sizes, strict=True)]),
         near=neighbours.mixed(
             [(part.neighbours(), n * part.variance) for part, n in zip(parts, sizes, strict=True)], axes_of(dims)

@@ -225,16 +225,25 @@ def scaled(x: Value, ratio: float) -> Value:
 
 def _of_part(x: Value, dim: int, start: int, stop: int) -> Value | None:
     """Range of a concatenation that lies in one of its parts."""
-    found = x.parts_along()
-    if found is None or found[0] not in x.dims[dim] or stop <= start:
+    found = parts_along(x)
+    if found is None or found[0] != dim or stop <= start:
         return None
     before = 0
     for part in found[1]:
         if before <= start and stop <= before + part.shape[dim]:
-            dims = tuple(part.dims[d] if d == dim else axes for d, axes in enumerate(x.dims))
-            return take(with_axes(part, dims), dim, start - before, stop - before)
+            return take(part, dim, start - before, stop - before)
         before += part.shape[dim]
     return None
+
+
+def parts_along(x: Value) -> tuple[int, tuple[Value, ...]] | None:
+    """Dimension of a concatenation and its parts, with the dimensions that it has by now, as long as nothing was done to them."""
+    joined = x.joined
+    if joined is None or joined.table is not x.table or (joined.axis,) not in x.dims:
+        return None
+    dim = x.dims.index((joined.axis,))
+    kept = [tuple(part.dims[joined.dim] if d == dim else axes for d, axes in enumerate(x.dims)) for part in joined.parts]
+    return dim, tuple(with_axes(part, dims) for part, dims in zip(joined.parts, kept, strict=True))
 
 
 def take(x: Value, dim: int, start: int, stop: int, step: int = 1) -> Value:

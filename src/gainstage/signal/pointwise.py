@@ -9,12 +9,12 @@ import numpy as np
 import torch
 
 from gainstage.signal import levels
-from gainstage.signal.axes import Dim
+from gainstage.signal.axes import Dim, distinct
 from gainstage.signal.few import with_shapes
 from gainstage.signal.joining import join
 from gainstage.signal.linear import add, affine, amplitude_of, modulate, multiply
 from gainstage.signal.marginal import Marginal
-from gainstage.signal.movement import expand, refine, with_axes
+from gainstage.signal.movement import expand, parts_along, refine, with_axes
 from gainstage.signal.neighbours import through
 from gainstage.signal.overlap import NONE, Overlap
 from gainstage.signal.quadrature import (
@@ -176,7 +176,7 @@ def align(x: Value, y: Value) -> tuple[Value, Value]:
         x, y = refine(x, y, d, d)
     dims_x = _adopt(x, y, broadcast_x)
     dims_y = _adopt(y, x, broadcast_y)
-    return with_axes(x, dims_x), with_axes(y, dims_y)
+    return with_axes(x, distinct(dims_x)), with_axes(y, distinct(dims_y))
 
 
 def _adopt(x: Value, y: Value, broadcast: Sequence[bool]) -> tuple[Dim, ...]:
@@ -195,10 +195,10 @@ def _shares_latent(x: Value, y: Value) -> bool:
 def _part_by_part(x: Value, y: Value) -> tuple[int, list[tuple[Value, Value]]] | None:
     """Dimension (from the end) and pairs of parts of two equal concatenations, or of one and what is the same for all parts."""
     for first, second in ((x, y), (y, x)):
-        found = first.parts_along()
+        found = parts_along(first)
         if found is None:
             continue
-        dim = next(d for d, axes in enumerate(first.dims) if found[0] in axes) - len(first.dims)
+        dim = found[0] - len(first.dims)
         others = _parts_like(second, dim, [part.shape[dim] for part in found[1]])
         if others is not None:
             pairs = zip(found[1], others, strict=True)
@@ -209,8 +209,8 @@ def _part_by_part(x: Value, y: Value) -> tuple[int, list[tuple[Value, Value]]] |
 def _parts_like(y: Value, dim: int, sizes: Sequence[int]) -> Sequence[Value] | None:
     if len(y.dims) < -dim or y.shape[dim] == 1:
         return [y] * len(sizes)
-    found = y.parts_along()
-    if found is None or found[0] not in y.dims[dim] or [part.shape[dim] for part in found[1]] != list(sizes):
+    found = parts_along(y)
+    if found is None or found[0] != dim + len(y.dims) or [part.shape[dim] for part in found[1]] != list(sizes):
         return None
     return found[1]
 

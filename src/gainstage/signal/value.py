@@ -72,11 +72,15 @@ class Lean:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Joined:
-    """Parts of a concatenation along an axis; void for a tensor with another table: it was changed since."""
+    """Parts of a concatenation along an axis; void for a tensor with another table: it was changed since.
+
+    ``dim``: of the parts, which may have gained or lost dimensions of size 1 since.
+    """
 
     table: Array
     axis: Axis
     parts: tuple[Value, ...]
+    dim: int
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -290,12 +294,6 @@ class Value:
         sizes = [(self.axes.index(axis), axis.size) for axis in near.axes]
         factors = [levels.pair_factor(levels.over(self.levels, position, size)) for position, size in sizes]
         return replace(self, near=near, table=write(near, self.table, self.axes, (own, far), factors))
-
-    def parts_along(self) -> tuple[Axis, tuple[Value, ...]] | None:
-        """Axis of a concatenation and its parts, as long as nothing was done to them."""
-        if self.joined is None or self.joined.table is not self.table or self.joined.axis not in self.axes:
-            return None
-        return self.joined.axis, self.joined.parts
 
     def centres(self) -> Array:
         """Values of a statistic without its fluctuation, one for each coordinate along which they differ."""
