@@ -13,6 +13,7 @@ from gainstage.capture.calls import module_calls
 from gainstage.capture.constants import fold
 from gainstage.capture.functional import NotFunctional, functionalise
 from gainstage.capture.lowered import UNKNOWN_SIZE, Lowered
+from gainstage.capture.picks import fuse_picks
 from gainstage.capture.regions import fuse_complex, fuse_decays, fuse_parametrizations
 from gainstage.capture.rows import choose_rows
 from gainstage.errors import CaptureError, NonFiniteError, NoSignalError
@@ -56,6 +57,7 @@ def assemble(
     nodes = fuse_decays(nodes, functional.outputs, functional.marks)
     nodes, names = fuse_complex(nodes, functional.outputs, functional.marks)
     functional = dataclasses.replace(functional, outputs=names)
+    nodes = reachable(fuse_picks(nodes, names, functional.marks), functional)
     _check_sizes(nodes)
     _check_buffers(nodes, model)
     varying = {node.name for node in nodes if node.kind is not NodeKind.CONSTANT}

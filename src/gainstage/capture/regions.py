@@ -45,7 +45,7 @@ def fuse_complex(nodes: Sequence[Node], outputs: Sequence[str], marked: Collecti
     found = list(nodes)
     for names in _regions(nodes):
         found = _fused(found, names, {*outputs, *marked})
-    return _in_order(found), outputs
+    return in_order(found), outputs
 
 
 def fuse_parametrizations(nodes: Sequence[Node]) -> list[Node]:
@@ -77,7 +77,7 @@ def fuse_parametrizations(nodes: Sequence[Node]) -> list[Node]:
     found = list(nodes)
     for result in [node for node in weights if node.name in read & entangled and isinstance(node.meta, TensorMeta)]:
         inside = _leading_to(result.name, weights)
-        found[found.index(result)] = _as_one(inside, [result])[0]
+        found[found.index(result)] = as_one(inside, [result])[0]
     return found
 
 
@@ -106,7 +106,7 @@ def fuse_decays(nodes: Sequence[Node], outputs: Sequence[str], marked: Collectio
         among = [node for node in nodes if sums.get(node.name) == first] + ends
         inside = {each.name for end in ends for each in _leading_to(end.name, among)}
         found = _fused(found, inside, {*outputs, *marked})
-    return _in_order(found)
+    return in_order(found)
 
 
 def _fused(nodes: Sequence[Node], names: Collection[str], wanted: Collection[str]) -> list[Node]:
@@ -114,7 +114,7 @@ def _fused(nodes: Sequence[Node], names: Collection[str], wanted: Collection[str
     outside = [node for node in nodes if node.name not in names]
     read = {*wanted, *(name for node in outside for name in node.operands())}
     inside = [node for node in nodes if node.name in names]
-    return outside + _as_one(inside, [node for node in inside if node.name in read and not _is_complex(node)])
+    return outside + as_one(inside, [node for node in inside if node.name in read and not _is_complex(node)])
 
 
 def _leading_to(name: str, nodes: Sequence[Node]) -> list[Node]:
@@ -181,7 +181,7 @@ def _between(nodes: Sequence[Node], region: set[str]) -> set[str]:
     return after & before
 
 
-def _as_one(inside: Sequence[Node], results: Sequence[Node]) -> list[Node]:
+def as_one(inside: Sequence[Node], results: Sequence[Node]) -> list[Node]:
     """One operation in the place of several, and its results under their old names."""
     names = {node.name for node in inside}
     operands = tuple(dict.fromkeys(name for node in inside for name in node.operands() if name not in names))
@@ -198,7 +198,7 @@ def _as_one(inside: Sequence[Node], results: Sequence[Node]) -> list[Node]:
     return [whole, *pieces]
 
 
-def _in_order(nodes: Sequence[Node]) -> list[Node]:
+def in_order(nodes: Sequence[Node]) -> list[Node]:
     """The nodes such that each reads earlier ones only, otherwise in the order given."""
     found: list[Node] = []
     known: set[str] = set()

@@ -1,0 +1,126 @@
+"""Picks by integers that depend on data are of one draw with what these were computed from; draws of the model are the judge."""
+
+import pytest
+import torch
+from torch import nn
+
+import gainstage as gs
+from gainstage.graph import Region
+
+WIDTH, BINS, DRAWS = 8, 5, 64
+
+
+class Picking(nn.Module):
+    """A linear layer, and something that is done with what it puts out and with its input."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.linear = nn.Linear(WIDTH, WIDTH * BINS, bias=False)
+        self.function = function
+
+    def forward(self, x):
+        return self.function(self.linear(x).unflatten(-1, (WIDTH, BINS)), x)
+
+
+def picked_largest(h, x):
+    return h.gather(-1, h.argmax(-1, keepdim=True))
+
+
+def place_in_bin(h, x):
+    edges = 2.5 * (2 * nn.functional.pad(h.softmax(-1).cumsum(-1), (1, 0)) - 1)
+    k = (edges < x[..., None]).sum(-1) - 1
+    inside = (k >= 0) & (k < BINS)
+    k = k % BINS
+    low, high = (edges.gather(-1, (k + i)[..., None])[..., 0] for i in (0, 1))
+    return torch.where(inside, (x - low) / (high - low), 0.5)
+
+
+def weights_of_the_two_largest(h, x):
+    score = (h + 0.5).sigmoid()
+    chosen = score.topk(2, dim=-1).indices
+    weights = score.gather(-1, chosen)
+    return torch.zeros_like(score).scatter(-1, chosen, weights / weights.sum(-1, keepdim=True))
+
+
+def centred_by_the_largest(h, x):
+    return h - h.gather(-1, h.argmax(-1, keepdim=True))
+
+
+def compared(function):
+    torch.manual_seed(0)
+    model = Picking(function)
+    trace = gs.inspect(model, (torch.randn(32, WIDTH),))
+    found = []
+    for seed in range(DRAWS):
+        torch.manual_seed(seed)
+        model.linear.reset_parameters()
+        with torch.no_grad():
+            found.append(model(torch.randn(32, WIDTH)))
+    return trace, torch.stack(found)
+
+
+@pytest.mark.parametrize("function", [picked_largest, place_in_bin, weights_of_the_two_largest, centred_by_the_largest])
+def test_moments_are_those_of_draws(function):
+    trace, found = compared(function)
+    signal = trace.nodes[trace.graph.outputs[0]]
+    assert signal.mean == pytest.approx(found.mean().item(), rel=0.03)
+    assert signal.second_moment == pytest.approx(found.square().mean().item(), rel=0.05)
+    assert any(isinstance(trace.graph.by_name[name].op, Region) for name in trace.sampled)
+
+
+def test_a_place_in_a_bin_lies_between_its_edges():
+    trace, _ = compared(place_in_bin)
+    values = trace.nodes[trace.graph.outputs[0]].value.marginal.values
+    assert values.min() >= 0.0
+    assert values.max() <= 1.0
+
+
+def regions_of(model, *args):
+    return [node for node in gs.inspect(model, args).graph.nodes if isinstance(node.op, Region)]
+
+
+def test_rows_for_experts_are_looked_up():
+    """What goes to an expert does not depend on the router's weights: a contraction lies between."""
+
+    class Routed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.router, self.expert = nn.Linear(WIDTH, 4), nn.Linear(WIDTH, WIDTH)
+
+        def forward(self, x):
+            return self.expert(x[self.router(x)[:, 0].argsort()])
+
+    assert regions_of(Routed(), torch.randn(32, WIDTH)) == []
+
+
+def test_a_contraction_ends_a_region():
+    """The second layer's bins depend on the first layer's result through a contraction: two regions, the first an operand."""
+
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.ModuleList([Picking(place_in_bin), Picking(place_in_bin)])
+
+        def forward(self, x):
+            first = self.layers[0](x)
+            return first + self.layers[1](first)
+
+    found = regions_of(Two(), torch.randn(32, WIDTH))
+    assert len(found) == 2
+    assert set(found[0].op.results) & set(found[1].op.operands)
+
+
+def test_what_is_computed_without_integers_keeps_its_rule():
+    class Shared(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(WIDTH, WIDTH)
+
+        def forward(self, x):
+            h = self.linear(x).tanh()
+            return h.gather(-1, h.argmax(-1, keepdim=True)), h
+
+    model = Shared()
+    trace = gs.inspect(model, (torch.randn(32, WIDTH),))
+    assert trace.graph.outputs[1] not in trace.sampled
+    assert trace.graph.outputs[0] in trace.sampled
