@@ -97,7 +97,7 @@ def test_runs_of_values_are_slices_of_the_values(length, dtype):
     distribution, stream = Distribution(family=Family.NORMAL, std=0.3, mean=0.5), stream_of(0, "w")
     starts = np.array([5, 2**18 + 50, 2**19 + 100])
     out = np.empty((3, length), dtype)
-    draw_runs(distribution, stream, starts, out)
+    draw_runs(distribution, stream, starts, torch.from_numpy(out))
     for start, row in zip(starts, out, strict=True):
         expected = draw_range(distribution, stream, int(start), int(start) + length, np.empty(length, dtype))
         assert np.array_equal(row, expected)

@@ -32,7 +32,7 @@ def test_runs_are_those_of_numpy(family, key, gaps, length, moments):
     distribution = Distribution(family=family, mean=moments[0], std=0.0 if family is Family.CONSTANT else moments[1])
     starts = np.cumsum([gap + length for gap in gaps])
     expected, found = np.full((starts.size, length), np.nan, np.float32), torch.full((starts.size, length), torch.nan)
-    draw_runs(distribution, Stream(key), starts, expected)
+    draw_runs(distribution, Stream(key), starts, torch.from_numpy(expected))
     device.draw_runs(distribution, Stream(key), starts, found)
     assert found.numpy().tobytes() == expected.tobytes()
 
@@ -46,7 +46,7 @@ def test_the_rarest_words_too(width):
     words = np.array([*positive, *(-1 - word for word in positive)], np.int32)
     expected = np.empty(words.size, np.float32)
     normal_32(words, 0.7, expected, width)
-    found = device._values(Law(normal=True, scale=0.7, mean=0.0, width=width), torch.from_numpy(words))
+    found = device._values(Law(dtype=torch.float32, normal=True, scale=0.7, mean=0.0, width=width), torch.from_numpy(words))
     assert found.numpy().tobytes() == expected.tobytes()
 
 
@@ -54,7 +54,7 @@ def test_the_rarest_words_too(width):
 def test_half_precision_is_rounded_once_into_any_strides(dtype):
     distribution, starts = Distribution(family=Family.NORMAL, std=0.5), np.array([4, 90])
     expected, found = np.empty((2, 33), np.float32), torch.zeros(33, 4, dtype=dtype).T
-    draw_runs(distribution, Stream(1), starts, expected)
+    draw_runs(distribution, Stream(1), starts, torch.from_numpy(expected))
     device.draw_runs(distribution, Stream(1), starts, found[::2])
     assert torch.equal(found[::2], torch.from_numpy(expected).to(dtype))
     assert not found[1::2].any()

@@ -7,7 +7,6 @@ drawing a small model; so it is loaded when a process has drawn so much that mor
 from __future__ import annotations
 
 import importlib
-import itertools
 import threading
 import warnings
 from collections.abc import Callable
@@ -15,9 +14,10 @@ from importlib.util import find_spec
 from typing import Any, TypeAlias, final
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
-from gainstage.apply.law import Law
+from gainstage.apply.law import TYPES, Law
 from gainstage.apply.runs import fill_runs
 from gainstage.apply.stream import Stream
 
@@ -30,11 +30,11 @@ _PATIENCE = 2**24
 
 @final
 class _Choice:
-    """For quantiles of the normal or for uniform entries, in one precision."""
+    """For one kind of entries."""
 
-    def __init__(self, *, normal: bool, bits: int) -> None:
+    def __init__(self, *, normal: bool, dtype: torch.dtype) -> None:
         self._normal = normal
-        self._bits = bits
+        self._dtype = dtype
         self._fill: Fill = fill_runs
         self._drawn = 0
         self._loading = threading.Lock()
@@ -45,30 +45,30 @@ class _Choice:
             self._drawn += count
             # One thread loads, once, and others go on with NumPy; so does, for good, a process that is forked meanwhile.
             if self._drawn >= _PATIENCE and self._loading.acquire(blocking=False):
-                self._fill = compiled(normal=self._normal, bits=self._bits) or fill_runs
+                self._fill = compiled(normal=self._normal, dtype=self._dtype) or fill_runs
         return self._fill
 
 
-_CHOICES = {kind: _Choice(normal=kind[0], bits=kind[1]) for kind in itertools.product((True, False), (32, 64))}
+_CHOICES = {(normal, dtype): _Choice(normal=normal, dtype=dtype) for normal in (True, False) for dtype in TYPES}
 
 
-def fill_for(law: Law, out: NDArray[Any]) -> Fill:
-    """What to fill ``out`` with."""
-    return _CHOICES[law.normal, 8 * out.itemsize].take(out.size)
+def fill_for(law: Law, count: int) -> Fill:
+    """What to fill so many entries with."""
+    return _CHOICES[law.normal, law.dtype].take(count)
 
 
-def compiled(*, normal: bool, bits: int) -> Fill | None:
+def compiled(*, normal: bool, dtype: torch.dtype) -> Fill | None:
     """The loop for a kind of entries; None where there is no numba, or it cannot do here what NumPy does.
 
     Args:
         normal: quantiles of the normal, or uniform entries.
-        bits: 32 or 64, of a word and of a value.
+        dtype: one of :data:`gainstage.apply.law.TYPES`.
     """
     if find_spec("numba") is None:
         return None
     try:
         fill: Fill = importlib.import_module("gainstage.apply.loops").fill_runs
-        trouble = "" if _agrees(fill, normal=normal, bits=bits) else "its values differ from NumPy's"
+        trouble = "" if _agrees(fill, normal=normal, dtype=dtype) else "its values differ from NumPy's"
     except Exception as error:  # noqa: BLE001  (whatever it is, there is another way)
         trouble = f"{type(error).__name__}: {error}"
     if trouble:
@@ -77,16 +77,18 @@ def compiled(*, normal: bool, bits: int) -> Fill | None:
     return fill
 
 
-def _agrees(fill: Fill, *, normal: bool, bits: int) -> bool:
+def _agrees(fill: Fill, *, normal: bool, dtype: torch.dtype) -> bool:
     """For some thousand entries, a hundred of them in the tails."""
     starts = np.array([3, 10_001])
     for law in (
-        Law(normal=normal, scale=0.3, mean=0.1),
-        Law(normal=normal, scale=0.3, mean=0.0, width=0.95, limit=0.4),
+        Law(dtype=dtype, normal=normal, scale=0.3, mean=0.1),
+        Law(dtype=dtype, normal=normal, scale=0.3, mean=0.0, width=0.95, limit=0.4),
+        Law(dtype=dtype, normal=normal, scale=1e-5, mean=0.0),  # denormal in float16
     ):
-        expected, found = (np.empty((starts.size, 5000), f"f{bits // 8}") for _ in range(2))
+        number = np.uint16 if law.is_rounded else f"f{law.bits // 8}"
+        expected, found = (np.empty((starts.size, 5000), number) for _ in range(2))
         fill_runs(law, Stream(0), starts, expected)
         fill(law, Stream(0), starts, found)
-        if not np.array_equal(found.view(np.uint8), expected.view(np.uint8)):
+        if found.tobytes() != expected.tobytes():
             return False
     return True

@@ -15,13 +15,9 @@ from numpy.typing import NDArray
 
 from gainstage.apply.law import Law, law_of
 from gainstage.apply.normal import TAIL_BITS, central_constants, first_segment, tail_table
-from gainstage.apply.stream import Stream
+from gainstage.apply.stream import KEY_STEPS, MULTIPLIERS, ROUNDS, Stream
 from gainstage.plan import Distribution, Family
 
-# Philox4x64-10: Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3", section 3.3 and table 2.
-_MULTIPLIERS = 0xD2E7470EE14C6C93, 0xCA5A826395121157
-_WEYL = 0x9E3779B97F4A7C15, 0xBB67AE8584CAA73B
-_ROUNDS = 10
 _PER_BLOCK = 8  # words of 32 bits
 
 _LOW = 0xFFFFFFFF
@@ -45,7 +41,7 @@ def draw_runs(distribution: Distribution, stream: Stream, starts: NDArray[np.int
         out.fill_(distribution.mean)
         return
     words = words_of_runs(stream, torch.from_numpy(starts).to(out.device), out.shape[1])
-    out.copy_(_values(law_of(distribution, 32), words))
+    out.copy_(_values(law_of(distribution, torch.float32), words))
 
 
 def words_of_runs(stream: Stream, starts: torch.Tensor, length: int) -> torch.Tensor:
@@ -61,10 +57,10 @@ def _philox(key: int, counters: torch.Tensor) -> torch.Tensor:
     keys = [key % 2**64, key >> 64]
     nothing = torch.zeros_like(counters)
     block = (counters, nothing, nothing, nothing)
-    for _ in range(_ROUNDS):
-        (high, low), (high_2, low_2) = (_product(block[place], by) for place, by in zip((0, 2), _MULTIPLIERS, strict=True))
+    for _ in range(ROUNDS):
+        (high, low), (high_2, low_2) = (_product(block[place], by) for place, by in zip((0, 2), MULTIPLIERS, strict=True))
         block = (high_2 ^ block[1] ^ _signed(keys[0]), low_2, high ^ block[3] ^ _signed(keys[1]), low)
-        keys = [(each + step) % 2**64 for each, step in zip(keys, _WEYL, strict=True)]
+        keys = [(each + step) % 2**64 for each, step in zip(keys, KEY_STEPS, strict=True)]
     return torch.stack(block, -1).view(torch.int32).flatten(1)  # in memory, the low half of a word comes first
 
 

@@ -40,24 +40,31 @@ def draw_range(
     assert distribution.family is not Family.KEEP
     if out is None:
         out = np.empty(stop - start, np.float32)
-    draw_runs(distribution, stream, np.array([start]), out.reshape(1, -1))
+    draw_runs(distribution, stream, np.array([start]), torch.from_numpy(out).view(1, -1))
     return out
 
 
-def draw_runs(distribution: Distribution, stream: Stream, starts: NDArray[np.int64], out: NDArray[Any]) -> None:
+def draw_runs(distribution: Distribution, stream: Stream, starts: NDArray[np.int64], out: torch.Tensor) -> None:
     """Runs of entries: rows and columns of a shard. For each start as many as ``out`` has columns.
 
     Args:
         distribution: as for :func:`draw_range`.
         stream: the parameter's random bits.
         starts: first entry of each run, ascending.
-        out: [runs, length], contiguous float32 or float64.
+        out: [runs, length], contiguous, of a type that values are drawn in.
     """
     if distribution.family is Family.CONSTANT:
-        out.fill(distribution.mean)
+        value = torch.tensor([distribution.mean], dtype=torch.float64)
+        _memory(out).fill(_memory(value if out.dtype == torch.float64 else value.float().to(out.dtype))[0])
         return
-    law = law_of(distribution, 8 * out.itemsize)
-    fill_for(law, out)(law, stream, starts, out)
+    law = law_of(distribution, out.dtype)
+    fill_for(law, out.numel())(law, stream, starts, _memory(out))
+
+
+def _memory(values: torch.Tensor) -> NDArray[Any]:
+    """NumPy does not know every type of 16 bits; torch's own loops would start more threads."""
+    memory: NDArray[Any] = (values.view(torch.uint16) if values.dtype.itemsize == 2 else values).numpy()
+    return memory
 
 
 def draw_matrix(distribution: Distribution, normals: torch.Tensor, output_dims: Sequence[int]) -> torch.Tensor:

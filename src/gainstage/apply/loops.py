@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import numba
 import numpy as np
+import torch
 from numba.extending import overload
 from numpy.typing import NDArray
 
@@ -34,7 +35,7 @@ from gainstage.apply.normal import (
     first_segment,
     tail_table,
 )
-from gainstage.apply.stream import Stream
+from gainstage.apply.stream import KEY_STEPS, MULTIPLIERS, ROUNDS, Stream
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
@@ -59,8 +60,8 @@ _LANES = 128
 
 _U = np.uint64
 _LOW, _HALF = _U(2**32 - 1), _U(32)
-_MULTIPLIER_0, _MULTIPLIER_1 = _U(0xD2E7470EE14C6C93), _U(0xCA5A826395121157)
-_STEP_0, _STEP_1 = _U(0x9E3779B97F4A7C15), _U(0xBB67AE8584CAA73B)
+_FACTOR_0, _FACTOR_1 = map(_U, MULTIPLIERS)
+_STEP_0, _STEP_1 = map(_U, KEY_STEPS)
 
 
 @_part
@@ -78,10 +79,10 @@ def philox(key: Any, state: Any, lanes: Any) -> None:
     """Philox4x64-10 of the counters in the first columns of ``state``, in place (Salmon et al. 2011, section 3.3)."""
     key0, key1 = key
     c0, c1, c2, c3 = state[0], state[1], state[2], state[3]
-    for _ in range(10):
+    for _ in range(ROUNDS):
         for i in range(lanes):
-            high0, low0 = _product(c0[i], _MULTIPLIER_0)
-            high1, low1 = _product(c2[i], _MULTIPLIER_1)
+            high0, low0 = _product(c0[i], _FACTOR_0)
+            high1, low1 = _product(c2[i], _FACTOR_1)
             c0[i] = high1 ^ c1[i] ^ key0
             c1[i] = low1
             c2[i] = high0 ^ c3[i] ^ key1
@@ -92,24 +93,33 @@ def philox(key: Any, state: Any, lanes: Any) -> None:
 
 # Arguments of the loops. The type decides which one is meant.
 class _Uniform(NamedTuple):
+    words: Any  # room for those of all lanes
     scale: Any
     limit: Any
     mean: Any
+    half: bool  # values are rounded to 16 bits: of bfloat16, if brain, else of float16
+    brain: bool
 
 
 class _Normal32(NamedTuple):
+    words: Any
     scale: Any
     limit: Any
     mean: Any
+    half: bool
+    brain: bool
     constants: Any
     table: Any
     marks: Any
 
 
 class _Normal64(NamedTuple):
+    words: Any
     scale: Any
     limit: Any
     mean: Any
+    half: bool
+    brain: bool
     width: Any
 
 
@@ -118,17 +128,32 @@ def fill_centred(law: Any, words: Any, out: Any) -> None:
     raise NotImplementedError("numba is told to compile nothing")
 
 
+@_part
+def round_half(brain: Any, values: Any, out: Any) -> None:
+    """To nearest, ties to even. Denormals of float16 are multiples of 2^-24, as are singles between 1/2 and 1."""
+    bits = values.view(np.uint32)
+    for i in range(out.size):
+        if brain:
+            out[i] = (bits[i] + 0x7FFF + (bits[i] >> 16 & 1)) >> 16
+        else:
+            size = bits[i] & 0x7FFFFFFF
+            normal = (size - (112 << 23) + 0xFFF + (size >> 13 & 1)) >> 13
+            denormal = np.float32(abs(values[i]) + np.float32(0.5)).view(np.uint32) - 0x3F000000
+            out[i] = (bits[i] >> 16 & 0x8000) | (denormal if size < 113 << 23 else min(normal, 0x7C00))
+
+
 @_whole
-def _fill(law: Any, key: Any, starts: Any, words: Any, out: Any) -> None:
-    """Runs of entries; ``words`` is room for those of all lanes."""
+def _fill(law: Any, key: Any, starts: Any, values: Any, halves: Any) -> None:
+    """Runs of entries: ``values``, or ``halves``, which are computed in the first row of ``values``."""
     state = np.empty((4, _LANES), np.uint64)
-    numbers = words.view(np.uint64)
-    per_counter = words.size // _LANES
+    numbers = law.words.view(np.uint64)
+    per_counter = law.words.size // _LANES
+    length = halves.shape[1] if law.half else values.shape[1]
     for row in range(starts.size):
         done = 0
-        while done < out.shape[1]:
+        while done < length:
             counter, skipped = divmod(starts[row] + done, per_counter)
-            count = min(out.shape[1] - done, words.size - skipped)
+            count = min(length - done, law.words.size - skipped)
             lanes = (skipped + count - 1) // per_counter + 1
             for i in range(lanes):
                 state[0, i], state[1, i], state[2, i], state[3, i] = _U(counter + i), _U(0), _U(0), _U(0)
@@ -136,14 +161,16 @@ def _fill(law: Any, key: Any, starts: Any, words: Any, out: Any) -> None:
             for i in range(lanes):
                 for j in range(4):
                     numbers[4 * i + j] = state[j, i]
-            values = out[row, done : done + count]
-            fill_centred(law, words[skipped : skipped + count], values)
+            out = values[0, :count] if law.half else values[row, done : done + count]
+            fill_centred(law, law.words[skipped : skipped + count], out)
             if law.limit < np.inf:
                 for i in range(count):
-                    values[i] = min(max(values[i], -law.limit), law.limit)
+                    out[i] = min(max(out[i], -law.limit), law.limit)
             if law.mean != 0:
                 for i in range(count):
-                    values[i] += law.mean
+                    out[i] += law.mean
+            if law.half:
+                round_half(law.brain, out, halves[row, done : done + count])
             done += count
 
 
@@ -232,16 +259,18 @@ def _polynomial(coefficients: Any, x: Any) -> Any:
 
 def fill_runs(law: Law, stream: Stream, starts: NDArray[np.int64], out: NDArray[Any]) -> None:
     """As :func:`gainstage.apply.runs.fill_runs`."""
-    words = np.empty(4 * _LANES, np.uint64).view(f"i{out.itemsize}")
-    _fill(constants_of(law, out.dtype.type), (_U(stream.key % 2**64), _U(stream.key >> 64)), starts, words, out)
+    values, halves = (np.empty((1, 8 * _LANES), np.float32), out) if law.is_rounded else (out, np.empty((0, 0), np.uint16))
+    _fill(constants_of(law), (_U(stream.key % 2**64), _U(stream.key >> 64)), starts, values, halves)
 
 
-def constants_of(law: Law, number: type[np.floating[Any]]) -> _Uniform | _Normal32 | _Normal64:
+def constants_of(law: Law) -> _Uniform | _Normal32 | _Normal64:
     """What the loops take of a law, in their precision."""
-    ends = number(law.scale), number(law.limit), number(law.mean)
+    number = np.float64 if law.bits == 64 else np.float32
+    words = np.empty(4 * _LANES, np.uint64).view(f"i{law.bits // 8}")
+    ends = words, number(law.scale), number(law.limit), number(law.mean), law.is_rounded, law.dtype == torch.bfloat16
     if not law.normal:
         return _Uniform(*ends)
-    if number is not np.float32:
+    if law.bits == 64:
         return _Normal64(*ends, law.width)
     centre, last, pairs = central_constants(2.0**-32 * law.width, law.scale)
     return _Normal32(*ends, (centre, last, tuple(map(tuple, pairs))), tail_table(), np.empty(_LANES, np.uint64))

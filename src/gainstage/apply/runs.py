@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from gainstage.apply.law import Law
@@ -16,6 +17,12 @@ from gainstage.apply.stream import Stream
 # share of the cache.
 _PIECE = 2**19
 
+# The same before they are rounded: the rounded ones lie in the cache, too.
+_ROUNDED_PIECE = 2**18
+
+# Entries per conversion: below torch's limit for going parallel, as the caller's threads are parallel.
+CONVERSION = 2**15
+
 
 def fill_runs(law: Law, stream: Stream, starts: NDArray[np.int64], out: NDArray[Any]) -> None:
     """Runs of entries. For each start as many as ``out`` has columns.
@@ -24,13 +31,18 @@ def fill_runs(law: Law, stream: Stream, starts: NDArray[np.int64], out: NDArray[
         law: of every entry.
         stream: the parameter's random bits.
         starts: first entry of each run, ascending.
-        out: [runs, length], contiguous float32 or float64.
+        out: [runs, length], contiguous; values of 16 bits as integers.
     """
-    for rows, columns in pieces(out.shape, _PIECE):
-        part = out[rows, columns]
-        words = stream.runs_of_bits(starts[rows] + columns.start, part.shape[1], 8 * out.itemsize)
-        entries = part.reshape(-1)  # a view: one row, or rows as a whole
-        _fill(law, words.reshape(-1).view(f"i{out.itemsize}"), entries)
+    room = np.empty(min(_ROUNDED_PIECE, out.size), np.float32) if law.is_rounded else None
+    for rows, columns in pieces(out.shape, _PIECE if room is None else _ROUNDED_PIECE):
+        entries = out[rows, columns].reshape(-1)  # a view: one row, or rows as a whole
+        words = stream.runs_of_bits(starts[rows] + columns.start, out[rows, columns].shape[1], law.bits)
+        values = entries if room is None else room[: entries.size]
+        _fill(law, words.reshape(-1).view(f"i{law.bits // 8}"), values)
+        if room is not None:
+            rounded, exact = torch.from_numpy(entries).view(law.dtype), torch.from_numpy(values)
+            for start in range(0, entries.size, CONVERSION):
+                rounded[start : start + CONVERSION].copy_(exact[start : start + CONVERSION])
 
 
 def pieces(shape: Sequence[int], limit: int) -> Iterator[tuple[slice, slice]]:

@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from gainstage.apply import device
 from gainstage.apply.box import Box, whole_box
 from gainstage.apply.draw import draw_matrix, draw_mixed, draw_runs
-from gainstage.apply.runs import pieces
+from gainstage.apply.law import TYPES
+from gainstage.apply.runs import CONVERSION, pieces
 from gainstage.apply.stream import Stream, stream_of
 from gainstage.plan import Distribution, Family, ParameterPlan
 
@@ -21,9 +22,6 @@ _TASK = 2**21
 
 # Entries that are drawn before they are converted into another type: they stay in the cache.
 _DRAWN = 2**18
-
-# Entries per conversion: below torch's limit for going parallel, as the caller's threads are parallel.
-_CONVERSION = 2**15
 
 _UNIT_NORMAL = Distribution(family=Family.NORMAL, std=1.0)
 
@@ -145,15 +143,15 @@ def _runs_task(stream: Stream, distribution: Distribution, starts: NDArray[np.in
         if target.device.type != "cpu":
             device.draw_runs(distribution, stream, starts, target)
             return
-        if target.dtype == _compute_type(target.dtype) and target.is_contiguous():
-            draw_runs(distribution, stream, starts, target.numpy())
+        if target.dtype in TYPES and target.is_contiguous():
+            draw_runs(distribution, stream, starts, target)
             return
         room = torch.empty(min(_DRAWN, target.numel()), dtype=_compute_type(target.dtype))
         for rows, columns in pieces(target.shape, _DRAWN):
             part = target[rows, columns]
             drawn = room[: part.numel()].view(part.shape)
-            draw_runs(distribution, stream, starts[rows] + columns.start, drawn.numpy())
-            for piece in pieces(part.shape, _CONVERSION):
+            draw_runs(distribution, stream, starts[rows] + columns.start, drawn)
+            for piece in pieces(part.shape, CONVERSION):
                 part[piece].copy_(drawn[piece])  # rounds once
 
     return Task((target,), draw)

@@ -18,6 +18,11 @@ from numpy.typing import NDArray
 # Hashed into every key. Whatever changes the value of an element for a given seed must change this number.
 STREAM_VERSION = 1
 
+# Of Philox4x64-10, for whoever computes it without NumPy (section 3.3 and table 2).
+MULTIPLIERS = 0xD2E7470EE14C6C93, 0xCA5A826395121157
+KEY_STEPS = 0x9E3779B97F4A7C15, 0xBB67AE8584CAA73B
+ROUNDS = 10
+
 _WORDS_PER_BLOCK = 4
 _COUNTERS = 2**256
 
