@@ -13,6 +13,10 @@ MATRIX = correlated((6, 5), mean=0.3, shares={(0,): 0.3})
 INDEX = torch.tensor([[0, 2, 2], [5, 0, 2]])
 PLACES = (torch.arange(60).reshape(4, 3, 5) ** 2) % 6
 
+MASK = torch.tensor([[1, 0, 1, 1, 0, 0], [0, 0, 0, 0, 1, 0], [1, 1, 1, 0, 0, 0], [0, 1, 0, 0, 0, 1]]).bool()
+MORE_ROWS = correlated((4, 3, 5), mean=-0.2, shares={(0,): 0.3, (1, 2): 0.1})
+
+WHERE = "which row is put where is averaged over"
 CUTS = "a view that cuts across two axes takes all entries of the tensor for exchangeable"
 
 CASES = [
@@ -59,6 +63,23 @@ CASES = [
     RuleCase(op=aten.slice_scatter.default, args=(TOKENS, PAIR, 1, 1, 3)),
     RuleCase(op=aten.slice_scatter.default, args=(TOKENS, PAIR, 1, 1, 5, 2)),
     RuleCase(op=aten.index_put.default, args=(TOKENS, [None, constant(torch.tensor([1, 4])), None], PAIR)),
+    RuleCase(op=aten.index_put.default, args=(TOKENS, [constant(MASK)], entries(5))),
+    RuleCase(op=aten.index_put.default, args=(TOKENS, [constant(MASK)], entries(9, 5, mean=0.5)), model_error=0.02, reason=WHERE),
+    RuleCase(op=aten.index_put.default, args=(TOKENS, [constant(MASK)], constant(torch.tensor(0.5)))),
+    RuleCase(
+        op=aten.index_put.default,
+        args=(TOKENS, [None, constant(PLACES[0, 0]), constant(torch.arange(5))], entries(5)),
+        model_error=0.02,
+        reason=WHERE,
+    ),
+    RuleCase(op=aten.index_put.default, args=(TOKENS, [None, constant(torch.tensor([1, 4, 1]))], MORE_ROWS, True)),
+    RuleCase(op=aten.index_add.default, args=(TOKENS, 1, constant(torch.tensor([1, 4, 1])), MORE_ROWS), kwargs={"alpha": 0.5}),
+    RuleCase(
+        op=aten.masked_scatter.default,
+        args=(TOKENS, constant(MASK[..., None]), entries(12, 5, mean=0.5)),
+        model_error=0.02,
+        reason=WHERE,
+    ),
     RuleCase(op=aten.select_scatter.default, args=(TOKENS, MATRIX, 0, -1)),
     RuleCase(op=aten.swapaxes.default, args=(TOKENS, 0, 2)),
     RuleCase(op=aten.swapdims.default, args=(TOKENS, 1, 2)),

@@ -24,7 +24,7 @@ from gainstage.signal.marginal import Marginal
 from gainstage.signal.quadrature import cumulative
 from gainstage.signal.sampling import draw, pooled
 
-ENTRIES = 2**20  # stop when the draws have this many entries together
+ENTRIES = 2**20  # stop when the draws have this many entries together, of operands or results
 MOST, FEWEST = 32, 4
 LARGE = 1e18  # a mask's minus infinity has no moments
 
@@ -38,7 +38,7 @@ def sample_node(node: Node, call: Call, args: Sequence[Any], kwargs: Mapping[str
     seed = int.from_bytes(hashlib.blake2b(node.name.encode(), digest_size=8).digest(), "big")
     generator = np.random.default_rng(seed)
     outputs: list[list[torch.Tensor]] = []
-    count = _count(call)
+    count = _count(call, operands)
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed % 2**31)
         for _ in range(count):
@@ -106,8 +106,9 @@ def run_known(node: Node, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any
     return tuple(constant_value(part) for part in result) if isinstance(result, (tuple, list)) else result  # or a number
 
 
-def _count(call: Call) -> int:
-    entries = max((int(np.prod(shape)) for shape in call.shapes if shape is not None), default=1)
+def _count(call: Call, operands: Sequence[Value]) -> int:
+    shapes = [*(shape for shape in call.shapes if shape is not None), *(value.shape for value in operands)]
+    entries = max((int(np.prod(shape)) for shape in shapes), default=1)
     return min(max(ENTRIES // max(entries, 1), FEWEST), MOST)
 
 

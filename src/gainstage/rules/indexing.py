@@ -29,24 +29,28 @@ def embedding(call: Call, weight: Value, index: Value, *args: Any) -> Value:
 @rule(aten.index.Tensor, aten._unsafe_index.Tensor)
 def indexed(call: Call, x: Value, indices: Sequence[Value | None]) -> Value:
     """Rows by integers or masks; where the indexed dimensions are apart, theirs come first in the result."""
-    by_dim: list[tuple[int, torch.Tensor]] = []
-    for index in indices:
-        d = by_dim[-1][0] + 1 if by_dim else 0
-        if index is None:
-            by_dim.append((d, torch.empty(0)))
-            continue
-        data = known_integers(index)
-        parts = data.nonzero().unbind(1) if data.dtype in (torch.bool, torch.uint8) else (data,)
-        by_dim += [(d + i, part) for i, part in enumerate(parts)]
-    chosen = [(d, data) for d, data in by_dim if data.dtype == torch.int64 or data.numel()]
-    dims = [d for d, _ in chosen]
+    places = places_along(x, indices)
+    dims, positive = [d for d, _ in places], [index for _, index in places]
     if dims != list(range(dims[0], dims[0] + len(dims))):
         x = permute(x, [*dims, *(d for d in range(len(x.dims)) if d not in dims)])
         dims = list(range(len(dims)))
-    tensors = torch.functional.broadcast_tensors(*(data.long() for _, data in chosen))  # type: ignore[no-untyped-call]
-    positive = [data % x.shape[d] for d, data in zip(dims, tensors, strict=True)]
     found = lookup(x, dims[0], positive[0]) if len(dims) == 1 else pick(x, dims[0], positive)
     return reshape(found, call.shape)
+
+
+def places_along(x: Value, indices: Sequence[Value | None]) -> list[tuple[int, torch.Tensor]]:
+    """Dimensions that are indexed, and the places along each, of one shape: a mask stands for the places where it is on."""
+    chosen: list[tuple[int, torch.Tensor]] = []
+    d = 0
+    for index in indices:
+        parts: Sequence[torch.Tensor | None] = (None,)
+        if index is not None:
+            data = known_integers(index)
+            parts = data.nonzero().unbind(1) if data.dtype in (torch.bool, torch.uint8) else (data.long(),)
+        chosen += [(d + i, part % x.shape[d + i]) for i, part in enumerate(parts) if part is not None]
+        d += len(parts)
+    tensors = torch.functional.broadcast_tensors(*(part for _, part in chosen))  # type: ignore[no-untyped-call]
+    return [(d, part) for (d, _), part in zip(chosen, tensors, strict=True)]
 
 
 @rule(aten.index_select.default)

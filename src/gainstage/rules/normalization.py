@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import prod
 
 import torch
 
 from gainstage.rules.reduction import total
 from gainstage.rules.registry import Call, rule
-from gainstage.signal import Value, apply, combine, normalise, reshape
+from gainstage.signal import Value, affine, apply, combine, normalise, reshape
 
 aten = torch.ops.aten
 
@@ -73,6 +74,15 @@ def instance_norm(
     """Over the positions of each sample and channel."""
     axes = [axis for dim in x.dims[2:] for axis in dim]
     return _scaled(normalise(x, axes, eps), weight, bias, [x.shape[1] if d == 1 else 1 for d in range(len(x.dims))])
+
+
+@rule(aten._weight_norm.default)
+def weight_norm(call: Call, v: Value, g: Value, dim: int = 0) -> Value:
+    """``g v / |v|``, the norm over all dimensions but one."""
+    reduced = [d for d in range(len(v.dims)) if d != dim % len(v.dims)]
+    axes = [axis for d in reduced for axis in v.dims[d]]
+    root = prod(v.shape[d] for d in reduced) ** 0.5
+    return combine(torch.mul, affine(normalise(v, axes, 0.0, centre=False), 1.0 / root), g)
 
 
 @rule(aten.linalg_vector_norm.default)

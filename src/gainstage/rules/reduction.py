@@ -11,8 +11,9 @@ import torch
 
 from gainstage.rules.linear import per_dim, windows
 from gainstage.rules.registry import Call, rule
-from gainstage.signal import Value, affine, apply, filter_dim, max_over, mean_over, normalise, reshape, softmax
+from gainstage.signal import Value, affine, apply, filter_dim, known, max_over, mean_over, normalise, reshape, softmax
 from gainstage.signal.linear import averaged
+from gainstage.signal.sampling import draw
 
 aten = torch.ops.aten
 
@@ -161,6 +162,15 @@ def smallest(call: Call, x: Value, dim: Sequence[int] = (), keepdim: bool = Fals
     """``-max(-x)``."""
     found: Value = largest(call, affine(x, -1.0), dim, keepdim)
     return affine(found, -1.0)
+
+
+@rule(aten.max.dim, aten.min.dim)
+def largest_and_place(call: Call, x: Value, dim: int, keepdim: bool = False) -> tuple[Value, Value]:
+    """As :func:`largest` or :func:`smallest`, and where it is: one realisation of that."""
+    op: Any = call.op
+    extreme = largest if op is aten.max.dim else smallest
+    (sample,) = draw([x], np.random.default_rng(x.shape))
+    return extreme(call, x, [dim], keepdim), known(op(sample, dim, keepdim)[1])
 
 
 @rule(aten.upsample_nearest1d.vec, aten.upsample_nearest2d.vec, aten.upsample_nearest3d.vec)

@@ -146,32 +146,17 @@ def slice_replaced(
         return join([src, take(x, dim, places.stop, size)], dim)
     if step == 1 and places.stop == size:
         return join([take(x, dim, 0, places.start), src], dim)
-    return _with_places(x, src, dim % len(x.dims), list(places))
+    return with_places(x, src, dim % len(x.dims), list(places))
 
 
-def _with_places(x: Value, src: Value, dim: int, places: list[int]) -> Value:
+def with_places(x: Value, src: Value, dim: int, places: list[int]) -> Value:
     """The rest and what replaces these places, one after the other, and then in order."""
     size = x.shape[dim]
     rest = [i for i in range(size) if i not in places]
+    if not rest:
+        return filter_dim(src, dim, np.eye(size)[np.argsort(places)])
     side_by_side = join([filter_dim(x, dim, np.eye(size)[rest]), src], dim)
     return filter_dim(side_by_side, dim, np.eye(size)[np.argsort([*rest, *places])])
-
-
-@rule(aten.index_put.default)
-def places_replaced(call: Call, x: Value, indices: Sequence[Value | None], values: Value, accumulate: bool = False) -> Value:
-    """Known places of one dimension are another tensor, as a coupling layer puts its halves together."""
-    given = [(dim, index) for dim, index in enumerate(indices) if index is not None]
-    if accumulate or len(given) != 1 or given[0][1].constant is None or given[0][1].constant.dtype != torch.int64:
-        raise NotImplementedError("places that are added to, or chosen along several dimensions, or by masks and data")
-    (dim, index), size = given[0], x.shape[given[0][0]]
-    assert index.constant is not None
-    places = [int(place) % size for place in index.constant.reshape(-1).tolist()]
-    if index.constant.dim() != 1 or len(set(places)) < len(places):
-        raise NotImplementedError("places that stand twice")
-    src = expand(values, (*x.shape[:dim], len(places), *x.shape[dim + 1 :]))
-    if len(places) == size:
-        return filter_dim(src, dim, np.eye(size)[np.argsort(places)])
-    return _with_places(x, src, dim, places)
 
 
 @rule(aten.select_scatter.default)

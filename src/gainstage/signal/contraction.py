@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from gainstage.signal import levels
 from gainstage.signal.axes import Axis, Dim, axes_of, distinct
 from gainstage.signal.movement import expand, merge_dim, refine, reshape
-from gainstage.signal.neighbours import REACH, Neighbours, beyond, by_lag, cut, made, outer
+from gainstage.signal.neighbours import REACH, Neighbours, beyond, cut, made, outer
 from gainstage.signal.overlap import Taps
 from gainstage.signal.quadrature import Array
 from gainstage.signal.rows import kept, pattern_of, tilted
@@ -285,8 +285,8 @@ def _shared_taps(window: Array, place: Places, lags: int) -> tuple[Array, Array,
         product = even[: outputs - shift] * even[shift:]
         distance = np.where((first >= 0) & (second >= 0), np.abs(first - second), lags)
         counts[shift] = np.bincount(np.minimum(distance, lags).ravel(), product.ravel(), lags + 1)[:lags] / (outputs - shift)
-    matrix = even @ even.T
-    return counts, by_lag(matrix), beyond(matrix)
+    along = np.array([(even[: outputs - shift] * even[shift:]).sum() / (outputs - shift) for shift in range(len(counts))])
+    return counts, along, beyond(along, float((even.sum(0) ** 2).sum()), outputs)
 
 
 def _grouped(x: Value, weight: Value, groups: int, rank: int, *, transposed: bool) -> tuple[Value, Value]:

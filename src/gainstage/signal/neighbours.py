@@ -158,10 +158,14 @@ def by_lag(matrix: Array) -> Array:
     return np.array([float(np.mean(np.diagonal(matrix, lag))) for lag in range(size)])
 
 
-def beyond(matrix: Array) -> float:
-    """Average over pairs farther apart than lags are kept; of the farthest pairs where all are kept."""
-    distance = np.abs(np.subtract.outer(np.arange(len(matrix)), np.arange(len(matrix))))
-    return float(matrix[distance >= min(REACH, len(matrix) - 1)].mean())
+def beyond(along: Array, total: float, size: int) -> float:
+    """Average over pairs of places farther apart than lags are kept, from the averages at each lag and the sum of all pairs.
+
+    Of the farthest pairs where all lags are kept.
+    """
+    count = pairs_by_lag(size)
+    reach = min(REACH, size - 1)
+    return float((total - along[:reach] @ count[:reach]) / count[reach:].sum())
 
 
 def outer(along: Sequence[Array]) -> Array:
