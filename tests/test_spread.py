@@ -167,3 +167,27 @@ def test_the_spread_is_the_deviation_of_the_log_over_draws(name):
     found = strayed(model, inputs)
     sampling = 4.0 / math.sqrt(2.0 * DRAWS)  # four standard errors of the log of a standard deviation
     assert abs(math.log(predicted / found)) <= tolerance + sampling
+
+
+def test_what_a_whole_draw_has_in_common():
+    """Where levels stray, the square of the mean over all entries is on average more than the square of its average."""
+
+    def net():
+        return nn.Sequential(*[layer for _ in range(8) for layer in (nn.Linear(48, 48, bias=False), nn.SiLU())])
+
+    def drawn(seed):
+        torch.manual_seed(seed)
+        made = net()
+        for layer in made[::2]:
+            nn.init.normal_(layer.weight, std=(1.0 if layer is made[0] else 2.81) ** 0.5 / 48**0.5)
+        return made, torch.randn(32, 48)
+
+    signals = [gs.inspect(model, (x,)).calls[-1].outputs[0].value for model, x in map(drawn, range(4))]
+    predicted = np.mean([signal.table[0, 0] / signal.mean**2 for signal in signals])
+    with torch.no_grad():
+        means = np.array([float(model(x).double().mean()) for model, x in map(drawn, range(DRAWS))])
+    found = np.mean(means**2) / np.mean(means) ** 2
+    parts = [np.mean(part**2) / np.mean(part) ** 2 for part in np.split(means, 10)]
+    error = np.std(parts, ddof=1) / 10**0.5
+    assert abs(predicted - found) < 0.5 * (found - 1.0) + 2 * error, (predicted, found, error)  # levels are not quite log-normal
+    assert found - 1.0 > 5 * error

@@ -15,6 +15,7 @@ from gainstage.signal.linear import amplitude_of, averaged, without_common
 from gainstage.signal.marginal import Marginal
 from gainstage.signal.movement import merge_dim, parts_along
 from gainstage.signal.neighbours import Neighbours, cut, far_of, filtered, made
+from gainstage.signal.overlap import filtered as filtered_overlap
 from gainstage.signal.quadrature import Array, nodes, standardised
 from gainstage.signal.spread import held
 from gainstage.signal.uneven import shape_alone
@@ -46,7 +47,9 @@ def filter_dim(x: Value, dim: int, matrix: Array) -> Value:
     dims = tuple(out_axis if d == dim else axes for d, axes in enumerate(x.dims))
     mean = x.mean * float(weighted.sum(1).mean() / along.mean())
     result = gaussian(dims, mean, table, profile, lineage=x.lineage, log_variance=x.log_variance, is_weight=x.is_weight)
-    result = replace(result, near=near)
+    overlap, factor = filtered_overlap(x.overlap, x.dims[dim][0], matrix, out_axis) if inputs > 1 else (x.overlap, 1.0)
+    factor *= (x.second_moment / result.second_moment) ** 2 if result.second_moment > 0.0 else 0.0
+    result = replace(result, near=near, overlap=overlap.times(factor), uneven=x.uneven)
     if not x.marginal.is_gaussian:
         result = replace(result, marginal=_filtered_marginal(x, result, _terms(weighted)), rho=None)
     if same_axes:

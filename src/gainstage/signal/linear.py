@@ -30,7 +30,7 @@ from gainstage.signal.quadrature import (
     sum_quantiles,
     weights,
 )
-from gainstage.signal.spread import after_shift, product_stray
+from gainstage.signal.spread import after_shift, product_overlap, product_stray
 from gainstage.signal.uneven import of_product, of_sum
 from gainstage.signal.value import Lean, Statistic, Value, gaussian, statistic_at
 
@@ -284,6 +284,7 @@ def multiply(x: Value, y: Value) -> Value:
         prior=x.prior,
         levels=levels.product(x.levels, y.levels),
         uneven=of_product(x, y),
+        overlap=product_overlap(x, y),
     )
     if float(shared[full]) != 0.0:
         return product

@@ -82,12 +82,36 @@ def after_kernel(x: Overlap, own: float, inherited: float, taps: Mapping[Axis, T
     return Overlap(own + inherited, tuple(found) or tuple(kept))
 
 
+def filtered(x: Overlap, axis: Axis, matrix: Array, out: Sequence[Axis]) -> tuple[Overlap, float]:
+    """After a linear map M along an axis, and what becomes of the squared covariances: ``sum over d of N_D(d)^2 e(d)`` at lag D.
+
+    ``N_D(d)``: products of coefficients of two outputs D apart that read places d apart, averaged over outputs. Covariances
+    between channels of places at different lags are taken to be independent. Where lags are not known, those of white noise.
+    """
+    known = next((e for a, e in x.lags if a is axis), None)
+    e = np.ones(1) if known is None else known
+    kept = tuple((a, lags) for a, lags in x.lags if a is not axis)
+    found = np.array([float(_products_by_lag(matrix, shift, len(e)) ** 2 @ np.append(e[:0:-1], e)) for shift in range(REACH)])
+    if known is not None and out and found[0] > 0.0:
+        kept += ((out[0], found / found[0]),)
+    return Overlap(x.variance, kept), float(found[0])
+
+
+def _products_by_lag(matrix: Array, shift: int, lags: int) -> Array:
+    """``mean over p of sum over i of M[p + D, i + d] M[p, i]`` for d from ``1 - lags`` to ``lags - 1``."""
+    outputs, size = matrix.shape
+    if shift >= outputs:
+        return np.zeros(2 * lags - 1)
+    first, second = matrix[: outputs - shift], np.pad(matrix[shift:], ((0, 0), (lags - 1, lags - 1)))
+    return np.array([float((first * second[:, d : d + size]).sum()) / len(first) for d in range(2 * lags - 1)])
+
+
 def mixed(terms: Sequence[tuple[Overlap, float]]) -> Overlap:
-    """Of independent tensors with these factors to their variances; lag by lag where all have them."""
+    """Of independent tensors with these factors to their variances; lag by lag."""
     parts = [(overlap, overlap.variance * factor) for overlap, factor in terms if overlap.variance * factor > 0.0]
     if not parts:
         return NONE
     total = sum(variance for _, variance in parts)
-    axes = [axis for axis, _ in parts[0][0].lags if all(any(a is axis for a, _ in o.lags) for o, _ in parts)]
+    axes = list(dict.fromkeys(axis for overlap, _ in parts for axis, _ in overlap.lags))
     lags = tuple((axis, sum((v / total) * overlap.along(axis, REACH) for overlap, v in parts)) for axis in axes)
     return Overlap(total, tuple((axis, np.asarray(e)) for axis, e in lags))

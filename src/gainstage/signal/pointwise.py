@@ -22,15 +22,19 @@ from gainstage.signal.quadrature import (
     coarse,
     evaluate_series,
     expectation,
+    few_points,
     invert_series,
     nodes,
     power_series,
     quantiles,
+    standardised,
     stray_passed,
 )
 from gainstage.signal.spread import held
 from gainstage.signal.uneven import with_means
 from gainstage.signal.value import Value, known, statistic_at
+
+LEAST_STRAY = 1e-3  # variance of the log of a level below which all draws are alike
 
 Function = Callable[..., torch.Tensor]
 
@@ -124,7 +128,7 @@ def apply(function: Function, x: Value) -> Value:
     result = on_latent(x, values) if x.levels is None else _on_levels(x, values, on_grid)
     stray = stray_passed(x.marginal.values, values, x.log_variance) if x.log_variance else 0.0
     result = replace(result, log_variance=stray)
-    for differing in (with_means, with_shapes):
+    for differing in (with_means, with_shapes, over_draws):
         result = differing(x, result, lambda grid: _within_domain(on_grid(grid)))
     statistic = None
     if x.statistic is not None:
@@ -132,6 +136,28 @@ def apply(function: Function, x: Value) -> Value:
         result = replace(result, levels=profile)
     constant = None if x.constant is None else function(x.constant.to(torch.float64))
     return replace(result, statistic=statistic, constant=constant)
+
+
+def over_draws(x: Value, result: Value, function: Callable[[Array], Array]) -> Value:
+    """Average over draws of x times a log-normal level, of what two entries of f(x) share: f is not linear in it.
+
+    What all entries of a draw have in common, ``E[E[f | level]^2]``, is more than the square of the mean over draws.
+    """
+    stray = x.log_variance
+    if stray < LEAST_STRAY or x.levels is not None or x.statistic is not None:
+        return result
+    points, mass = few_points()
+    squares = np.exp(stray**0.5 * points)
+    scales = np.sqrt(squares / float(mass @ squares))
+    each = [function(scale * x.marginal.values) for scale in scales]
+    series = sum(share * power_series(values) for share, values in zip(mass, each, strict=True))
+    added = evaluate_series(np.asarray(series - power_series(result.marginal.values)), x.correlation())
+    if float(np.abs(added).max()) <= 1e-9 * result.second_moment:  # x, ReLU and all that scales with its argument
+        return result
+    table, mean = result.table + added, float(mass @ np.array([expectation(values) for values in each]))
+    std = max(float(table[(1,) * table.ndim]) - mean**2, 0.0) ** 0.5
+    marginal = Marginal(result.marginal.latent, lambda: standardised(result.marginal.values, mean, std))
+    return replace(result, table=table, mean=mean, marginal=marginal)
 
 
 def slope(function: Function, x: Value) -> Value:

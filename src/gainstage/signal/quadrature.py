@@ -113,13 +113,13 @@ def stray_passed(before: Array, after: Array, variance: float) -> float:
 
 def _log_variance(values: Array, scale: float) -> float:
     """``Var log E[f(s z)^2]`` over a log-normal s, ``log s^2`` of this variance, ``E[s^2] = 1``."""
-    points, mass = _few_points()
+    points, mass = few_points()
     found = _log_levels(values, scale**0.5 * points - scale / 2.0)
     return float(mass @ found**2 - (mass @ found) ** 2)
 
 
 @cache
-def _few_points() -> tuple[Array, Array]:
+def few_points() -> tuple[Array, Array]:
     """Places and masses of Gauss-Hermite quadrature with 9 points."""
     points, mass = np.polynomial.hermite_e.hermegauss(9)
     return points, mass / mass.sum()

@@ -15,7 +15,7 @@ import numpy as np
 
 from gainstage.signal.axes import Axis
 from gainstage.signal.few import shaped
-from gainstage.signal.overlap import Taps, after_kernel, patch_share
+from gainstage.signal.overlap import Overlap, Taps, after_kernel, mixed, patch_share
 from gainstage.signal.quadrature import stray_passed
 from gainstage.signal.uneven import is_centred, of_weights
 from gainstage.signal.value import Value
@@ -47,7 +47,7 @@ def weighted(
     mean, entry = (0.0, x.variance) if is_centred(weight) else (x.mean, x.second_moment)  # rows that sum to 0 see no mean
     if entry <= 0.0:
         return y
-    own = _dot_variance(x, mean, terms, alone, places) / (number * entry) ** 2
+    own = _dot_variance(x, mean, terms, alone, places) / (number * entry) ** 2 * (1.0 + _unevenness(x, terms))
     inherited = apart * x.overlap.variance * (x.second_moment / entry) ** 2 * patch_share(x.overlap, taps or {})
     channels = math.prod(weight.shape) / number
     groups = math.prod(x.axes[p].size for p in alone)
@@ -58,6 +58,12 @@ def weighted(
         uneven=of_weights(y, weight, alike=own + inherited, number=number),
     )
     return shaped(made, x, terms)
+
+
+def _unevenness(x: Value, terms: Mapping[int, float]) -> float:
+    """Relative variance of the variances of the channels that are summed over: few loud ones are less than n terms."""
+    uneven = x.unevenness()
+    return uneven.variance if uneven is not None and all(x.axes.index(axis) in terms for axis in uneven.axes) else 0.0
 
 
 def _dot_variance(x: Value, mean: float, terms: Mapping[int, float], alone: Sequence[int], places: Sequence[int]) -> float:
@@ -113,3 +119,13 @@ def product_stray(x: Value, y: Value, product: Value) -> float:
     """
     joint = (1.0 + x.square_covariance()) * (1.0 + y.square_covariance()) - 1.0
     return max(product.average(joint) - product.fluctuation(), 0.0)
+
+
+def product_overlap(x: Value, y: Value) -> Overlap:
+    """``(o_x q_x^2 c_y^2 + o_y q_y^2 c_x^2) / (q_x q_y)^2`` for independent factors, aligned.
+
+    Given all weights, what two places share of the product is what they share of x times what they share of y. q: second
+    moments; c: the most that two entries have of them; o: overlaps. A gate that is the same for all places changes nothing.
+    """
+    alike = [float(np.max(np.abs(v.table.ravel()[:-1]), initial=0.0)) / max(v.second_moment, 1e-300) for v in (x, y)]
+    return mixed([(x.overlap, alike[1] ** 2), (y.overlap.renamed(y.axes, x.axes), alike[0] ** 2)])

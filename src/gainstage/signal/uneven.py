@@ -10,14 +10,17 @@ of weights sum to zero.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
+from itertools import chain
 
 import numpy as np
 
 from gainstage.signal.axes import Axis
 from gainstage.signal.quadrature import Array, expectation
 from gainstage.signal.value import Uneven, Value
+
+STEP = 0.01  # of deviations and means, for their derivatives
 
 
 def of_weights(y: Value, weight: Value, *, alike: float, number: float) -> Uneven | None:
@@ -43,12 +46,27 @@ def is_centred(weight: Value) -> bool:
 
 
 def of_product(x: Value, y: Value) -> Uneven | None:
-    """A factor that differs from channel to channel and is the same in all samples makes channels uneven."""
+    """A factor that differs from channel to channel and is the same in all samples, or in all places, makes channels uneven."""
     uneven = x.unevenness()
     if uneven is None:
         return None
-    rows = tuple(1 if axis in uneven.axes else 0 for axis in x.axes)
-    return replace(uneven, variance=uneven.variance + max(float(y.square_covariance()[rows]), 0.0))
+    shared = y.square_covariance()
+    index = [1 if axis in uneven.axes else 0 for axis in x.axes]
+    common = max(float(shared[tuple(index)]), 0.0)
+    within = []
+    for position, axis in enumerate(x.axes):
+        if axis not in uneven.axes:
+            extra = float(shared[(*index[:position], 1, *index[position + 1 :])]) - common
+            within.append((axis, max(extra, 0.0)))
+    return replace(uneven, variance=uneven.variance + common, within=_joined(uneven.within, within))
+
+
+def _joined(*terms: Iterable[tuple[Axis, float]]) -> tuple[tuple[Axis, float], ...]:
+    """Sum along each axis."""
+    found: dict[Axis, float] = {}
+    for axis, variance in chain(*terms):
+        found[axis] = found.get(axis, 0.0) + variance
+    return tuple((axis, variance) for axis, variance in found.items() if variance > 0.0)
 
 
 def of_sum(x: Value, y: Value, share: float) -> Uneven | None:
@@ -62,7 +80,9 @@ def of_sum(x: Value, y: Value, share: float) -> Uneven | None:
         rows = tuple(names[id(axis)] for axis in uneven.axes)
         before = found.get(rows, Uneven(rows, 0.0))
         variance, stray = (part**2 * number for number in (uneven.variance, uneven.stray))
-        found[rows] = Uneven(rows, before.variance + variance, None, before.stray + stray)
+        within = [(names[id(axis)], part**2 * extra) for axis, extra in uneven.within if id(axis) in names]
+        within_both = _joined(before.within, within)
+        found[rows] = Uneven(rows, before.variance + variance, None, before.stray + stray, within_both)
     return max(found.values(), key=lambda item: item.variance, default=None)
 
 
@@ -74,15 +94,29 @@ def shape_alone(uneven: Uneven | None) -> Uneven | None:
 def with_means(x: Value, result: Value, function: Callable[[Array], Array]) -> Value:
     """``(d E[f] / d log s^2)^2 Var(log s^2) (1 - rho^2)`` for entries of one channel, in whatever samples and places.
 
-    The channel's variance adds nothing to what two entries share that are one (rho = 1).
+    The channel's variance adds nothing to what two entries share that are one (rho = 1). Variances of f(x) differ as well, by
+    those of x and by the means of channels m: by ``(d log Var f / d log s^2)^2 Var(log s^2) + (d log Var f / d m)^2 Var(m)``.
     """
     uneven = x.unevenness()
     if uneven is None:
         return result
-    wider = x.mean + (x.marginal.values - x.mean) * 1.01
-    steepness = (expectation(function(wider)) - result.mean) / (2.0 * np.log(1.01))
-    table = result.table.copy()
     rows = tuple(1 if axis in uneven.axes else slice(None) for axis in x.axes)
-    table[rows] += steepness**2 * uneven.variance * (1.0 - x.correlation()[rows] ** 2)
+    wider = function(x.mean + (x.marginal.values - x.mean) * (1.0 + STEP))
+    table = result.table.copy()
+    steepness = (expectation(wider) - result.mean) / (2.0 * np.log(1.0 + STEP))
+    table[rows] += steepness**2 * (uneven.over(x.axes) * (1.0 - x.correlation() ** 2))[rows]
     table[(1,) * table.ndim] = result.second_moment
-    return replace(result, table=table, uneven=Uneven(uneven.axes, 0.0))
+    shifted = function(x.marginal.values + STEP * x.variance**0.5)
+    by_level, by_mean = (_log_growth(result.marginal.values, values) / STEP for values in (wider, shifted))
+    means = max(float(x.covariance[tuple(1 if axis in uneven.axes else 0 for axis in x.axes)]), 0.0)
+    means = means / x.variance if x.variance > 0.0 else 0.0
+    power = by_level / 2.0
+    within = tuple((axis, power**2 * extra) for axis, extra in uneven.within)
+    after = Uneven(uneven.axes, power**2 * uneven.variance + by_mean**2 * means, within=within)
+    return replace(result, table=table, uneven=after)
+
+
+def _log_growth(before: Array, after: Array) -> float:
+    """``log Var(after) / Var(before)``; 0 where nothing varies."""
+    variances = [expectation(values**2) - expectation(values) ** 2 for values in (before, after)]
+    return float(np.log(variances[1] / variances[0])) if min(variances) > 0.0 else 0.0

@@ -137,13 +137,23 @@ class Uneven:
 
     See :mod:`gainstage.signal.uneven`. ``shape``: that of half the channels, at mean 0 and variance 1, where they are sums of few
     terms; the other half has its mirror image. See :mod:`gainstage.signal.few`. ``stray``: variance over
-    draws of the log of the level that comes of this; an average over samples or places has none of it.
+    draws of the log of the level that comes of this; an average over samples or places has none of it. ``within``: what is added
+    for entries that have the same coordinate along an axis: channels of one sample, gated by what was found in it.
     """
 
     axes: tuple[Axis, ...]
     variance: float
     shape: Array | None = None
     stray: float = 0.0
+    within: tuple[tuple[Axis, float], ...] = ()
+
+    def over(self, axes: Sequence[Axis]) -> Array:
+        """The variance, by what two entries of one channel share, for a table of these axes."""
+        found = np.full((1,) * len(axes), self.variance)
+        for position, axis in enumerate(axes):
+            extra = sum(variance for along, variance in self.within if along is axis)
+            found = found + np.array([0.0, extra]).reshape([2 if p == position else 1 for p in range(len(axes))])
+        return found
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
