@@ -55,13 +55,21 @@ def contract(a: Value, b: Value, labels_a: str, labels_b: str, labels_out: str) 
         gained = np.einsum(tilt[0], index_a, tilt[1], index_b, *operands[4:], out_index)  # type: ignore[call-overload]
         table = table + gained
     if pattern is None:
-        profile = levels.carried([(a.levels, index_a), (b.levels, index_b)], out_index)
+        profiles = [(a.levels, index_a), (b.levels, index_b)]
+        profile = levels.carried(profiles, out_index)
+        if any(weight.is_weight and _is_fresh(weight) for weight in (a, b)):
+            table = table * levels.coupling(profiles, out_index)
         result = contracted(a, b, out_dims, count * a.mean * b.mean, table, profile=profile)
         result = replace(result, gram=kept(a, b, out_dims) or kept(b, a, out_dims))
         return _strayed(result, a, b, (labels_a, labels_b, labels_out))
     apart = gained + np.asarray(np.einsum(pattern.between_keys(table_a), *operands[1:], out_index))  # type: ignore[call-overload]
     profile, gram = pattern.rows(table, apart, out_dims, out_index.index(index_a[pattern.query]))
     return replace(contracted(a, b, out_dims, count * a.mean * b.mean, table, profile=profile), gram=gram)
+
+
+def _is_fresh(weight: Value) -> bool:
+    """Whether a tensor's entries are independent, of mean 0."""
+    return float(np.abs(weight.table).sum()) <= (1.0 + 1e-9) * weight.second_moment
 
 
 def _strayed(y: Value, x: Value, weight: Value, labels: tuple[str, str, str]) -> Value:
@@ -176,8 +184,7 @@ def convolve(x: Value, weight: Value, places: Sequence[Places], groups: int, *, 
         }
         groups_at = range(starts[1], starts[2])
         result = weighted(result, x, weight, channels | taps, alone=groups_at, places=list(taps), taps=kernel)
-    fresh = float(np.abs(weight.table).sum()) <= (1.0 + 1e-9) * weight.second_moment
-    if not fresh:
+    if not _is_fresh(weight):
         return replace(result, lean=_border_lean(profile, windows, None))
     inner = None if transposed else _strided_neighbours(x, places, space)
     near, far = _moved_neighbours(x, places, windows, space)

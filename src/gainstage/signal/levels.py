@@ -6,13 +6,17 @@ mean square 1. A slice with mean square r^2 has r^2 times the table of the whole
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from gainstage.signal.axes import Axis
 from gainstage.signal.quadrature import Array, cumulative, expectation, nodes, quantiles, weights
+
+MASKED = 2**22  # entries of a mask that are looked at one by one
 
 
 def split(levels: Array | None, position: int, sizes: Sequence[int]) -> Array | None:
@@ -61,6 +65,40 @@ def normalised(levels: Array) -> Array | None:
         if size > 1 and np.ptp(result - first) <= 1e-9:
             result = first
     return np.asarray(result)
+
+
+def of_mask(mask: torch.Tensor | None, axes: Sequence[Axis]) -> Array | None:
+    """Profile of a known mask on a weight with these axes; None where all rows and all columns keep as much as any other.
+
+    A row's second moment is the share of the row that is kept; of a large weight, whose rows see many, it is not looked at.
+    """
+    if mask is None or mask.numel() > MASKED or mask.numel() != math.prod(axis.size for axis in axes):
+        return None
+    squares = mask.to("cpu", torch.float64).square().reshape([axis.size for axis in axes]).numpy()
+    along = [squares.mean(axis=tuple(p for p in range(squares.ndim) if p != position)) for position in range(squares.ndim)]
+    return None if all(np.ptp(each) <= 1e-9 for each in along) else normalised(np.sqrt(squares))
+
+
+def coupling(operands: Sequence[tuple[Array | None, Sequence[int]]], kept: Sequence[int]) -> float:
+    """``mean of s_i^2 t_i^2`` for two profiles along axes that are summed: loud inputs may meet loud weights. 1 where none do.
+
+    Axes are named by numbers, as in ``np.einsum``.
+    """
+    summed = [
+        {n for n, size in zip(names, profile.shape, strict=True) if size > 1 and n not in kept}
+        for profile, names in operands
+        if profile is not None
+    ]
+    if len(summed) < 2 or not set.intersection(*summed):
+        return 1.0
+    sizes: dict[int, int] = {}
+    parts: list[object] = []
+    for profile, names in operands:
+        assert profile is not None
+        varying = {n: size for n, size in zip(names, profile.shape, strict=True) if size > 1}
+        sizes |= varying
+        parts += [profile.reshape(list(varying.values())) ** 2, list(varying)]
+    return float(np.asarray(np.einsum(*parts, []))) / math.prod(sizes.values())  # type: ignore[call-overload]
 
 
 def carried(operands: Sequence[tuple[Array | None, Sequence[int]]], kept: Sequence[int]) -> Array | None:

@@ -280,7 +280,7 @@ def multiply(x: Value, y: Value) -> Value:
         source=object(),
         lineage=x.lineage | y.lineage,
         log_variance=x.log_variance + y.log_variance,
-        is_weight=x.is_weight and y.is_weight,
+        is_weight=(x.is_weight or y.is_weight) and all(v.is_weight or v.constant is not None for v in (x, y)),
         prior=x.prior,
         levels=levels.product(x.levels, y.levels),
         uneven=of_product(x, y),
@@ -291,7 +291,8 @@ def multiply(x: Value, y: Value) -> Value:
     if x.neighbours() is not None or _on_axes(y, x) is not None:
         product = _near_product(x, y, product)
     if product.is_weight:
-        return product
+        mask = x.constant if y.constant is None else y.constant
+        return replace(product, levels=levels.product(levels.of_mask(mask, product.axes), product.levels))
     return replace(product, log_variance=product.log_variance + product_stray(x, y, product))
 
 
