@@ -139,6 +139,7 @@ def pooled_value(draws: list[Any], lineage: int, stray: float) -> Value | None:
         return None
     if not draws[0].is_floating_point():
         return constant_value(draws[0])
+    draws = [sample.clamp(-LARGE, LARGE) for sample in draws]
     mean, table = pooled(draws)
     dims = new_dims(tuple(draws[0].shape))
     assert len(axes_of(dims)) == table.ndim
