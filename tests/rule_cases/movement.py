@@ -9,6 +9,9 @@ aten = torch.ops.aten
 WIDE = correlated((4, 6, 12), mean=0.3, shares={(0, 1): 0.2, (2,): 0.15})
 ONES = correlated((4, 1, 5), mean=0.3, shares={(0,): 0.2, (2,): 0.15})
 PAIR = correlated((4, 2, 5), mean=-0.2, shares={(0,): 0.3, (1, 2): 0.1})
+EDGES = correlated((4, 3, 5), mean=-0.2, shares={(0,): 0.3, (1, 2): 0.1})
+NOTHING = constant(torch.zeros(4, 6, 5, dtype=torch.float64))
+ALONG = torch.tensor([4, 0, 4])[None, :, None].expand(4, 3, 5)
 MATRIX = correlated((6, 5), mean=0.3, shares={(0,): 0.3})
 INDEX = torch.tensor([[0, 2, 2], [5, 0, 2]])
 PLACES = (torch.arange(60).reshape(4, 3, 5) ** 2) % 6
@@ -79,6 +82,15 @@ CASES = [
         args=(TOKENS, constant(MASK[..., None]), entries(12, 5, mean=0.5)),
         model_error=0.02,
         reason=WHERE,
+    ),
+    RuleCase(op=aten.scatter_add.default, args=(TOKENS, 1, constant(ALONG), EDGES)),
+    RuleCase(op=aten.scatter_reduce.two, args=(TOKENS, 1, constant(ALONG), EDGES, "mean")),
+    RuleCase(
+        op=aten.scatter_reduce.two,
+        args=(NOTHING, 1, constant(ALONG), EDGES, "mean"),
+        kwargs={"include_self": False},
+        shape_error=0.15,
+        reason="means that differ from place to place are taken for a wider distribution",
     ),
     RuleCase(op=aten.select_scatter.default, args=(TOKENS, MATRIX, 0, -1)),
     RuleCase(op=aten.swapaxes.default, args=(TOKENS, 0, 2)),

@@ -51,7 +51,7 @@ def assemble(
         NoSignalError: no floating-point output depends on a parameter.
         NonFiniteError: NaN in a buffer that the outputs depend on.
     """
-    nodes, guesses = fold(reachable(_without_empty_pieces(functional.nodes), functional), functional.outputs)
+    nodes, guesses = fold(reachable(_by_shape(_without_empty_pieces(functional.nodes)), functional), functional.outputs)
     nodes = reachable(choose_rows(nodes), functional)
     nodes = reachable(fuse_parametrizations(nodes), functional)
     nodes = fuse_decays(nodes, functional.outputs, functional.marks)
@@ -121,6 +121,23 @@ def _without_empty_pieces(nodes: Sequence[Node]) -> list[Node]:
     return [
         dataclasses.replace(node, args=([piece for piece in node.args[0] if not is_empty(piece)], *node.args[1:]))
         if node.op is torch.ops.aten.cat.default and not is_empty(Ref(node.name))
+        else node
+        for node in nodes
+    ]
+
+
+_SHAPED = {
+    torch.ops.aten.expand_as.default: torch.ops.aten.expand.default,
+    torch.ops.aten.view_as.default: torch.ops.aten.view.default,
+    torch.ops.aten.reshape_as.default: torch.ops.aten.reshape.default,
+}
+
+
+def _by_shape(nodes: Sequence[Node]) -> list[Node]:
+    """Operations that take nothing but the shape of an operand, with that shape: they do not depend on its values."""
+    return [
+        dataclasses.replace(node, op=_SHAPED[node.op], args=(node.args[0], list(node.meta.shape)))
+        if node.op in _SHAPED and isinstance(node.meta, TensorMeta) and UNKNOWN_SIZE not in node.meta.shape
         else node
         for node in nodes
     ]

@@ -15,6 +15,7 @@ from gainstage.rules import (
     random,
     recurrent,
     reduction,
+    scatter,
     shapes,
 )
 from gainstage.rules.registry import (
@@ -51,6 +52,7 @@ __all__ = [
     "rule",
     "rule_of",
     "rules",
+    "scatter",
     "shapes",
     "statistics_free",
 ]

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from math import prod
 
-import numpy as np
 import torch
 
 from gainstage.rules.conditions import choose
 from gainstage.rules.indexing import known_integers, places_along
 from gainstage.rules.registry import Call, rule
+from gainstage.rules.scatter import sums_at
 from gainstage.rules.shapes import with_places
 from gainstage.signal import Value, affine, combine, expand, filter_dim, known, lookup, reshape
 
@@ -31,7 +31,7 @@ def places_replaced(call: Call, x: Value, indices: Sequence[Value | None], value
     if accumulate and count > 1:
         raise NotImplementedError("places along several dimensions that are added to")
     if accumulate:
-        return combine(torch.add, x, _summed_at(rows, first, flat[0], x.shape[first]))
+        return combine(torch.add, x, filter_dim(rows, first, sums_at(flat[0], x.shape[first])))
     if count == 1 and len(set(flat[0].tolist())) == len(flat[0]):
         return with_places(x, rows, first, flat[0].tolist())
     number = torch.full(x.shape[first : first + count], -1)
@@ -69,10 +69,5 @@ def mask_filled(call: Call, x: Value, mask: Value, source: Value) -> Value:
 def rows_added(call: Call, x: Value, dim: int, index: Value, source: Value, *, alpha: float = 1) -> Value:
     """``x + A source``: A has a one for each row, at the known place that it is added to."""
     dim %= len(x.dims)
-    return combine(torch.add, x, affine(_summed_at(source, dim, known_integers(index), x.shape[dim]), float(alpha)))
-
-
-def _summed_at(rows: Value, dim: int, places: torch.Tensor, size: int) -> Value:
-    matrix = np.zeros((size, len(places)))
-    matrix[places.numpy(), np.arange(len(places))] = 1.0
-    return filter_dim(rows, dim, matrix)
+    summed = filter_dim(source, dim, sums_at(known_integers(index), x.shape[dim]))
+    return combine(torch.add, x, affine(summed, float(alpha)))

@@ -352,7 +352,7 @@ def modulate(x: Value, profile: Array | None, scale: float) -> Value:
         factors = factors_of(x.gram, axis, x.levels, position)
         gram, apart = modulated(factors, levels.over(profile, position, axis.size), axis)
         np.moveaxis(table, position, 0)[0] *= apart / own
-    mean = scaled.mean * float(profile.mean())
+    mean = scaled.mean * (float(profile.mean()) if x.levels is None else float((x.levels * profile).mean() / x.levels.mean()))
     std = max(float(table[(1,) * table.ndim]) - mean**2, 0.0) ** 0.5
     latent, even = x.marginal.latent, lambda: standardised(scaled.marginal.even, mean, std)
     marginal = Marginal(latent, even, even)

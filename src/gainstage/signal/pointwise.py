@@ -251,6 +251,7 @@ def combine(function: Function, x: Value, y: Value) -> Value:
     parts = _part_by_part(x, y)
     if parts is not None:
         return join([combine(function, a, b) for a, b in parts[1]], parts[0])
+    numbers = (x.constant, y.constant)
     x, y = align(x, y)
     if _shares_latent(x, y):
         result = on_latent(x, call_on(function, x.marginal.values, y.marginal.values))
@@ -268,6 +269,11 @@ def combine(function: Function, x: Value, y: Value) -> Value:
         return held(scaled) if is_norm else replace(scaled, log_variance=0.0)
     if function is torch.mul and _is_statistic_of(x, y):
         return combine(function, y, x)
+    for first, known_numbers in ((x, numbers[1]), (y, numbers[0])):
+        along = _numbers_along(known_numbers, first)
+        if along is not None and (function is torch.mul or (function is torch.div and first is x)):
+            statistic, profile = statistic_at(frozenset(), along if function is torch.mul else 1.0 / along, None)
+            return replace(modulate(first, profile, statistic.centre), lineage=x.lineage | y.lineage, constant=None)
     if function is torch.add or function is torch.sub:
         result = add(x, y, 1.0 if function is torch.add else -1.0)
     elif function is torch.mul:
@@ -277,6 +283,20 @@ def combine(function: Function, x: Value, y: Value) -> Value:
     else:
         result = _two_latents(function, x, y)
     return _as_statistic(function, x, y, result)
+
+
+def _numbers_along(numbers: torch.Tensor | None, x: Value) -> Array | None:
+    """Known numbers of one sign that differ along one axis of x, such as the sizes of neighbourhoods or the lengths of samples.
+
+    One for each coordinate of that axis, in an array with one dimension for each axis.
+    """
+    varying = [] if numbers is None else [d - numbers.dim() for d, size in enumerate(numbers.shape) if size > 1]
+    if numbers is None or len(varying) != 1 or len(x.dims[varying[0]]) != 1 or numbers.numel() != x.shape[varying[0]]:
+        return None
+    if not bool((numbers > 0.0).all() or (numbers < 0.0).all()):
+        return None
+    position = x.axes.index(x.dims[varying[0]][0])
+    return numbers.double().reshape([-1 if p == position else 1 for p in range(len(x.axes))]).numpy()
 
 
 def _as_numbers(x: Value) -> Value:

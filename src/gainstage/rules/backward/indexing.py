@@ -10,7 +10,8 @@ import torch
 
 from gainstage.rules.backward.registry import BackwardCall, Gradient, backward
 from gainstage.rules.indexing import known_integers
-from gainstage.signal import Value, lookup_gradient, permute, reshape
+from gainstage.rules.scatter import integers_along, shares_at
+from gainstage.signal import Value, affine, filter_dim, lookup, lookup_gradient, permute, reshape
 
 aten = torch.ops.aten
 
@@ -36,6 +37,31 @@ def indexed(call: BackwardCall, g: Value, x: Value, indices: Sequence[Value | No
     if dims != list(range(dims[0], dims[0] + len(dims))) or any(index.dtype in (torch.bool, torch.uint8) for index in found):
         raise NotImplementedError("gradient of an index by masks, or over dimensions that are apart")
     return _rows(g, x, dims, found), None
+
+
+@backward(aten.index_add.default)
+def added_at(
+    call: BackwardCall, g: Value, x: Value, dim: int, index: Value, source: Value, *, alpha: float = 1.0
+) -> tuple[Gradient, ...]:
+    """The gradient itself, and its copies at the places that the entries went to."""
+    return g, None, None, affine(lookup(g, dim % len(x.dims), known_integers(index)), float(alpha))
+
+
+@backward(aten.scatter_add.default)
+def scattered(call: BackwardCall, g: Value, x: Value, dim: int, index: Value, source: Value) -> tuple[Gradient, ...]:
+    """As :func:`added_at`."""
+    dim %= len(x.dims)
+    return g, None, None, lookup(g, dim, integers_along(index, dim, source.shape))
+
+
+@backward(aten.scatter_reduce.two)
+def reduced(
+    call: BackwardCall, g: Value, x: Value, dim: int, index: Value, source: Value, reduce: str, *, include_self: bool = True
+) -> tuple[Gradient, ...]:
+    """As :func:`added_at`, each by its share in the sum or mean."""
+    dim %= len(x.dims)
+    kept, matrix = shares_at(integers_along(index, dim, source.shape), x.shape[dim], reduce, include_self=include_self)
+    return filter_dim(g, dim, np.diag(kept)), None, None, filter_dim(g, dim, matrix.T), None
 
 
 def _rows(g: Value, x: Value, dims: Sequence[int], indices: Sequence[torch.Tensor]) -> Value:
