@@ -40,6 +40,7 @@ CASES = [
     RuleCase(op=aten.transpose.int, args=(TOKENS, 1, -1)),
     RuleCase(op=aten.t.default, args=(MATRIX,)),
     RuleCase(op=aten.numpy_T.default, args=(TOKENS,)),
+    *(RuleCase(op=op, args=(TOKENS,)) for op in (aten.mT.default, aten.mH.default, aten.adjoint.default)),
     RuleCase(op=aten.movedim.int, args=(TOKENS, -1, 1)),
     RuleCase(op=aten.movedim.int, args=(TOKENS, 0, -1)),
     RuleCase(op=aten.expand.default, args=(ONES, [3, 4, 6, -1])),

@@ -50,6 +50,12 @@ def matrix_transposed(call: Call, x: Value) -> Value:
     return permute(x, list(range(len(x.dims)))[::-1])
 
 
+@rule(aten.mT.default, aten.mH.default, aten.adjoint.default)
+def matrices_transposed(call: Call, x: Value) -> Value:
+    """The last two dimensions exchanged."""
+    return transposed(call, x, -2, -1)  # type: ignore[no-any-return]
+
+
 @rule(aten.movedim.int)
 def moved(call: Call, x: Value, source: int, destination: int) -> Value:
     """One dimension moved."""

@@ -46,6 +46,12 @@ def matrix_transposed(call: BackwardCall, g: Value, x: Value) -> tuple[Gradient,
     return (permute(g, list(range(len(x.dims)))[::-1]),)
 
 
+@backward(aten.mT.default, aten.mH.default, aten.adjoint.default)
+def matrices_transposed(call: BackwardCall, g: Value, x: Value) -> tuple[Gradient, ...]:
+    """The last two dimensions exchanged back."""
+    return transposed(call, g, x, -2, -1)
+
+
 @backward(aten.movedim.int)
 def moved(call: BackwardCall, g: Value, x: Value, source: int, destination: int) -> tuple[Gradient, ...]:
     """Moved back."""
