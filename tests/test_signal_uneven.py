@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import gainstage as gs
-from gainstage.signal.value import measured
+from gainstage.signal.known import measured
 
 DRAWS = 60
 

@@ -28,10 +28,10 @@ from gainstage.rules import Call, Rule, rule_of
 from gainstage.signal import Value, apply, gaussian, independent
 from gainstage.signal.axes import Axis, new_dims
 from gainstage.signal.gather import arrangement
+from gainstage.signal.known import spread_pairs
 from gainstage.signal.movement import merge_dim
 from gainstage.signal.quadrature import Array, cumulative, quantiles, weights
 from gainstage.signal.sampling import draw
-from gainstage.signal.value import spread_pairs
 
 BATCH, MOST = 512, 4096  # draws at once; draws after which the sampling error is what it is
 PRECISION = 0.002  # standard error of every entry, relative to the second moment, at which drawing stops if a rule is exact

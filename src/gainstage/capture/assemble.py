@@ -17,7 +17,7 @@ from gainstage.capture.picks import fuse_picks
 from gainstage.capture.regions import fuse_complex, fuse_decays, fuse_parametrizations
 from gainstage.capture.rows import choose_rows
 from gainstage.errors import CaptureError, NonFiniteError, NoSignalError
-from gainstage.graph import Graph, Node, NodeKind, ParameterInfo, Ref, TensorMeta, reused_weights
+from gainstage.graph import FOLLOWED, Graph, Node, NodeKind, ParameterInfo, Ref, TensorMeta, repeated_uses, used_on_own
 
 
 def assemble(
@@ -64,6 +64,7 @@ def assemble(
     outputs = tuple(name for name in functional.outputs if name in varying)
     _check_reached(nodes, outputs, with_gradient)
     _check_signal(nodes, outputs)
+    uses = repeated_uses(nodes)
     return Graph(
         nodes=tuple(nodes),
         outputs=outputs,
@@ -73,17 +74,18 @@ def assemble(
         rung=rung,
         refusals=tuple(refusals),
         has_choices=bool(choices),
-        assumptions=(*assumptions, *choices, *refusals, *guesses, *_reuse(nodes)),
+        assumptions=(*assumptions, *choices, *refusals, *guesses, *_not_followed(nodes, uses)),
         guesses=tuple(guesses),
+        uses={weight: found for weight, found in uses.items() if len(found) <= FOLLOWED},
     )
 
 
-def _reuse(nodes: Sequence[Node]) -> list[str]:
-    names = list(reused_weights(nodes))
+def _not_followed(nodes: Sequence[Node], uses: dict[str, tuple[str, ...]]) -> list[str]:
+    names = used_on_own(nodes, {weight: found for weight, found in uses.items() if len(found) > FOLLOWED})
     if not names:
         return []
     shown = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
-    return [f"Used again on what it made, and taken to be independent of that: {shown}."]
+    return [f"Used more than {FOLLOWED} times, also on what it made, and taken to be independent of that: {shown}."]
 
 
 def value_of(lowered: Lowered, name: str) -> torch.Tensor | None:

@@ -14,9 +14,10 @@ from gainstage.graph.model import (
 )
 from gainstage.graph.real import as_real, held, is_sharded, real_parameters, whole
 from gainstage.graph.region import Region, parameters_of_regions
-from gainstage.graph.reuse import reused_weights
+from gainstage.graph.reuse import FOLLOWED, repeated_uses, used_on_own
 
 __all__ = [
+    "FOLLOWED",
     "Graph",
     "ModuleCall",
     "Node",
@@ -32,7 +33,8 @@ __all__ = [
     "is_sharded",
     "parameters_of_regions",
     "real_parameters",
-    "reused_weights",
+    "repeated_uses",
     "tensor_leaves",
+    "used_on_own",
     "whole",
 ]

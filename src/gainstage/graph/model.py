@@ -144,7 +144,9 @@ class Graph:
     has_choices: bool = False  # the run looked at values that other parameters, inputs or random numbers would change
     assumptions: tuple[str, ...] = ()  # all that capture had to assume, one sentence each
     guesses: tuple[str, ...] = ()  # those of them that stand for values that were not there
+    uses: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # weights used several times -> operations, where followed
     by_name: Mapping[str, Node] = field(init=False)
+    reused: int = field(init=False)  # those weights, as a bit mask of the order of parameters
 
     def __post_init__(self) -> None:
         """Index the nodes and check that each reads only earlier ones."""
@@ -158,6 +160,7 @@ class Graph:
             seen[node.name] = node
         assert all(name in seen for name in self.outputs)
         object.__setattr__(self, "by_name", seen)
+        object.__setattr__(self, "reused", sum(1 << i for i, name in enumerate(self.parameters) if name in self.uses))
 
     def following(self, origins: Iterable[str]) -> set[str]:
         """The origins and all nodes that are computed from them."""

@@ -1,39 +1,48 @@
-"""Weights that are used again on what they made: tied layers of an autoencoder, a block that is applied several times."""
+"""Weights that are used more than once: tied layers of an autoencoder, a block that is applied several times."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 
 from gainstage.graph.model import Node, NodeKind, TensorMeta
 
+FOLLOWED = 24  # uses of one weight, at most, of which it is followed what they have in common: pairs of them grow with the square
+
 _LOOKUPS = frozenset({torch.ops.aten.embedding.default, torch.ops.aten.embedding_bag.default})
 
 
-def reused_weights(nodes: Sequence[Node]) -> Iterator[str]:
-    """Names of the matrices of which one use reads, as data, what depends on another use; a look-up of rows does not count."""
-    weights = {
-        node.name: node.parameter
-        for node in nodes
-        if node.kind is NodeKind.PARAMETER and isinstance(node.meta, TensorMeta) and len(node.meta.shape) > 1 and node.parameter
-    }
-    held: dict[str, set[str]] = {}  # node -> the weights that it is a form of (a transposed one)
-    made_by: dict[str, set[str]] = {}  # node -> the weights that it depends on
-    found: set[str] = set()
+def repeated_uses(nodes: Sequence[Node]) -> dict[str, tuple[str, ...]]:
+    """Matrices that meet data in several operations -> these operations, in order; a look-up of rows does not count."""
+    held: dict[str, frozenset[str]] = {}  # node -> the weights that it is a form of (a transposed one)
+    uses: dict[str, list[str]] = {}
     for node in nodes:
-        operands = list(dict.fromkeys(node.operands()))
-        if node.name in weights:
-            held[node.name] = {weights[node.name] or ""}
+        if node.kind is NodeKind.PARAMETER and isinstance(node.meta, TensorMeta) and len(node.meta.shape) > 1 and node.parameter:
+            held[node.name] = frozenset({node.parameter})
             continue
-        data = [name for name in operands if name not in held]
-        before = set().union(*(made_by.get(name, set()) for name in data))
-        used = set().union(*(held[name] for name in operands if name in held))
-        if used and not data:
-            held[node.name] = used
+        operands = set(node.operands())
+        weights = frozenset().union(*(held[name] for name in operands if name in held))
+        if weights and all(name in held for name in operands):
+            held[node.name] = weights
         elif node.op not in _LOOKUPS:
-            found |= used & before
-            made_by[node.name] = before | used
-        else:
-            made_by[node.name] = before
-    return (name for name in dict.fromkeys(weights.values()) if name in found and name is not None)
+            for weight in weights:
+                uses.setdefault(weight, []).append(node.name)
+    return {weight: tuple(found) for weight, found in uses.items() if len(found) > 1}
+
+
+def used_on_own(nodes: Sequence[Node], uses: dict[str, tuple[str, ...]]) -> list[str]:
+    """Those of these weights of which one use reads what depends on another."""
+    used_at: dict[str, int] = {}  # bit masks: weights that an operation uses, and weights that its result depends on
+    for bit, names in enumerate(uses.values()):
+        for name in names:
+            used_at[name] = used_at.get(name, 0) | 1 << bit
+    made_by: dict[str, int] = {}
+    found = 0
+    for node in nodes:
+        before = 0
+        for name in node.operands():
+            before |= made_by.get(name, 0)
+        found |= before & used_at.get(node.name, 0)
+        made_by[node.name] = before | used_at.get(node.name, 0)
+    return [weight for bit, weight in enumerate(uses) if found >> bit & 1]

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 from gainstage.errors import GainstageError, UnsupportedOpError
 from gainstage.graph import Graph, Node, NodeKind, ParameterInfo, Ref, TensorMeta
+from gainstage.propagate.kinship import Operation, known_origin, with_origin
 from gainstage.propagate.sample import as_numbers, constant_value, is_known, run_known, sample_node
 from gainstage.rules import Call, is_free, rule_of
 from gainstage.signal import Value
@@ -26,7 +28,8 @@ def evaluate(node: Node, values: Mapping[str, Result], parameter: ParameterValue
     """Result of one node from the results of those it reads."""
     if node.kind is NodeKind.CONSTANT:
         assert node.value is not None
-        return constant_value(node.value)
+        found = constant_value(node.value)
+        return known_origin(found) if graph.reused else found
     if node.kind is NodeKind.PARAMETER:
         assert node.parameter is not None
         return parameter(graph.parameters[node.parameter])
@@ -42,6 +45,8 @@ def evaluate(node: Node, values: Mapping[str, Result], parameter: ParameterValue
     call = Call(node.op, _shapes(node))
     try:
         result = run_known(node, args, kwargs) if is_known(node, args, kwargs) else _unknown(node, call, args, kwargs)
+        if graph.reused:
+            result = with_origin(node, graph, Operation(partial(_by_rule, node, call), args, kwargs), result, values)
     except GainstageError:
         raise
     except Exception as error:
@@ -54,19 +59,24 @@ def evaluate(node: Node, values: Mapping[str, Result], parameter: ParameterValue
 
 def _unknown(node: Node, call: Call, args: list[Any], kwargs: dict[str, Any]) -> Result:
     """Result of an op on what is not known: by its rule, or by sampling where there is none or it does not cover the call."""
-    found = rule_of(node.op)
-    if found is None:
+    if rule_of(node.op) is None:
         return sample_node(node, call, args, kwargs)
-    name = node.op_name.split(".")[1] if node.op_name.startswith("aten.") else ""
-    if name in _ARITHMETIC:
-        first = 1 if name == "where" else 0
-        args = [*args[:first], *(as_numbers(argument) for argument in args[first:])]
     try:
-        return found(call, *args, **kwargs)
+        return _by_rule(node, call, args, kwargs)
     except GainstageError:
         raise
     except Exception:  # noqa: BLE001  (the rule does not cover this call, whether it knew so or not)
         return sample_node(node, call, args, kwargs)
+
+
+def _by_rule(node: Node, call: Call, args: list[Any], kwargs: dict[str, Any]) -> Result:
+    found = rule_of(node.op)
+    assert found is not None
+    name = node.op_name.split(".")[1] if node.op_name.startswith("aten.") else ""
+    if name in _ARITHMETIC:
+        first = 1 if name == "where" else 0
+        args = [*args[:first], *(as_numbers(argument) for argument in args[first:])]
+    return found(call, *args, **kwargs)
 
 
 def has_rule(node: Node) -> bool:

@@ -18,13 +18,15 @@ from gainstage.signal.correlation import convolution_weight_gradient
 from gainstage.signal.filters import filter_dim, normalise
 from gainstage.signal.gather import lookup
 from gainstage.signal.joining import join
-from gainstage.signal.linear import affine, cross_table, dropout, mean_over
+from gainstage.signal.known import known, measured
+from gainstage.signal.linear import affine, dropout, mean_over
 from gainstage.signal.maxima import max_over
 from gainstage.signal.mixture import mixture
 from gainstage.signal.movement import expand, permute, reorder, reshape, select, take
+from gainstage.signal.pairing import covariance_between, cross_table
 from gainstage.signal.pointwise import apply, combine, slope
 from gainstage.signal.selection import gathered, pick
-from gainstage.signal.value import Added, Value, coins, gaussian, independent, known, measured
+from gainstage.signal.value import Added, Value, coins, gaussian, independent
 
 __all__ = [
     "Added",
@@ -38,6 +40,7 @@ __all__ = [
     "contract",
     "convolution_weight_gradient",
     "convolve",
+    "covariance_between",
     "cross_table",
     "dropout",
     "expand",

@@ -17,10 +17,11 @@ import numpy as np
 import torch
 
 from gainstage.signal import levels
+from gainstage.signal.known import measured
 from gainstage.signal.marginal import Marginal
 from gainstage.signal.movement import expand, merge_dim, refine
 from gainstage.signal.quadrature import Array, nodes, standardised, weights
-from gainstage.signal.value import Logits, Value, gaussian, measured
+from gainstage.signal.value import Logits, Value, gaussian
 
 
 @lru_cache(maxsize=4096)

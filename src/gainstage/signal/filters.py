@@ -11,11 +11,12 @@ from gainstage.signal import levels
 from gainstage.signal.axes import Axis
 from gainstage.signal.gram import Gram, modulated
 from gainstage.signal.joining import join
-from gainstage.signal.linear import amplitude_of, averaged, without_common
+from gainstage.signal.linear import averaged, without_common
 from gainstage.signal.marginal import Marginal
 from gainstage.signal.movement import merge_dim, parts_along
 from gainstage.signal.neighbours import Neighbours, cut, far_of, filtered, made
 from gainstage.signal.overlap import filtered as filtered_overlap
+from gainstage.signal.pairing import amplitude_of
 from gainstage.signal.quadrature import Array, nodes, standardised
 from gainstage.signal.spread import held
 from gainstage.signal.uneven import shape_alone
@@ -160,6 +161,7 @@ def normalise(x: Value, reduced: Sequence[Axis], eps: float, *, centre: bool = T
     Layer, instance, group and batch norm are this, over other axes. The mean square over the axes is read off the table.
     Of a concatenation, each part by itself, unless the average runs over the parts.
     """
+    reduced = [axis for axis in reduced if axis.size > 1]
     found = parts_along(x)
     if found is not None and x.dims[found[0]][0] not in reduced:
         return join([normalise(part, reduced, eps, centre=centre) for part in found[1]], found[0])

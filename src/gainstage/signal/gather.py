@@ -9,11 +9,12 @@ import torch
 from numpy.typing import NDArray
 
 from gainstage.signal.axes import Axis, Dim, axes_of, new_dims
+from gainstage.signal.known import spread_pairs
 from gainstage.signal.marginal import Marginal
 from gainstage.signal.movement import expand, map_tables, merge_dim, reshape
 from gainstage.signal.overlap import Overlap
 from gainstage.signal.quadrature import Array
-from gainstage.signal.value import Value, spread_pairs
+from gainstage.signal.value import Value
 
 
 def same_index_table(index: torch.Tensor) -> tuple[Array, tuple[tuple[Axis, ...], ...]]:

@@ -1,8 +1,4 @@
-"""Linear maps of the table: averages, filters, sums; and what two tensors with a common origin share.
-
-An average over an axis of size n mixes "same" and "another": ``K[0] + (K[1] - K[0]) / n``. Such maps commute, and their
-common eigenspaces along an axis are "the mean over it" (index 0 of a *spectrum*) and "the rest" (index 1).
-"""
+"""Linear maps of the table: averages, sums, products."""
 
 from __future__ import annotations
 
@@ -19,6 +15,7 @@ from gainstage.signal.gram import of_sum as gram_of_sum
 from gainstage.signal.marginal import Marginal, gaussian_marginal
 from gainstage.signal.neighbours import Neighbours, made, mixed
 from gainstage.signal.overlap import mixed as summed_overlap
+from gainstage.signal.pairing import amplitude_of, cross_table
 from gainstage.signal.quadrature import (
     Array,
     coarse,
@@ -32,47 +29,7 @@ from gainstage.signal.quadrature import (
 )
 from gainstage.signal.spread import after_shift, product_overlap, product_stray
 from gainstage.signal.uneven import of_product, of_sum
-from gainstage.signal.value import Lean, Statistic, Value, gaussian, statistic_at
-
-
-def spectrum(table: Array, sizes: Sequence[int]) -> Array:
-    """Variance of each component of a tensor from its table of covariances, along every axis."""
-    for position, size in enumerate(sizes):
-        other, same = np.take(table, 0, axis=position), np.take(table, 1, axis=position)
-        table = np.stack([other + (same - other) / size, same - other], axis=position)
-    return table
-
-
-def table_of(components: Array, sizes: Sequence[int]) -> Array:
-    """Inverse of :func:`spectrum`."""
-    for position, size in enumerate(sizes):
-        mean, rest = np.take(components, 0, axis=position), np.take(components, 1, axis=position)
-        components = np.stack([mean - rest / size, mean + rest - rest / size], axis=position)
-    return components
-
-
-def amplitude_of(x: Value) -> Array:
-    """Signed size of each component of x in its source."""
-    if x.amplitude is not None:
-        return x.amplitude
-    sizes = [axis.size for axis in x.axes]
-    return np.asarray(np.sqrt(np.maximum(spectrum(x.covariance, sizes), 0.0)))
-
-
-def cross_table(x: Value, y: Value) -> Array:
-    """``E[x_i y_j]`` of two aligned values: product of means, and what they have in common with one source."""
-    product = np.full_like(x.table, x.mean * y.mean)
-    if x.source is None or x.source is not y.source:
-        return product
-    sizes = [axis.size for axis in x.axes]
-    shared = amplitude_of(x) * amplitude_of(y)
-    moved = [a is not b for a, b in zip(x.axes, y.axes, strict=True)]
-    table = table_of(shared, sizes)
-    for position, shifted in enumerate(moved):
-        if shifted and sizes[position] > 1:  # other coordinates of the same tensor
-            other = np.take(table, 0, axis=position)
-            table = np.stack([other, other], axis=position)
-    return product + table
+from gainstage.signal.value import Lean, Statistic, Sum, Value, gaussian, statistic_at
 
 
 def affine(x: Value, scale: float, shift: float = 0.0) -> Value:
@@ -186,6 +143,8 @@ def add(x: Value, y: Value, sign: float = 1.0) -> Value:
         levels=profile,
         prior=y.prior if x.prior is None else x.prior if y.prior is None else x.prior + y.prior,
     )
+    if x.origin is not None or y.origin is not None:
+        result = replace(result, sum=Sum(table, ((x, 1.0), (y, sign))))
     if x.near is not None or y.near is not None:
         result = replace(result, near=mixed([(x.neighbours(), x.variance), (_on_axes(y, x), y.variance)], x.axes))
     if x.gram is not None or y.gram is not None:

@@ -6,8 +6,9 @@ from dataclasses import replace
 
 import numpy as np
 
-from gainstage.signal.linear import add, affine, cross_table, multiply
+from gainstage.signal.linear import add, affine, multiply
 from gainstage.signal.marginal import Marginal
+from gainstage.signal.pairing import cross_table
 from gainstage.signal.pointwise import align
 from gainstage.signal.quadrature import Array, covariance_series, quantiles, standardised, weights
 from gainstage.signal.value import Value

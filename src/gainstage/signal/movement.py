@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import takewhile
 from math import prod
 
 import numpy as np
@@ -104,14 +105,18 @@ def merge_dim(x: Value, dim: int) -> Value:
 
 
 def reshape(x: Value, shape: Sequence[int]) -> Value:
-    """View as another shape. An axis is split where the new shape asks for it; axes that do not fit are merged first."""
+    """View as another shape. An axis is split where the new shape asks for it; axes that do not fit are merged first.
+
+    Axes of size 1 before all others stay there.
+    """
     target = list(shape)
+    ahead = _ahead(x) if target else ()
     if -1 in target:
         known_size = prod(size for size in target if size != -1)
         target[target.index(-1)] = prod(x.shape) // max(known_size, 1)
     sizes = [size for size in target if size != 1]
     groups: list[list[Axis]] = []
-    pending = list(x.axes)
+    pending = list(x.axes[len(ahead) :])
     for k, size in enumerate(sizes):
         group: list[Axis] = []
         while prod(axis.size for axis in group) < size:
@@ -129,11 +134,16 @@ def reshape(x: Value, shape: Sequence[int]) -> Value:
                 return reshape(_merge_misfit(x, [*group, axis, *pending], sizes[k:]), target)
         groups.append(group)
     parts = iter(groups)
-    dims = tuple(() if size == 1 else tuple(next(parts)) for size in target)
+    dims = tuple((*(ahead if d == 0 else ()), *(() if size == 1 else next(parts))) for d, size in enumerate(target))
     moved = map_tables(x, dims, lambda table: table, x.levels)
     constant = None if x.constant is None else x.constant.reshape(target)
     prior = None if x.prior is None else torch.broadcast_to(full_prior(x), x.shape).reshape(target)
     return replace(moved, constant=constant, prior=prior)
+
+
+def _ahead(x: Value) -> tuple[Axis, ...]:
+    """Axes of size 1 at the beginning of the first dimension."""
+    return tuple(takewhile(lambda axis: axis.size == 1, x.dims[0])) if x.dims else ()
 
 
 def _merge_misfit(x: Value, axes: Sequence[Axis], sizes: Sequence[int]) -> Value:
@@ -157,13 +167,13 @@ def expand(x: Value, shape: Sequence[int]) -> Value:
     dims: tuple[Dim, ...] = ((),) * missing + x.dims
     full = shape_of(dims)
     wanted = [have if want == -1 else want for have, want in zip(full, shape, strict=True)]
-    new = tuple((Axis(w),) if h == 1 and w != 1 else dim for h, w, dim in zip(full, wanted, dims, strict=True))
+    new = tuple((*dim, Axis(w)) if h == 1 and w != 1 else dim for h, w, dim in zip(full, wanted, dims, strict=True))
     position = 0
     added = []
     for old_dim, new_dim in zip(dims, new, strict=True):
-        if len(new_dim) > len(old_dim):
-            added.append(position)
         position += len(new_dim)
+        if len(new_dim) > len(old_dim):
+            added.append(position - 1)
     target = (2,) * position
 
     def change(table: Array) -> Array:
@@ -311,9 +321,16 @@ def with_axes(x: Value, dims: tuple[Dim, ...]) -> Value:
 
 
 def refine(x: Value, y: Value, dim_x: int, dim_y: int) -> tuple[Value, Value]:
-    """Split the axes of two dimensions of equal size until both read as the same sizes; merge where they cannot."""
+    """Split the axes of two dimensions of equal size until both read as the same sizes; merge where they cannot.
+
+    Along an axis of size 1 that only one of them has, all coordinates of the other are equal.
+    """
     i = 0
     while i < max(len(x.dims[dim_x]), len(y.dims[dim_y])):
+        sizes = [_size_at(dim, i) for dim in (x.dims[dim_x], y.dims[dim_y])]
+        if sizes.count(1) == 1:
+            one = (x.dims[dim_x] if sizes[0] == 1 else y.dims[dim_y])[i]
+            x, y = (x, _with_one(y, dim_y, i, one)) if sizes[0] == 1 else (_with_one(x, dim_x, i, one), y)
         a, b = x.dims[dim_x][i], y.dims[dim_y][i]
         if a.size == b.size:
             i += 1
@@ -324,3 +341,15 @@ def refine(x: Value, y: Value, dim_x: int, dim_y: int) -> tuple[Value, Value]:
         else:
             return merge_dim(x, dim_x), merge_dim(y, dim_y)
     return x, y
+
+
+def _size_at(dim: Dim, place: int) -> int:
+    return dim[place].size if place < len(dim) else 0
+
+
+def _with_one(x: Value, dim: int, place: int, one: Axis) -> Value:
+    """An axis of size 1 more in a dimension: all its coordinates are equal."""
+    position = sum(len(d) for d in x.dims[:dim]) + place
+    dims = tuple((*axes[:place], one, *axes[place:]) if d == dim else axes for d, axes in enumerate(x.dims))
+    profile = None if x.levels is None else np.expand_dims(x.levels, position)
+    return map_tables(replace(x, amplitude=None), dims, lambda table: np.stack([table, table], axis=position), profile)

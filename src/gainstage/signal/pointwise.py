@@ -12,11 +12,13 @@ from gainstage.signal import levels
 from gainstage.signal.axes import Dim, distinct
 from gainstage.signal.few import with_shapes
 from gainstage.signal.joining import join
-from gainstage.signal.linear import add, affine, amplitude_of, modulate, multiply
+from gainstage.signal.known import known
+from gainstage.signal.linear import add, affine, modulate, multiply
 from gainstage.signal.marginal import Marginal
 from gainstage.signal.movement import expand, parts_along, refine, with_axes
 from gainstage.signal.neighbours import through
 from gainstage.signal.overlap import NONE, Overlap
+from gainstage.signal.pairing import amplitude_of
 from gainstage.signal.quadrature import (
     Array,
     coarse,
@@ -32,7 +34,7 @@ from gainstage.signal.quadrature import (
 )
 from gainstage.signal.spread import held
 from gainstage.signal.uneven import with_means
-from gainstage.signal.value import Value, known, statistic_at
+from gainstage.signal.value import Value, statistic_at
 
 LEAST_STRAY = 1e-3  # variance of the log of a level below which all draws are alike
 

@@ -155,10 +155,15 @@ def smoothed(values: Array, r: float) -> Array:
 
 def covariance_series(f: Array, g: Array, rho: Array) -> Array:
     """``Cov(f(z), g(z')) = sum_{n>0} a_n b_n rho^n`` from the values of f and g on the grid, for each correlation of z and z'."""
+    series = joint_series(f, g)
+    series[0] = 0.0
+    return evaluate_series(series, rho)
+
+
+def joint_series(f: Array, g: Array) -> Array:
+    """Coefficients ``c_n = a_n b_n`` of ``E[f(z) g(z')] = sum_n c_n rho^n``; the last holds all that lies above ORDER."""
     products = (_weighted_hermite() @ f) * (_weighted_hermite() @ g)
-    rest = float(weights() @ (f * g)) - float(products.sum())
-    products[0] = 0.0
-    return evaluate_series(np.append(products, rest), rho)
+    return np.append(products, float(weights() @ (f * g)) - float(products.sum()))
 
 
 def evaluate_series(series: Array, rho: Array) -> Array:

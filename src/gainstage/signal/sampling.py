@@ -7,9 +7,10 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from gainstage.signal.linear import spectrum
+from gainstage.signal.known import measured
+from gainstage.signal.pairing import spectrum
 from gainstage.signal.quadrature import Array, between_nodes
-from gainstage.signal.value import Logits, Value, measured
+from gainstage.signal.value import Logits, Value
 
 
 def draw(values: Sequence[Value], generator: np.random.Generator) -> list[torch.Tensor]:

@@ -13,8 +13,8 @@ Beside the table a value knows its marginal distribution, as a function g of a s
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -111,6 +111,38 @@ class Added:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class Sum:
+    """Terms of a sum, as aligned, with their signs; void for a tensor with another table."""
+
+    table: Array
+    terms: tuple[tuple[Value, float], ...]
+
+
+ANYTHING = -1  # all bits
+
+
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+class Origin:
+    """How a tensor came about, where weights are used more than once; void for a tensor with another distribution.
+
+    ``call``: equal for like operations. ``inputs``: the values among its arguments. ``run``: the operation on others in their
+    place; ``part``: which of its results. ``draws``: whether it draws random numbers. ``reused``: bit mask of the weights with
+    several uses that it depends on, or ANYTHING where it holds some of what such a weight was multiplied with. ``order``: longest
+    way from a tensor without one. ``met``: covariances, as they are found.
+    """
+
+    value: Value
+    call: object
+    inputs: tuple[Value, ...]
+    run: Callable[[Sequence[Value]], object]
+    part: int | None
+    draws: bool
+    reused: int
+    order: int
+    met: dict[object, Array | None] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Given:
     """What a gradient knows of its own tensor, which it met in an activation further down: ``g = g0 r``, g0 independent of it.
 
@@ -160,21 +192,20 @@ class Uneven:
 class Value:
     """What is known of one tensor. Immutable; made by the functions of this package only.
 
-    ``source`` and ``amplitude``: the tensor's linear part in an earlier tensor (often itself): its component in each
-    subspace of the axes, see :func:`gainstage.signal.linear.cross_table`. ``log_variance``: variance over draws of the log of the
-    level that it inherits from upstream. ``overlap``: how the cosine between what two places hold strays. ``lineage``: bit mask
-    of the parameters it depends on. ``levels``: where some coordinates are louder than others by design (the query, key and value
-    rows of one projection; the parts of a concatenation), the root mean square of each over that of the whole, with one
-    dimension for each axis, of size 1 where it does not vary. ``lean``: how each of those coordinates
-    leans on the average over all, where this is not in proportion to its level.
-    ``joined``: the tensors that were laid one after the other to make this one. ``near``: what places of a map that lie near
-    each other share beyond the table's average. ``gram``: how the table's average over two positions of a sequence is spread
-    over pairs of them. ``prior``: the known part of logits, apart from the table: minus infinity where a mask excludes. ``tilt``:
-    of the weights that a softmax makes, the table of covariances of its logits. ``read``: the tensors (latent, axes) that weights
-    were multiplied with to make this one, where known. ``logits``, ``largest``: what
-    the tensor is the softmax or the maximum of.
-    ``added``: a known tensor that the table includes. ``given``: what a gradient knows of the tensor that it belongs to.
-    ``uneven``: how the variances of channels differ.
+    ``source`` and ``amplitude``: the tensor's linear part in an earlier tensor (often itself): its component in each subspace of
+    the axes, see :func:`gainstage.signal.pairing.cross_table`. ``log_variance``: variance over draws of the log of the level that
+    it inherits from upstream. ``overlap``: how the cosine between what two places hold strays. ``lineage``: bit mask of the
+    parameters it depends on. ``levels``: where some coordinates are louder than others by design (the query, key and value rows
+    of one projection; the parts of a concatenation), the root mean square of each over that of the whole, with one dimension for
+    each axis, of size 1 where it does not vary. ``lean``: how each of those coordinates leans on the average over all, where this
+    is not in proportion to its level. ``joined``: the tensors that were laid one after the other to make this one. ``near``: what
+    places of a map that lie near each other share beyond the table's average. ``gram``: how the table's average over two
+    positions of a sequence is spread over pairs of them. ``prior``: the known part of logits, apart from the table: minus
+    infinity where a mask excludes. ``tilt``: of the weights that a softmax makes, the table of covariances of its logits.
+    ``read``: the tensors (latent, axes) that weights were multiplied with to make this one, where known. ``logits``, ``largest``:
+    what the tensor is the softmax or the maximum of. ``added``: a known tensor that the table includes. ``given``: what a
+    gradient knows of the tensor that it belongs to. ``uneven``: how the variances of channels differ. ``origin``, ``sum``: how it
+    came about, and the terms of a sum, in networks that use weights more than once.
     """
 
     dims: tuple[Dim, ...]
@@ -203,6 +234,8 @@ class Value:
     added: Added | None = None
     given: Given | None = None
     uneven: Uneven | None = None
+    origin: Origin | None = None
+    sum: Sum | None = None
 
     def __post_init__(self) -> None:
         """Check that the table has one dimension for each axis."""
@@ -336,51 +369,3 @@ def coins(shape: tuple[int, ...], p: float) -> Value:
     """Tensor of independent entries that are 1 with probability p, else 0."""
     x = independent(shape, p, (p * (1.0 - p)) ** 0.5)
     return replace(x, marginal=Marginal(object(), lambda: np.asarray(cumulative() > 1.0 - p, dtype=np.float64)))
-
-
-def spread_pairs(averaged: Array, sizes: tuple[int, ...]) -> Array:
-    """Turn averages over all pairs into averages over pairs that differ.
-
-    In ``averaged`` index 0 of an axis means "averaged over all pairs of coordinates", equal ones included, which is
-    ``K[0] + (K[1] - K[0]) / n``; solved for ``K[0]`` along each axis of size n.
-    """
-    table = averaged.copy()
-    for position, size in enumerate(sizes):
-        same, mixed = np.take(table, 1, axis=position), np.take(table, 0, axis=position)
-        table = np.stack([(size * mixed - same) / (size - 1), same], axis=position)
-    return table
-
-
-def measured(tensor: torch.Tensor, **extra: object) -> Value:
-    """Value of a known tensor: its own averages over pairs of entries, its own distribution of entries."""
-    data = tensor.detach().to("cpu", torch.float64)
-    dims = new_dims(tuple(data.shape))
-    axes = axes_of(dims)
-    flat = data.reshape([axis.size for axis in axes])
-    averaged = np.empty((2,) * len(axes))
-    for subset in np.ndindex(*averaged.shape):
-        others = [position for position, same in enumerate(subset) if not same]
-        cell = flat.mean(dim=others) if others else flat
-        averaged[subset] = float(cell.square().mean())
-    table = spread_pairs(averaged, tuple(axis.size for axis in axes))
-    entries = flat.reshape(-1).numpy()
-    if entries.size > 65536:  # the distribution of entries needs no more
-        entries = entries[:: entries.size // 32768]
-    ordered = np.sort(entries)
-
-    def values() -> Array:
-        return np.asarray(np.quantile(ordered, cumulative()))
-
-    return Value(
-        dims=dims,
-        mean=float(flat.mean()),
-        table=table,
-        marginal=Marginal(object(), values),
-        source=object(),
-        **extra,  # type: ignore[arg-type]
-    )
-
-
-def known(tensor: torch.Tensor) -> Value:
-    """Value of a constant: nothing about it is random, its entries are at hand."""
-    return measured(tensor.to(torch.float64), constant=tensor)

@@ -1,0 +1,203 @@
+"""Weights that are used again: how each tensor came about, and what a transposed weight makes of what the weight has made.
+
+What two uses of one weight have in common is found when it is asked for (:mod:`gainstage.signal.pairing`), from the operations
+that made the two. A weight that meets, transposed, what it made gives some of it back: given ``u_k = W x_k``,
+
+    W' h = (as with fresh weights) + n Var(w) sum over k of theta_k x_k,      theta = Cov(u, u)^-1 Cov(u, h),
+
+n the terms of the sum, ``theta_k = E[dh/du_k]`` by Stein's lemma (Yang 2020, arXiv:2006.14548, to leading order in the width).
+So the square of a linear map, ``W' W x``, has twice the second moment that two maps would make. On ``W x`` itself, as in a
+recurrence, W acts like fresh weights, but for what all its products have in common.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from gainstage.graph import Graph, Node
+from gainstage.propagate.sample import samplings
+from gainstage.signal import Value, affine, combine, covariance_between
+from gainstage.signal.axes import Axis
+from gainstage.signal.quadrature import expectation
+from gainstage.signal.value import ANYTHING, Origin
+
+_NEGLIGIBLE = 1e-9  # of a second moment
+_RETURNED = "returned"
+
+
+@dataclass(frozen=True, slots=True)
+class Operation:
+    """An operation on values: its rule, with positional and named arguments."""
+
+    rule: Callable[[list[Any], dict[str, Any]], Any]
+    args: list[Any]
+    kwargs: dict[str, Any]
+
+    def inputs(self) -> tuple[Value, ...]:
+        """The values among the arguments, in order."""
+        return tuple(_values([self.args, list(self.kwargs.values())]))
+
+    def settings(self) -> object:
+        """All other arguments."""
+        return _settings(self.args), tuple((name, _settings(value)) for name, value in self.kwargs.items())
+
+    def run(self, inputs: Any) -> Any:
+        """The operation on other values."""
+        others = iter(inputs)
+        args = _filled(self.args, others)
+        return self.rule(args, {name: _filled(value, others) for name, value in self.kwargs.items()})
+
+
+def _values(argument: Any) -> Iterator[Value]:
+    if isinstance(argument, Value):
+        yield argument
+    elif isinstance(argument, list):
+        for item in argument:
+            yield from _values(item)
+
+
+def _settings(argument: Any) -> Any:
+    if isinstance(argument, list):
+        return tuple(_settings(item) for item in argument)
+    return Value if isinstance(argument, Value) else argument
+
+
+def _filled(argument: Any, others: Iterator[Value]) -> Any:
+    if isinstance(argument, list):
+        return [_filled(item, others) for item in argument]
+    return next(others) if isinstance(argument, Value) else argument
+
+
+def with_origin(node: Node, graph: Graph, operation: Operation, result: Any, values: Mapping[str, Any]) -> Any:
+    """The result of an operation, with how it came about, where it depends on weights that are used several times."""
+    if samplings(result):
+        return result
+    if isinstance(result, tuple):
+        return tuple(_made(node, graph, operation, part, i) for i, part in enumerate(result))
+    made = _made(node, graph, operation, result, None)
+    return _with_returns(node, graph, made, values) if isinstance(made, Value) and made.lineage & graph.reused else made
+
+
+def known_origin(found: Value) -> Value:
+    """A constant: the beginning of what is made of it."""
+    return _originated(found, call=object(), inputs=(), run=lambda _: found, part=None, draws=False, reused=0)
+
+
+def _made(node: Node, graph: Graph, operation: Operation, result: Any, part: int | None) -> Any:
+    if not isinstance(result, Value):
+        return result
+    inputs = operation.inputs()
+    if any(result is x for x in inputs):
+        return result
+    return _originated(
+        result if _is_sum_of(result, inputs) else replace(result, sum=None), call=(node.op, operation.settings()),
+        inputs=inputs, run=operation.run, part=part, draws=node.may_draw, reused=result.lineage & graph.reused,
+    )  # fmt: skip
+
+
+def _originated(result: Value, inputs: tuple[Value, ...], reused: int, **how: Any) -> Value:
+    plain = replace(result, origin=None)
+    before = [x.origin for x in inputs if x.origin is not None]
+    order = 1 + max((origin.order for origin in before), default=0)
+    for origin in before:
+        reused |= origin.reused
+    return replace(plain, origin=Origin(value=plain, inputs=inputs, reused=reused, order=order, **how))
+
+
+def _is_sum_of(result: Value, inputs: Sequence[Value]) -> bool:
+    """Whether the terms of a sum are, up to factors, what the operation read: a product and its bias are not."""
+    terms = () if result.sum is None else result.sum.terms
+    return bool(terms) and all(any(_is_multiple(term, x) for x in inputs) for term, _ in terms)
+
+
+def _is_multiple(y: Value, x: Value) -> bool:
+    return y.marginal is x.marginal or (y.source is not None and y.source is x.source)
+
+
+@dataclass(frozen=True, slots=True)
+class _Product:
+    """A weight times data: the result as with fresh weights, what it read, and how much louder than that it is."""
+
+    fresh: Value
+    read: Value
+    weight: Value
+    gain: float
+
+    def is_returned_by(self, other: _Product) -> bool:
+        """Whether another product sums over the rows of this one, and has a row for each term of its sum."""
+        own, others = self.rows(), other.rows()
+        return (
+            bool(own and others)
+            and not own & others
+            and self.weight.marginal.latent == other.weight.marginal.latent
+            and own <= set(other.weight.axes)
+            and others <= set(self.weight.axes)
+            and self.fresh.shape == other.read.shape
+            and self.read.shape == other.fresh.shape
+        )
+
+    def scale_in(self, other: _Product) -> float:
+        """The weight of this product over that of another one, both multiples of one parameter."""
+        own, others = self.weight.marginal.values, other.weight.marginal.values
+        return expectation(own * others) / expectation(others**2)
+
+    def rows(self) -> set[Axis]:
+        """Axes of the weight that the result has."""
+        return set(self.fresh.axes) & set(self.weight.axes)
+
+
+def _product_at(node: Node, result: Value, bit: int, values: Mapping[str, Any]) -> _Product | None:
+    """What an operation makes of one weight and one tensor; None for other operations."""
+    operands = [values[name] for name in node.operands() if isinstance(values.get(name), Value)]
+    data = [x for x in operands if not x.is_weight and x.constant is None]
+    weights = [x for x in operands if x.is_weight and x.lineage == bit]
+    if len(data) != 1 or len(weights) != 1 or data[0].second_moment <= 0.0:
+        return None
+    origin = result.origin
+    fresh = origin.inputs[0] if origin is not None and isinstance(origin.call, tuple) and origin.call[0] == _RETURNED else result
+    biases = sum(x.second_moment for x in operands if x.is_weight and x is not weights[0])
+    return _Product(fresh, data[0], weights[0], (fresh.second_moment - biases) / data[0].second_moment)
+
+
+def _with_returns(node: Node, graph: Graph, made: Value, values: Mapping[str, Any]) -> Value:
+    """A product with what its weight, transposed, gives back of what it was multiplied with before."""
+    weights = [x for name in node.operands() if isinstance(x := values.get(name), Value) and x.is_weight]
+    for bit in {x.lineage for x in weights if x.lineage & graph.reused and x.lineage.bit_count() == 1}:
+        uses = graph.uses[list(graph.parameters)[bit.bit_length() - 1]]
+        own = _product_at(node, made, bit, values)
+        if own is None or not own.read.lineage & bit or node.name not in uses:
+            continue
+        done = [name for name in uses[: uses.index(node.name)] if isinstance(values.get(name), Value)]
+        before = [_product_at(graph.by_name[name], values[name], bit, values) for name in done]
+        returning = [product for product in before if product is not None and product.is_returned_by(own)]
+        return _returned(own, returning) if returning else made
+    return made
+
+
+def _returned(own: _Product, before: list[_Product]) -> Value:
+    """``y + gain sum over k of theta_k x_k``."""
+    made = own.fresh
+    shared = [covariance_between(own.read, product.fresh) for product in before]
+    if all(table is None for table in shared):
+        return made
+    common = np.array([_of_one(covariance_between(a.fresh, b.fresh)) for a in before for b in before])
+    slopes = np.linalg.lstsq(common.reshape(len(before), -1), np.array([_of_one(t) for t in shared]), rcond=1e-6)[0]
+    total = made
+    for product, slope in zip(before, slopes, strict=True):
+        if slope**2 * product.fresh.second_moment > _NEGLIGIBLE * own.read.second_moment:
+            total = combine(torch.add, total, affine(product.read, own.gain * product.scale_in(own) * float(slope)))
+    if total is made:
+        return made
+    return _originated(
+        total, call=(_RETURNED, object()), inputs=(made, *(product.read for product in before)), run=lambda _: total, part=None,
+        draws=False, reused=ANYTHING,
+    )  # fmt: skip
+
+
+def _of_one(table: Any) -> float:
+    return 0.0 if table is None else float(table[(1,) * table.ndim])
