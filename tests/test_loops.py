@@ -136,6 +136,7 @@ def test_nobody_waits_for_the_thread_that_loads(monkeypatch):
     loading.start()
     assert inside.wait(60)
     assert choice.take(_PATIENCE) is fill_runs
+    assert _Choice(normal=False, dtype=torch.float32).take(_PATIENCE) is fill_runs
     done.set()
     loading.join()
     assert choice.take(1) is loops.fill_runs

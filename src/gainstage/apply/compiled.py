@@ -23,9 +23,13 @@ from gainstage.apply.stream import Stream
 
 Fill: TypeAlias = Callable[[Law, Stream, NDArray[np.int64], NDArray[Any]], None]
 
-# Entries of a kind that a process draws with NumPy before it loads the loop for them. Loading costs as much as drawing ten
-# times as many; compiling, once on a machine, some seconds.
+# Entries of a kind that a process draws with NumPy before it loads the loop for them. Loading takes as long as NumPy would take
+# for five times as many; compiling, once on a machine, some seconds.
 _PATIENCE = 2**24
+
+# Held by the one thread that loads. Others do not wait for it, but draw with NumPy; so does, for good, a process that is forked
+# meanwhile and has no such thread.
+_LOADING = threading.Lock()
 
 
 @final
@@ -35,18 +39,20 @@ class _Choice:
     def __init__(self, *, normal: bool, dtype: torch.dtype) -> None:
         self._normal = normal
         self._dtype = dtype
-        self._fill: Fill = fill_runs
         self._drawn = 0
-        self._loading = threading.Lock()
+        self._fill: Fill | None = None
 
     def take(self, count: int) -> Fill:
         """For so many entries."""
-        if self._drawn < _PATIENCE:
-            self._drawn += count
-            # One thread loads, once, and others go on with NumPy; so does, for good, a process that is forked meanwhile.
-            if self._drawn >= _PATIENCE and self._loading.acquire(blocking=False):
-                self._fill = compiled(normal=self._normal, dtype=self._dtype) or fill_runs
-        return self._fill
+        self._drawn += count
+        if self._fill is None and self._drawn >= _PATIENCE and _LOADING.acquire(blocking=False):
+            try:
+                if self._fill is None:
+                    self._fill = fill_runs  # whatever happens now, once is enough
+                    self._fill = compiled(normal=self._normal, dtype=self._dtype) or fill_runs
+            finally:
+                _LOADING.release()
+        return self._fill or fill_runs
 
 
 _CHOICES = {(normal, dtype): _Choice(normal=normal, dtype=dtype) for normal in (True, False) for dtype in TYPES}

@@ -93,7 +93,7 @@ def philox(key: Any, state: Any, lanes: Any) -> None:
 
 # Arguments of the loops. The type decides which one is meant.
 class _Uniform(NamedTuple):
-    words: Any  # room for those of all lanes
+    words: Any  # room for those of all lanes, as they are computed and as they are read
     scale: Any
     limit: Any
     mean: Any
@@ -110,7 +110,7 @@ class _Normal32(NamedTuple):
     brain: bool
     constants: Any
     table: Any
-    marks: Any
+    marks: Any  # room for those of entries beyond the centre, as groups of eight and one by one
 
 
 class _Normal64(NamedTuple):
@@ -145,15 +145,15 @@ def round_half(brain: Any, values: Any, out: Any) -> None:
 @_whole
 def _fill(law: Any, key: Any, starts: Any, values: Any, halves: Any) -> None:
     """Runs of entries: ``values``, or ``halves``, which are computed in the first row of ``values``."""
+    numbers, words = law.words
     state = np.empty((4, _LANES), np.uint64)
-    numbers = law.words.view(np.uint64)
-    per_counter = law.words.size // _LANES
+    per_counter = words.size // _LANES
     length = halves.shape[1] if law.half else values.shape[1]
     for row in range(starts.size):
         done = 0
         while done < length:
             counter, skipped = divmod(starts[row] + done, per_counter)
-            count = min(length - done, law.words.size - skipped)
+            count = min(length - done, words.size - skipped)
             lanes = (skipped + count - 1) // per_counter + 1
             for i in range(lanes):
                 state[0, i], state[1, i], state[2, i], state[3, i] = _U(counter + i), _U(0), _U(0), _U(0)
@@ -162,7 +162,7 @@ def _fill(law: Any, key: Any, starts: Any, values: Any, halves: Any) -> None:
                 for j in range(4):
                     numbers[4 * i + j] = state[j, i]
             out = values[0, :count] if law.half else values[row, done : done + count]
-            fill_centred(law, law.words[skipped : skipped + count], out)
+            fill_centred(law, words[skipped : skipped + count], out)
             if law.limit < np.inf:
                 for i in range(count):
                     out[i] = min(max(out[i], -law.limit), law.limit)
@@ -188,7 +188,7 @@ def _uniform(law: Any, words: Any, out: Any) -> None:
 
 def _normal_32(law: Any, words: Any, out: Any) -> None:
     centre, last, ((a1, b1), (a2, b2), (a3, b3), (a4, b4), (a5, b5)) = law.constants
-    beyond = law.marks.view(np.bool_)
+    eights, beyond = law.marks
     for i in range(out.size):
         n = np.float32(words[i])
         r = centre - n * n
@@ -200,7 +200,7 @@ def _normal_32(law: Any, words: Any, out: Any) -> None:
         out[i] = n * (a1 / t + last)
         beyond[i] = r < _ZERO
     for eight in range((out.size + 7) // 8):
-        if law.marks[eight]:  # one in fourteen
+        if eights[eight]:  # one in fourteen
             for i in range(8 * eight, min(8 * eight + 8, out.size)):
                 if beyond[i]:
                     out[i] = np.float32(math.copysign(_tail_32(words[i], law.table), out[i])) * law.scale
@@ -266,11 +266,13 @@ def fill_runs(law: Law, stream: Stream, starts: NDArray[np.int64], out: NDArray[
 def constants_of(law: Law) -> _Uniform | _Normal32 | _Normal64:
     """What the loops take of a law, in their precision."""
     number = np.float64 if law.bits == 64 else np.float32
-    words = np.empty(4 * _LANES, np.uint64).view(f"i{law.bits // 8}")
+    numbers = np.empty(4 * _LANES, np.uint64)
+    words = numbers, numbers.view(f"i{law.bits // 8}")
     ends = words, number(law.scale), number(law.limit), number(law.mean), law.is_rounded, law.dtype == torch.bfloat16
     if not law.normal:
         return _Uniform(*ends)
     if law.bits == 64:
         return _Normal64(*ends, law.width)
     centre, last, pairs = central_constants(2.0**-32 * law.width, law.scale)
-    return _Normal32(*ends, (centre, last, tuple(map(tuple, pairs))), tail_table(), np.empty(_LANES, np.uint64))
+    eights = np.empty(_LANES, np.uint64)
+    return _Normal32(*ends, (centre, last, tuple(map(tuple, pairs))), tail_table(), (eights, eights.view(np.bool_)))
