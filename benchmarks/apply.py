@@ -1,6 +1,6 @@
 """Elements per second of drawing: every distribution and element type, shards, matrices; against torch and against memory.
 
-python -m benchmarks.apply [--only fills|shards]
+python -m benchmarks.apply [--only fills|numpy|shards]
 
 Ours, torch's and plain writing (``Tensor.fill_``) take turns in one process, so that whatever else the machine does meets all
 three. Shards and matrices are drawn on one thread, without saving old values, as ``materialize`` does. Writes
@@ -17,7 +17,7 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
-from benchmarks.fills import MATRIX, SIZE, STD, measure_fills
+from benchmarks.fills import MATRIX, SIZE, STD, measure_by_numpy, measure_fills
 from benchmarks.tables import RESULTS, machine, plain_table
 from rich.console import Console
 
@@ -33,6 +33,7 @@ def main() -> None:
     """Measure, print, write."""
     measurements: Mapping[str, Callable[[], list[dict[str, Any]]]] = {
         "fills": lambda: [asdict(fill) for fill in measure_fills()],
+        "numpy": lambda: [asdict(fill) for fill in measure_by_numpy()],
         "shards": lambda: list(measure_shards()),
     }
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -118,6 +119,7 @@ def shards_table(shards: Sequence[Mapping[str, Any]]) -> tuple[tuple[str, ...], 
 
 TABLES: Mapping[str, tuple[str, Callable[[Any], tuple[Sequence[str], Sequence[Sequence[str]]]]]] = {
     "fills": (f"Millions of elements per second: {SIZE} x {SIZE} in place, orthogonal {MATRIX} x {MATRIX}", fills_table),
+    "numpy": ("The same by NumPy alone, as where numba is not installed", fills_table),
     "shards": ("Parts of a parameter", shards_table),
 }
 

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import statistics
+import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from unittest import mock
 
 import torch
 from torch import nn
 
 from gainstage.apply import apply
+from gainstage.apply.runs import fill_runs
 from gainstage.plan import Distribution, Family, ParameterPlan, Plan
 
 STD = 0.02
@@ -58,26 +61,33 @@ class Fill:
     ratio: float
 
 
-def measure_fills() -> Iterator[Fill]:
-    """Every family and element type, one thread and two."""
+def measure_by_numpy() -> Iterator[Fill]:
+    """The families that compiled loops are for, without them."""
+    loops = [Family.NORMAL, Family.TRUNCATED_NORMAL, Family.UNIFORM]
+    with mock.patch.object(sys.modules["gainstage.apply.draw"], "fill_for", return_value=fill_runs):
+        yield from measure_fills(loops)
+
+
+def measure_fills(families: Iterable[Family] = tuple(_TORCH)) -> Iterator[Fill]:
+    """Every element type, one thread and two."""
     before = torch.get_num_threads()
     try:
-        for family, by_torch in _TORCH.items():
+        for family in families:
             for dtype in DTYPES:
                 if family is Family.ORTHOGONAL and dtype in {torch.bfloat16, torch.float16}:
                     continue  # torch has no factorisation for them
                 for threads in (1, 2):
                     torch.set_num_threads(threads)
-                    yield _measure(family, dtype, threads, by_torch)
+                    yield _measure(family, dtype, threads)
     finally:
         torch.set_num_threads(before)
 
 
-def _measure(family: Family, dtype: torch.dtype, threads: int, by_torch: Callable[[torch.Tensor], object]) -> Fill:
+def _measure(family: Family, dtype: torch.dtype, threads: int) -> Fill:
     size = MATRIX if family.is_matrix else SIZE
     model = nn.Linear(size, size, bias=False, device="meta").to_empty(device="cpu").to(dtype)
     plan = _plan(family, model.weight)
-    calls = (lambda: apply(model, plan), lambda: by_torch(model.weight), lambda: model.weight.detach().fill_(1.0))
+    calls = (lambda: apply(model, plan), lambda: _TORCH[family](model.weight), lambda: model.weight.detach().fill_(1.0))
     rounds: list[list[tuple[float, float]]] = []
     start = time.perf_counter()
     for call in calls:

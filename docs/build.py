@@ -267,6 +267,7 @@ BLOCKS: Mapping[str, Callable[[], str]] = {
     "fills": lambda: timed_table("apply", "fills", fills_table),
     "kernels": kernels,
     "large": lambda: timed_table("speed", "large", large_table),
+    "numpy": lambda: timed_table("apply", "numpy", fills_table),
     "policies": policies,
     "shards": lambda: timed_table("apply", "shards", shards_table),
     "stages": lambda: timed_table("speed", "stages", stages_table),
