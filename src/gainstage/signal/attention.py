@@ -20,18 +20,21 @@ from gainstage.signal import levels
 from gainstage.signal.known import measured
 from gainstage.signal.marginal import Marginal
 from gainstage.signal.movement import expand, merge_dim, refine
-from gainstage.signal.quadrature import Array, nodes, standardised, weights
+from gainstage.signal.quadrature import Array, nodes, over_norm, standardised, weights
 from gainstage.signal.value import Logits, Value, gaussian
 
 
 @lru_cache(maxsize=4096)
-def participation(variance: float, count: float) -> float:
-    """``E sum p^2`` of a softmax over ``count`` independent Gaussian logits: 1/count when they are equal, 1 when one wins."""
+def participation(variance: float, count: float, flatness: float = 3.0) -> float:
+    """``E sum p^2`` of a softmax over ``count`` independent logits: 1/count when they are equal, 1 when one wins.
+
+    Gaussian, or, where their kurtosis is less, with something in common that norms were divided by.
+    """
     if count <= 1 or variance <= 0.0:
         return 1.0 / max(count, 1)
     z, weight = nodes()[::4], weights()[::4]
     weight = weight / weight.sum()
-    logits = np.sqrt(variance) * z
+    logits = np.sqrt(variance) * (z if flatness >= 3.0 else over_norm(flatness)[::4])
     top = np.sqrt(2.0 * variance * np.log(count)) + 4.0 * np.sqrt(variance) + np.log(count)
     tau = np.linspace(-top - 8.0, 4.0 * np.sqrt(variance) + 4.0, 600)
     exponent = tau[:, None] + logits[None, :]
@@ -164,7 +167,7 @@ def _uniform(x: Value, dim: int, variance: float) -> tuple[Array | None, float, 
     """
     size = x.shape[dim]
     if x.prior is None:
-        return None, participation(round(variance, 9), size) * size, x
+        return None, participation(round(variance, 9), size, x.flatness) * size, x
     share = _shares(x, dim)
     flat = expand(measured(share), x.shape)
     for d in range(len(x.dims)):
@@ -172,7 +175,7 @@ def _uniform(x: Value, dim: int, variance: float) -> tuple[Array | None, float, 
     squares = share.square().sum(dim)
     sizes, repeats = np.unique(np.round(1.0 / squares[squares > 0.0].numpy(), 3), return_counts=True)
     picked = sizes if len(sizes) <= 24 else np.geomspace(sizes[0], sizes[-1], 24)
-    found = np.interp(sizes, picked, [participation(round(variance, 9), float(n)) * float(n) for n in picked])
+    found = np.interp(sizes, picked, [participation(round(variance, 9), float(n), x.flatness) * float(n) for n in picked])
     gain = float((found / sizes * repeats).sum() / (repeats / sizes).sum())
     return flat.table, gain, x
 

@@ -7,6 +7,7 @@ that two tensors that took equal steps still share their coordinates.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from math import prod
 
@@ -42,6 +43,14 @@ class Axis:
         if key not in self.steps:
             self.steps[key] = tuple(Axis(size, parent=self) for size in sizes)
         return self.steps[key]
+
+
+def descends(axis: Axis, axes: Collection[Axis]) -> bool:
+    """Tell whether an axis is one of these, or was made of one of them by splits, slices and the like."""
+    origin: Axis | None = axis
+    while origin is not None and origin not in axes:
+        origin = origin.parent
+    return origin is not None
 
 
 def new_dims(shape: tuple[int, ...]) -> tuple[Dim, ...]:

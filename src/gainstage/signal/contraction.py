@@ -18,7 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gainstage.signal import levels
-from gainstage.signal.axes import Axis, Dim, axes_of, distinct
+from gainstage.signal.axes import Axis, Dim, axes_of, descends, distinct
+from gainstage.signal.directions import flatness_of_product
 from gainstage.signal.movement import expand, merge_dim, refine, reshape
 from gainstage.signal.neighbours import REACH, Neighbours, beyond, cut, made, outer
 from gainstage.signal.overlap import Taps
@@ -54,13 +55,16 @@ def contract(a: Value, b: Value, labels_a: str, labels_b: str, labels_out: str) 
     if tilt is not None:
         gained = np.einsum(tilt[0], index_a, tilt[1], index_b, *operands[4:], out_index)  # type: ignore[call-overload]
         table = table + gained
+    summed = [n for n in index_a if n in index_b and n not in out_index]
+    table[(1,) * table.ndim] += _agreement(a, b, [a.axes[index_a.index(n)] for n in summed])
+    flatness = flatness_of_product(a, b, [index_a.index(n) for n in summed], [index_b.index(n) for n in summed])
     if pattern is None:
         profiles = [(a.levels, index_a), (b.levels, index_b)]
         profile = levels.carried(profiles, out_index)
         if any(weight.is_weight and _is_fresh(weight) for weight in (a, b)):
             table = table * levels.coupling(profiles, out_index)
         result = contracted(a, b, out_dims, count * a.mean * b.mean, table, profile=profile)
-        result = replace(result, gram=kept(a, b, out_dims) or kept(b, a, out_dims))
+        result = replace(result, gram=kept(a, b, out_dims) or kept(b, a, out_dims), flatness=flatness)
         return _strayed(result, a, b, (labels_a, labels_b, labels_out))
     apart = gained + np.asarray(np.einsum(pattern.between_keys(table_a), *operands[1:], out_index))  # type: ignore[call-overload]
     profile, gram = pattern.rows(table, apart, out_dims, out_index.index(index_a[pattern.query]))
@@ -70,6 +74,17 @@ def contract(a: Value, b: Value, labels_a: str, labels_b: str, labels_out: str) 
 def _is_fresh(weight: Value) -> bool:
     """Whether a tensor's entries are independent, of mean 0."""
     return float(np.abs(weight.table).sum()) <= (1.0 + 1e-9) * weight.second_moment
+
+
+def _agreement(a: Value, b: Value, summed: Sequence[Axis]) -> float:
+    """``n (n - 1) K_a K_b Var(cos)``: a sum over n places of two projections of one tensor.
+
+    Over the weights the entries of each at two places share the cosine of what was read there, which strays, and is the same for
+    both.
+    """
+    places = {axis for _, read in a.read & b.read for axis in summed if descends(axis, read)}
+    size = math.prod(axis.size for axis in places)
+    return size * (size - 1.0) * a.second_moment * b.second_moment * min(a.overlap.variance, b.overlap.variance)
 
 
 def _strayed(y: Value, x: Value, weight: Value, labels: tuple[str, str, str]) -> Value:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -10,6 +11,7 @@ import torch
 
 from gainstage.signal import levels
 from gainstage.signal.axes import Dim, distinct
+from gainstage.signal.directions import divided
 from gainstage.signal.few import with_shapes
 from gainstage.signal.joining import join
 from gainstage.signal.known import known
@@ -267,8 +269,7 @@ def combine(function: Function, x: Value, y: Value) -> Value:
         centres = y.centres() if function is torch.mul else 1.0 / y.centres()
         number, profile = statistic_at(y.statistic.of, centres, None)
         scaled = replace(modulate(x, profile, number.centre), lineage=x.lineage | y.lineage)
-        is_norm = abs(scaled.second_moment - 1.0) < 0.05
-        return held(scaled) if is_norm else replace(scaled, log_variance=0.0)
+        return _as_direction(scaled, y)
     if function is torch.mul and _is_statistic_of(x, y):
         return combine(function, y, x)
     for first, known_numbers in ((x, numbers[1]), (y, numbers[0])):
@@ -299,6 +300,16 @@ def _numbers_along(numbers: torch.Tensor | None, x: Value) -> Array | None:
         return None
     position = x.axes.index(x.dims[varying[0]][0])
     return numbers.double().reshape([-1 if p == position else 1 for p in range(len(x.axes))]).numpy()
+
+
+def _as_direction(scaled: Value, statistic: Value) -> Value:
+    """A tensor over a statistic of itself; where that is the norm of each of its vectors, what strays is taken back."""
+    reduced = [p for p in range(statistic.table.ndim) if np.ptp(statistic.table, axis=p).max() <= 1e-9 * statistic.second_moment]
+    length = scaled.second_moment * math.prod(scaled.axes[p].size for p in reduced)
+    is_level, is_unit = (abs(square - 1.0) < 0.05 for square in (scaled.second_moment, length))
+    if is_level or is_unit:
+        scaled = divided(scaled, reduced)
+    return held(scaled) if is_level else replace(scaled, log_variance=0.0)
 
 
 def _as_numbers(x: Value) -> Value:

@@ -90,6 +90,26 @@ def _between(share: float) -> Array:
     return np.asarray((1.0 - share) * nodes() + share * 12.0**0.5 * (cumulative() - 0.5))
 
 
+def over_norm(wanted: float) -> Array:
+    """Values of variance 1 and this kurtosis, 1 to 3, of ``z / sqrt(l z^2 + 1 - l)``.
+
+    What norms leave of a component with a share l of the squared norm.
+    """
+    shares, found = _kurtoses_over_norm()
+    return _over_norm(float(np.interp(-wanted, -found, shares)))
+
+
+@cache
+def _kurtoses_over_norm() -> tuple[Array, Array]:
+    """Shares of a component in the squared norm, and the kurtosis at each."""
+    shares = 1.0 - np.geomspace(1.0, 1e-4, 65)
+    return shares, np.array([kurtosis(_over_norm(share)) for share in shares])
+
+
+def _over_norm(share: float) -> Array:
+    return standardised(nodes() / np.sqrt(share * nodes() ** 2 + 1.0 - share), 0.0, 1.0)
+
+
 def stray_passed(before: Array, after: Array, variance: float) -> float:
     """``Var log E[g(sz)^2]`` for a log-normal s such that ``Var log E[f(sz)^2]`` is the given variance: a stray level passed on.
 

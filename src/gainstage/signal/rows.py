@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from gainstage.signal import levels as profiles
-from gainstage.signal.axes import Dim, axes_of
+from gainstage.signal.axes import Dim, axes_of, descends
 from gainstage.signal.gram import Gram, along, factors_of, grouped, of_sum, pairs, starts, ungrouped, widths
 from gainstage.signal.quadrature import Array
 from gainstage.signal.value import Value
@@ -98,6 +98,8 @@ def tilted(
     if a.tilt is None or b.overlap.variance <= 0.0 or len(keys) != 1 or strangers:
         return None
     where = index_a.index(keys[0])
+    if b.uneven is not None and descends(b.axes[index_b.index(keys[0])], b.uneven.axes):
+        return None  # the keys are channels: each has weights of its own, and none of them reads what another key reads
     size = a.axes[where].size
     weights = a.table * a.tilt * (1.0 - size * a.second_moment)
     np.moveaxis(weights, where, 0)[1] = 0.0

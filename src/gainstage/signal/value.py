@@ -204,8 +204,9 @@ class Value:
     infinity where a mask excludes. ``tilt``: of the weights that a softmax makes, the table of covariances of its logits.
     ``read``: the tensors (latent, axes) that weights were multiplied with to make this one, where known. ``logits``, ``largest``:
     what the tensor is the softmax or the maximum of. ``added``: a known tensor that the table includes. ``given``: what a
-    gradient knows of the tensor that it belongs to. ``uneven``: how the variances of channels differ. ``origin``, ``sum``: how it
-    came about, and the terms of a sum, in networks that use weights more than once.
+    gradient knows of the tensor that it belongs to. ``uneven``: how the variances of channels differ. ``flatness``: kurtosis of
+    what the entries of a vector that was divided by its norm have in common, and of products of two such vectors along either of
+    their axes. ``origin``, ``sum``: how it came about, and the terms of a sum, in networks that use weights more than once.
     """
 
     dims: tuple[Dim, ...]
@@ -228,12 +229,13 @@ class Value:
     near: Neighbours | None = None
     gram: Gram | None = None
     tilt: Array | None = None
-    read: frozenset[object] = frozenset()
+    read: frozenset[tuple[object, frozenset[Axis]]] = frozenset()
     logits: Logits | None = None
     largest: Largest | None = None
     added: Added | None = None
     given: Given | None = None
     uneven: Uneven | None = None
+    flatness: float = 3.0
     origin: Origin | None = None
     sum: Sum | None = None
 

@@ -1,0 +1,98 @@
+"""Directions: what vectors share after each was divided by its own norm, which strays where their entries are alike.
+
+Along the axes of a norm the entries of a Gaussian vector have independent components (:func:`gainstage.signal.pairing.spectrum`),
+a few of large variance where all entries have something in common. A vector that has more of that than others has a large norm:
+the share of it that is left is smaller than the ratio of averages. With components ``sqrt(l_k) z_k`` and ``s^2 = sum l_k z_k^2``
+
+    E[z_k^2 / s^2] = int_0^inf (1 + 2 u l_k)^-1 D(u) du,                          D(u) = prod over m of (1 + 2 u l_m)^(-1/2),
+    E[z_k^2 / s]   = int_0^inf (1 + 2 u l_k)^-1 D(u) (pi u)^(-1/2) du
+
+exactly. The first is about a vector and itself; two vectors of correlation r have ``E[z_k^2 / s]^2 r`` and, of third order in
+r, the rest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from gainstage.signal.pairing import spectrum, table_of
+from gainstage.signal.quadrature import Array
+from gainstage.signal.value import Value
+
+LEAST = 0.02  # relative variance of the squared norm below which it is as good as its mean
+CENTRED = 1e-3  # of the second moment: the largest square of a mean that is none
+_LOGS = np.linspace(-12.0, 30.0, 421)  # of u, in units of one over the squared norm
+
+
+def divided(x: Value, reduced: Sequence[int]) -> Value:
+    """Vectors along the axes at ``reduced``, divided by the average of their squared norms: by the norm of each instead.
+
+    x as it was where norms hardly stray, and where entries are not Gaussian of mean 0 or differ by their place.
+    """
+    sizes = [x.axes[position].size for position in reduced]
+    levelled = x.levels is None or all(x.levels.shape[position] == 1 for position in reduced)
+    if not levelled or x.near is not None or x.gram is not None or abs(x.marginal.kurtosis - 3.0) > 1.0:
+        return x
+    if x.second_moment <= 0.0 or x.mean**2 > CENTRED * x.second_moment:
+        return x
+    front, rest = tuple(range(len(reduced))), x.table.ndim - len(reduced)
+    components = spectrum(np.moveaxis(x.covariance, tuple(reduced), front), sizes)
+    own = np.maximum(components.reshape(*components.shape[: len(reduced)], -1)[..., -1], 0.0)
+    variances, counts = _variances(own, sizes)
+    if 2.0 * float((counts * variances**2).sum()) < LEAST:
+        return x
+    same, apart, flatness = _shares(variances, counts)
+    own, same, apart = (part.reshape(*part.shape, *[1] * rest) for part in (own, same, apart))
+    rho = np.clip(components / np.maximum(own, 1e-300), -1.0, 1.0)
+    kept = own * (apart * rho + (same - apart) * rho**3)
+    table = np.moveaxis(table_of(kept, sizes), front, tuple(reduced)) + x.mean**2
+    return replace(x, table=np.ascontiguousarray(table), rho=None, flatness=flatness)
+
+
+def flatness_of_product(x: Value, y: Value, along_x: Sequence[int], along_y: Sequence[int]) -> float:
+    """Kurtosis of ``sum_k x_k y_k`` over many y, x as it is: 3 but for the share of the largest component in its variance."""
+    if max(x.flatness, y.flatness) >= 3.0 or not along_x:
+        return 3.0
+    both = []
+    for value, along in ((x, along_x), (y, along_y)):
+        sizes = [value.axes[position].size for position in along]
+        own = value.covariance[tuple(slice(None) if p in along else 1 for p in range(value.table.ndim))]
+        variances, counts = _variances(np.maximum(spectrum(own, sizes), 0.0), sizes)
+        both.append(variances)
+    shares = both[0] * both[1]
+    share = float(shares.max() / (shares * counts).sum()) if counts.ravel()[int(shares.argmax())] == 1.0 else 0.0
+    return 3.0 + share**2 * (0.5 * (x.flatness + y.flatness) - 3.0)
+
+
+def _variances(components: Array, sizes: Sequence[int]) -> tuple[Array, Array]:
+    """Variances of the components of each kind, their sum 1, and how many there are."""
+    lengths, counts = (_outer([(size, 1.0) for size in sizes]), _outer([(1.0, size - 1.0) for size in sizes]))
+    variances = components * lengths
+    return variances / max(float((variances * counts).sum()), 1e-300), counts
+
+
+def _outer(pairs: Sequence[tuple[float, float]]) -> Array:
+    """One number for each kind of component: for its mean or the rest along each axis, multiplied."""
+    result = np.ones(())
+    for pair in pairs:
+        result = result[..., None] * np.array(pair)
+    return result
+
+
+def _shares(variances: Array, counts: Array) -> tuple[Array, Array, float]:
+    """``E[z^2 / s^2]`` and ``E[z^2 / s]^2`` for components of these variances, each so many times, ``E[s^2] = 1``.
+
+    And the kurtosis ``E[z^4 / s^4] / E[z^2 / s^2]^2`` of the largest.
+    """
+    u = np.exp(_LOGS)
+    damped = 1.0 + 2.0 * u * variances[..., None]
+    density = np.exp(-0.5 * np.tensordot(counts, np.log(damped), axes=counts.ndim)) / damped
+    same = np.asarray(np.trapezoid(density * u, _LOGS, axis=-1))
+    apart = np.asarray(np.trapezoid(density * np.sqrt(u / np.pi), _LOGS, axis=-1)) ** 2
+    fourth = np.trapezoid(3.0 * density / damped * u**2, _LOGS, axis=-1)
+    largest = np.unravel_index(int(variances.argmax()), variances.shape)
+    flatness = float(np.asarray(fourth)[largest] / same[largest] ** 2)
+    return same / float((counts * variances * same).sum()), apart, flatness

@@ -1,0 +1,58 @@
+"""Vectors over their own norms where these stray: attention between channels, over tokens that are alike; against draws."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import gainstage as gs
+
+DRAWS, SAMPLES, TOKENS, WIDTH, CHANNELS = 100, 3, 40, 96, 32
+
+
+class Product(nn.Module):
+    def forward(self, a, b):
+        return a @ b
+
+
+class ChannelAttention(nn.Module):
+    """Queries and keys are channels over tokens, divided by their norms; their products' variance is near 1."""
+
+    def __init__(self):
+        super().__init__()
+        self.query, self.key, self.value = (nn.Linear(WIDTH, CHANNELS, bias=False) for _ in range(3))
+        self.cosines, self.probabilities, self.output = Product(), nn.Softmax(-1), Product()
+
+    def forward(self, x):
+        query, key = (F.normalize(made(x).transpose(1, 2), dim=-1) for made in (self.query, self.key))
+        probabilities = self.probabilities(3.0 * self.cosines(query, key.transpose(1, 2)))
+        return self.output(probabilities, self.value(x).transpose(1, 2))
+
+
+def tokens(common):
+    """What all tokens of a sample share has this part of their second moment."""
+    return common**0.5 * torch.randn(SAMPLES, 1, WIDTH) + (1.0 - common) ** 0.5 * torch.randn(SAMPLES, TOKENS, WIDTH)
+
+
+def measured(common):
+    """Mean over draws of the second moment of each stage, with its standard error."""
+    found = {"cosines": [], "probabilities": [], "output": []}
+    for seed in range(DRAWS):
+        torch.manual_seed(seed)
+        net = ChannelAttention()
+        for name, moments in found.items():
+            getattr(net, name).register_forward_hook(lambda _m, _x, y, moments=moments: moments.append(float(y.square().mean())))
+        with torch.no_grad():
+            net(tokens(common))
+    return {name: (np.mean(moments), np.std(moments, ddof=1) / DRAWS**0.5) for name, moments in found.items()}
+
+
+@pytest.mark.parametrize("common", [0.0, 0.2, 0.44, 0.8])
+def test_channels_attend_to_channels(common):
+    torch.manual_seed(0)
+    trace = gs.inspect(ChannelAttention(), (tokens(common),))
+    for name, (mean, error) in measured(common).items():
+        predicted = trace.modules[name][0].second_moment
+        # One draw of inputs was looked at: what its samples have in common strays by some percent.
+        assert abs(predicted - mean) < 0.1 * mean + 3 * error, (name, predicted, mean, error)
