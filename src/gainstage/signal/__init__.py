@@ -3,7 +3,6 @@
 from gainstage.signal.adjoint import (
     accumulated,
     along_weight,
-    largest_gradient,
     lookup_gradient,
     normalise_gradient,
     softmax_gradient,
@@ -12,6 +11,7 @@ from gainstage.signal.adjoint import (
     to_reader,
     to_summand,
 )
+from gainstage.signal.adjoint_maxima import largest_gradient
 from gainstage.signal.attention import participation, softmax
 from gainstage.signal.contraction import contract, convolve
 from gainstage.signal.correlation import convolution_weight_gradient

@@ -1,4 +1,4 @@
-"""Gradients through functions of many entries: norms, softmax, maximum over windows, look-ups."""
+"""Gradients through functions of many entries: norms, softmax, look-ups."""
 
 from __future__ import annotations
 
@@ -16,11 +16,10 @@ from gainstage.signal.gather import same_index_table
 from gainstage.signal.joining import join
 from gainstage.signal.linear import affine, averaged, multiply
 from gainstage.signal.movement import merge_dim, parts_along, refine, take, with_axes
-from gainstage.signal.neighbours import Neighbours, made, pairs_by_lag, through
+from gainstage.signal.neighbours import Neighbours, made, through
 from gainstage.signal.pointwise import align, combine
 from gainstage.signal.quadrature import (
     Array,
-    coarse,
     evaluate_series,
     expectation,
     invert_series,
@@ -37,6 +36,12 @@ def averaged_over(table: Array, value: Value, reduced: Sequence[Axis]) -> Array:
     return averaged(table, [value.axes.index(axis) for axis in reduced], reduced)
 
 
+def slices(g: Value, dim: int, parts: Sequence[Value]) -> list[Value]:
+    """Slices of g as long as the parts of a concatenation."""
+    bounds = np.cumsum([0, *(part.shape[dim] for part in parts)])
+    return [take(g, dim, int(start), int(stop)) for start, stop in pairwise(bounds)]
+
+
 def together(x: Value, y: Value) -> tuple[Value, Value]:
     """Two values of one shape, with the axes of both split alike."""
     for d in range(len(x.dims)):
@@ -51,13 +56,11 @@ def normalise_gradient(g: Value, x: Value, dims: Sequence[int], eps: float, *, c
     divides strays from draw to draw, by ``v = mean over pairs of 2 rho^2`` of its square: ``E[1 / s^2] = (1 + v) / E[s^2]``.
     Of a concatenation, each part by itself, unless the average runs over the parts.
     """
-    found = parts_along(x)
-    if found is not None and found[0] not in dims:
-        apart = found[0]
-        bounds = np.cumsum([0, *(part.shape[apart] for part in found[1])])
-        pieces = [take(g, apart, int(start), int(stop)) for start, stop in pairwise(bounds)]
-        done = [normalise_gradient(piece, part, dims, eps, centre=centre) for piece, part in zip(pieces, found[1], strict=True)]
-        return join([to_x for to_x, _ in done], apart), join([xhat for _, xhat in done], apart)
+    parts = parts_along(x)
+    if parts is not None and parts[0] not in dims:
+        pairs = zip(slices(g, *parts), parts[1], strict=True)
+        done = [normalise_gradient(piece, part, dims, eps, centre=centre) for piece, part in pairs]
+        return join([to_x for to_x, _ in done], parts[0]), join([xhat for _, xhat in done], parts[0])
     x, g = together(x, g)
     x_axes = [axis for d in dims for axis in x.dims[d]]
     axes = [axis for d in dims for axis in g.dims[d]]
@@ -216,7 +219,11 @@ def to_summand(g: Value, total: Value, x: Value, y: Value, sign: float) -> Value
 
 
 def accumulated(first: Value, second: Value) -> Value:
-    """Sum of two independent gradients of one tensor."""
+    """Sum of two independent gradients of one tensor; of a concatenation part by part."""
+    for one, other in ((first, second), (second, first)):
+        parts = parts_along(one)
+        if parts is not None:
+            return join([accumulated(part, piece) for part, piece in zip(parts[1], slices(other, *parts), strict=True)], parts[0])
     total = combine(torch.add, first, second)
     if (first.given is None and second.given is None) or total.second_moment <= 0.0:
         return total
@@ -285,58 +292,3 @@ def along_weight(g: Value, x: Value, reduced: Sequence[int], fan_in: float) -> t
     table[(1,) * table.ndim] = 0.0  # a sample with itself is counted in full
     base = g.given.base
     return affine(base, (g.second_moment / base.second_moment) ** 0.5), gaussian(x.dims, 0.0, table)
-
-
-def largest_gradient(g: Value, x: Value, dims: Sequence[int], kernels: Sequence[int]) -> Value:
-    """Gradient of x from that of the largest entries of its windows along some dimensions, of these sizes.
-
-    The sum over positions is that of g. An entry at ``z = sqrt(r) common + sqrt(1 - r) own`` is the largest of its window with
-    probability ``Phi(own)^(positions - 1)``.
-    """
-    outputs, inputs = (float(np.prod([value.shape[d] for d in dims])) for value in (g, x))
-    for d in dims:
-        g, x = merge_dim(g, d), merge_dim(x, d)
-    axes = [axis for d in dims for axis in g.dims[d]]
-    at = [g.axes.index(axis) for axis in axes]
-    alike = g.table[tuple(1 if p in at else slice(None) for p in range(g.table.ndim))]
-    total = averaged_over(g.table, g, axes)[tuple(0 if p in at else slice(None) for p in range(g.table.ndim))] * outputs**2
-    same = total / inputs**2
-    other = same.copy()
-    full = (1,) * same.ndim
-    same[full] = alike[full] * outputs / inputs
-    other[full] = (total[full] - alike[full] * outputs) / max(inputs * (inputs - 1.0), 1.0)
-    places = tuple(dim for d in dims for dim in [x.dims[d]] if dim)
-    table = np.broadcast_to(np.expand_dims(other, tuple(range(-len(places), 0))), other.shape + (2,) * len(places)).copy()
-    table[(slice(None),) * other.ndim + (1,) * len(places)] = same
-    table = np.moveaxis(table, range(other.ndim, table.ndim), [sum(len(v) for v in x.dims[:d]) for d in dims if x.dims[d]])
-    made_dims = tuple(x.dims[d] if d in dims else axes_d for d, axes_d in enumerate(g.dims))
-    made = gaussian(made_dims, 0.0, np.asarray(table), lineage=g.lineage | x.lineage)
-    return replace(made, given=_given_largest(x, dims, kernels).scaled())
-
-
-def _given_largest(x: Value, dims: Sequence[int], kernels: Sequence[int]) -> Given:
-    window = float(np.prod(kernels))
-    shared = float(np.clip(_within_windows(x, dims, kernels), 0.0, 1.0))
-    points, mass = coarse()
-    own = np.sqrt(1.0 - shared) * nodes()[:, None] + np.sqrt(shared) * points[None, :]
-    chance = (torch.special.ndtr(torch.from_numpy(own)).numpy() ** (window - 1.0)) @ mass
-    return Given(chance, chance)
-
-
-def _within_windows(x: Value, dims: Sequence[int], kernels: Sequence[int]) -> float:
-    """Correlation of the latents of two entries of one window: of neighbours, where near places share more."""
-    axes = [axis for d in dims for axis in x.dims[d]]
-    if not axes:
-        return 1.0
-    near = x.neighbours()
-    if near is None or any(axis not in axes for axis in near.axes):
-        return float(x.correlation()[tuple(0 if axis in axes else 1 for axis in x.axes)])
-    sizes = [kernel for d, kernel in zip(dims, kernels, strict=True) for _ in x.dims[d]]
-    moments, _ = x.lagged(axes, sizes)
-    pairs = np.array(1.0)
-    for size in sizes:
-        pairs = np.multiply.outer(pairs, pairs_by_lag(size))
-    pairs[(0,) * pairs.ndim] = 0.0
-    series = x.marginal.even_series
-    rho = invert_series(series, moments - series[0])
-    return float((pairs * rho).sum() / pairs.sum())

@@ -27,8 +27,11 @@ def filter_dim(x: Value, dim: int, matrix: Array) -> Value:
     """Linear map along one dimension with known coefficients: ``y_p = sum_i matrix[p, i] x_i``.
 
     Covers average pooling, interpolation, cumulative sums and padding. Exact for positions that are exchangeable but for
-    their levels.
+    their levels. Of a concatenation, each part by itself.
     """
+    parts = parts_along(x)
+    if parts is not None and parts[0] != dim:
+        return join([filter_dim(part, dim, matrix) for part in parts[1]], parts[0])
     x = merge_dim(x, dim)
     outputs, inputs = matrix.shape
     position = sum(len(d) for d in x.dims[:dim])

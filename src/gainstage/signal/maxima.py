@@ -12,8 +12,9 @@ import torch
 from gainstage.signal import levels
 from gainstage.signal.axes import Axis
 from gainstage.signal.contraction import Places
+from gainstage.signal.joining import join
 from gainstage.signal.marginal import Marginal
-from gainstage.signal.movement import merge_dim
+from gainstage.signal.movement import merge_dim, parts_along
 from gainstage.signal.neighbours import REACH, Neighbours, lag_counts, made
 from gainstage.signal.quadrature import (
     Array,
@@ -87,7 +88,11 @@ def max_over(x: Value, dims: Sequence[int], windows: Sequence[Places]) -> Value:
 
     Places of one window are taken to be equally correlated, as they are on average; exact for independent ones. Windows that
     share places have correlated maxima, see :func:`overlapping`. The maximum of maxima is one over the union of their windows.
+    Of a concatenation, each part by itself.
     """
+    parts = parts_along(x)
+    if parts is not None and parts[0] not in dims:
+        return join([max_over(part, dims, windows) for part in parts[1]], parts[0])
     read = [(d, window) for d, window in zip(dims, windows, strict=True) if x.shape[d] > 1]
     if x.largest is not None and x.largest.table is x.table and [d for d, _ in read] == [d for d, _ in x.largest.windows]:
         read = [(d, _union(inner, outer)) for (d, inner), (_, outer) in zip(x.largest.windows, read, strict=True)]

@@ -10,7 +10,7 @@ import torch
 
 from gainstage.rules.backward.registry import BackwardCall, Gradient, backward
 from gainstage.rules.backward.sums import to_shape
-from gainstage.rules.linear import per_dim
+from gainstage.rules.linear import per_dim, windows
 from gainstage.rules.reduction import adaptive_windows, averaging, interpolating, repeating
 from gainstage.signal import (
     Value,
@@ -93,13 +93,18 @@ def adaptive_average_pool(call: BackwardCall, g: Value, x: Value, output_size: A
 
 
 @backward(aten.max_pool1d.default, aten.max_pool2d.default, aten.max_pool3d.default)
-def max_pool(call: BackwardCall, g: Value, x: Value, kernel: Any, *args: Any, **kwargs: Any) -> tuple[Gradient, ...]:
+def max_pool(
+    call: BackwardCall, g: Value, x: Value, kernel: Any, stride: Any = (), padding: Any = 0, dilation: Any = 1,
+    ceil_mode: bool = False,
+) -> tuple[Gradient, ...]:  # fmt: skip
     """Each output's gradient to the largest entry of its window: ``E[g^2] outputs / inputs``, mostly where x is large.
 
     Windows that overlap may share their largest entry; what they add there is counted as independent.
     """
     rank = len(list(kernel))
-    return (largest_gradient(g, x, range(len(x.dims) - rank, len(x.dims)), per_dim(kernel, rank)),)
+    columns = (per_dim(kernel, rank), per_dim(stride or kernel, rank), per_dim(padding, rank), per_dim(dilation, rank))
+    each = zip(x.shape[-rank:], *columns, call.shape[-rank:], strict=True)
+    return (largest_gradient(g, x, range(len(x.dims) - rank, len(x.dims)), [windows(*args) for args in each]),)
 
 
 def _affine_part(

@@ -11,9 +11,10 @@ from gainstage.signal.axes import Axis, Dim
 
 
 def summed_over(g: Value, dims: Sequence[int]) -> Value:
-    """Sum over dimensions, which stay with size 1."""
+    """Sum over dimensions, which stay with size 1; what cancels to less than the table resolves is nothing."""
     count = float(np.prod([g.shape[d] for d in dims]))
-    return affine(mean_over(g, [axis for d in dims for axis in g.dims[d]]), count)
+    found = affine(mean_over(g, [axis for d in dims for axis in g.dims[d]]), count)
+    return zeros(found.dims) if found.second_moment < 0.0 else found
 
 
 def to_shape(g: Value, shape: Sequence[int]) -> Value:
