@@ -2,12 +2,12 @@
 
 python -m benchmarks.accuracy [--only resnet] [--part default] [--most 64]
 
-Three parts: ``default``, at the initialization that the modules do by themselves, where the prediction is the mean of those
+Four parts: ``default``, at the initialization that the modules do by themselves, where the prediction is the mean of those
 from the parameters' moments in 8 draws; ``unit``, after ``gainstage.apply`` of that policy; ``gradients``, at the modules' own
-initialization, of module outputs and parameters, but for those that vanish. Error: ``|log(predicted / mean over draws of
-measured)|``. What has a mean over draws that is not known to 3 % is listed apart, with the spread that was predicted and the
-one that was measured. "In band" is the share of single draws, of all outputs, that lie in the predicted 95 % band, see
-:func:`covered`. Writes benchmarks/results/accuracy.json.
+initialization, of module outputs and parameters, but for those that vanish; ``unit-gradients``, the same after ``unit``.
+Error: ``|log(predicted / mean over draws of measured)|``. What has a mean over draws that is not known to 3 % is listed apart,
+with the spread that was predicted and the one that was measured. "In band" is the share of single draws, of all outputs, that
+lie in the predicted 95 % band, see :func:`covered`. Writes benchmarks/results/accuracy.json.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ PARTS = {
     "default": "forward second moments, as the modules initialise themselves",
     "unit": "forward second moments, after applying the policy 'unit'",
     "gradients": "second moments of gradients of module outputs and parameters, as the modules initialise themselves",
+    "unit-gradients": "second moments of gradients of module outputs and parameters, after applying the policy 'unit'",
 }
 LARGEST_ERROR = 0.03  # of the mean over draws: a module with more is listed apart
 INSPECTED = 8
@@ -154,19 +155,29 @@ def score(name: str, policy: str, most: int) -> Score:
     elif policy == "gradients":
         predictions = _inspected_gradients(build)
         draws = _present(predictions, measured(f"{name}.gradients", build, backward_pass, most=most))
+    elif policy == "unit-gradients":
+        plan, drawn = _planned(build, "unit")
+        predictions = _inspected_gradients(drawn)
+        draws = _present(predictions, measured(f"{name}.{policy}.{_digest(plan)}", drawn, backward_pass, most=most))
     else:
-        first = build(0)
-        plan = gs.plan(first.model, first.args, first.kwargs, policy=policy)
+        plan, drawn = _planned(build, policy)
         spreads = plan.spreads
         predictions = {key: (m[0], spreads[key][0] if key in spreads else math.nan) for key, m in plan.predictions.items() if m}
-
-        def drawn(seed: int) -> Example:
-            example = build(seed)
-            gs.apply(example.model, plan, seed=seed)
-            return example
-
         draws = measured(f"{name}.{policy}.{_digest(plan)}", drawn, forward_pass, most=most)
     return Score(model=name, policy=policy, draws=_count(draws), rows=tuple(compared(predictions, draws)))
+
+
+def _planned(build: Callable[[int], Example], policy: str) -> tuple[gs.Plan, Callable[[int], Example]]:
+    """A plan for one draw of the model, and a builder of the model with weights drawn from it."""
+    first = build(0)
+    plan = gs.plan(first.model, first.args, first.kwargs, policy=policy)
+
+    def drawn(seed: int) -> Example:
+        example = build(seed)
+        gs.apply(example.model, plan, seed=seed)
+        return example
+
+    return plan, drawn
 
 
 def _inspected(build: Callable[[int], Example]) -> dict[str, tuple[float, float]]:

@@ -94,6 +94,7 @@ ACCURACY = {
     "default": "Forward second moments of module outputs, as the modules initialise themselves.",
     "unit": "Forward second moments of module outputs, after applying the policy `unit`.",
     "gradients": "Second moments of the gradients of module outputs and parameters, as the modules initialise themselves.",
+    "unit-gradients": "Second moments of the gradients of module outputs and parameters, after applying the policy `unit`.",
 }
 
 
