@@ -274,6 +274,7 @@ BLOCKS: Mapping[str, Callable[[], str]] = {
     "stages": lambda: timed_table("speed", "stages", stages_table),
     "summary": summary,
     "zoofailures": lambda: zoo_rows(zoo.FAILURE_HEADINGS, zoo.failures),
+    "zoosampled": lambda: zoo_rows(zoo.SAMPLED_HEADINGS, zoo.most_sampled),
     "zoos": lambda: zoo_rows(zoo.TOTAL_HEADINGS, zoo.totals),
     "zooworst": lambda: zoo_rows(zoo.WORST_HEADINGS, zoo.worst),
 }

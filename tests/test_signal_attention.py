@@ -202,6 +202,29 @@ def test_a_mask_that_is_written_into_a_part_of_the_logits() -> None:
     assert abs(math.log(trace.calls[-1].outputs[0].second_moment / mean)) < 0.04 + 4.0 * error
 
 
+class MaskedByData(nn.Module):
+    """Keys are excluded where a score, made of the data as well, is negative: half of them."""
+
+    def __init__(self) -> None:
+        """Draw the projections."""
+        super().__init__()
+        self.qkv, self.score = nn.Linear(32, 96), nn.Linear(32, 48)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Attention over about 24 of 48 keys."""
+        q, k, v = self.qkv(x).chunk(3, -1)
+        mask = torch.zeros(x.shape[1], 48).masked_fill(self.score(x) < 0, -math.inf)
+        return (q @ k.transpose(-2, -1) * 0.2 + mask).softmax(-1) @ v
+
+
+def test_a_mask_that_depends_on_data_is_one_realisation_of_itself() -> None:
+    """Half of the keys: the mean of 24 values has twice the second moment of the mean of 48."""
+    torch.manual_seed(0)
+    trace = inspect(MaskedByData(), (torch.randn(2, 48, 32),))
+    mean, error = second_moment_over_draws(MaskedByData, (2, 48, 32), 60)
+    assert abs(math.log(trace.calls[-1].outputs[0].second_moment / mean)) < 0.05 + 4.0 * error
+
+
 class Experts(nn.Module):
     """Each token goes to two of six experts: rows are sorted by expert, multiplied in groups, and put back."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import random
 import sys
@@ -277,3 +278,22 @@ def test_a_plan_looks_again_where_values_chose_the_way_and_exports_once(name, ru
     plan = gs.plan(build(), args)
     assert rungs == ["export"] + ["tape"] * runs
     assert any(reason in note for note in plan.notes)
+
+
+def clamp_data(s, x):
+    s.m[0].weight.data.clamp_(-0.1, 0.1)
+    return s.m[0](x)
+
+
+def move_module(s, x):
+    s.m[0].to(torch.float32)
+    return s.m[0](x)
+
+
+@pytest.mark.parametrize("function", [clamp_data, move_module])
+def test_a_parameter_that_is_touched_outside_of_autograd_takes_its_gradient_all_the_same(function, monkeypatch):
+    on_tape(monkeypatch)
+    model = Scripted(function, square())
+    graph = capture(model, (x(),))
+    torch.testing.assert_close(run_graph(graph, model, (x(),))[graph.outputs[0]], copy.deepcopy(model)(x()).detach())
+    assert_reaches_parameters(graph, model, (x(),), {})

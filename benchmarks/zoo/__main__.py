@@ -1,6 +1,6 @@
 """Every model of the zoos: captured, planned, drawn and compared, each in a process of its own.
 
-python -m benchmarks.zoo [--only timm] [--all] [--models resnet50 vit_b_16] [--again] [--draws 16]
+python -m benchmarks.zoo [--only timm torchvision] [--all] [--models resnet50 vit_b_16] [--again] [--draws 16]
 
 Writes a line for each model to benchmarks/results/zoo.jsonl as it goes; models that have one are skipped, unless --again.
 """
@@ -33,7 +33,7 @@ LIMIT = 120.0  # seconds for one model
 def main() -> None:
     """Run what is missing, print the summary."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", choices=ZOOS, help="one zoo (default: all)")
+    parser.add_argument("--only", choices=ZOOS, nargs="+", default=ZOOS, help="these zoos, in this order (default: all)")
     parser.add_argument("--all", action="store_true", help="of timm all models, instead of one of each module")
     parser.add_argument("--models", nargs="+", default=[], metavar="NAME", help="these only")
     parser.add_argument("--again", action="store_true", help="also models that have a row")
@@ -46,7 +46,7 @@ def main() -> None:
     done = set() if options.again else set(read_rows())
     work = [
         (zoo, name, build)
-        for zoo in ([options.only] if options.only else ZOOS)
+        for zoo in options.only
         for name, build in zoo_models(zoo, every=options.all).items()
         if (zoo, name) not in done and (not options.models or name in options.models)
     ]

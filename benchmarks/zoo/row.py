@@ -28,7 +28,7 @@ from gainstage.propagate.sample import sample_node
 from gainstage.report.ops import count_ops
 
 ENOUGH = 16  # draws
-PATIENCE = 1.0  # processor seconds of drawing, after which fewer must do
+PATIENCE = 4.0  # processor seconds of drawing, after which fewer must do
 FEWEST = 2  # a standard error needs them
 WORST = 3  # outputs that are named
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,6 +18,7 @@ TOTAL_HEADINGS = (
     "draws fewest", "outputs", "p50 %", "p90 %", "p99 %", "apart",
 )  # fmt: skip
 FAILURE_HEADINGS = ("model", "reason")
+SAMPLED_HEADINGS = ("operation", "nodes", "models")
 WORST_HEADINGS = ("model", "p90 %", "worst output", "error %", "draws")
 
 
@@ -62,6 +64,14 @@ def _total(name: str, listed: int, rows: Sequence[ZooRow]) -> tuple[str, ...]:
 def failures(rows: Sequence[ZooRow]) -> list[tuple[str, str]]:
     """Each model that did not come through, and why."""
     return [(f"{row.zoo}:{row.model}", row.failure) for row in rows if row.failure]
+
+
+def most_sampled(rows: Sequence[ZooRow]) -> list[tuple[str, ...]]:
+    """The operations that were run on samples most often, for want of a rule that covers the call."""
+    nodes: Counter[str] = Counter()
+    for row in rows:
+        nodes.update(row.sampled_ops)
+    return [(op, str(count), str(sum(op in row.sampled_ops for row in rows))) for op, count in nodes.most_common(SHOWN)]
 
 
 def worst(rows: Sequence[ZooRow]) -> list[tuple[str, ...]]:

@@ -11,12 +11,13 @@ import dataclasses
 import operator
 from typing import Any
 
+import torch
 from torch._ops import OpOverload
 
 from gainstage.capture.lowered import CallMark, Lowered
 from gainstage.capture.views import is_identity, scatter_into_base
 from gainstage.capture.writes import Step, functional_write, is_handle_change, written_operand
-from gainstage.graph import Node, Ref
+from gainstage.graph import Node, NodeKind, Ref
 
 
 class NotFunctional(Exception):  # noqa: N818 - a signal to choose another way, not an error
@@ -105,6 +106,8 @@ class _Families:
             raise NotFunctional(node)
         self._join(node, target.name)
         present = self._present(node)
+        if self._is_data(target.name):  # what is written to parameter.data is the parameter's own value, and takes its gradient
+            present = dataclasses.replace(present, args=(Ref(self.read(self._base[target.name])), *present.args[1:]))
         steps = functional_write(present, self._metas)
         if steps is None:
             raise NotFunctional(node)
@@ -112,6 +115,11 @@ class _Families:
         if not is_handle_change(node):
             self._write(target.name, value, node)
         self._hold(node.name, value)
+
+    def _is_data(self, name: str) -> bool:
+        """Whether a value is a parameter outside of autograd."""
+        is_detached = self._definitions[name].op is torch.ops.aten.detach.default
+        return is_detached and self._definitions[self._base[name]].kind is NodeKind.PARAMETER
 
     def _write(self, name: str, value: str, writer: Node) -> None:
         """Give an exported value new contents, and its root accordingly."""

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch._ops import OpOverload
 from torch.fx.graph import _Namespace
 
 from gainstage.capture.lowered import CallMark, Lowered, meta_of
@@ -113,6 +114,9 @@ class Tape:
         """Append an operation that returned ``result``; its arguments are in the graph's terms."""
         base = packet_name(op) or "operation"
         if isinstance(result, torch.Tensor):
+            written = isinstance(op, OpOverload) and op._schema.is_mutable
+            if not self.is_tracked and not written and Ref(self._known.get(id(result), "")) in args:
+                return  # handed back as it is, as by ``to`` the type that it has: it takes its gradient elsewhere
             self.hold(result, self._append(base, op, args, kwargs, result))
         elif isinstance(result, (tuple, list)) and any(isinstance(item, torch.Tensor) for item in result):
             name = self._append(base, op, args, kwargs, result)

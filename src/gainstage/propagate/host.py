@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from itertools import zip_longest
 from typing import Any
 
 import torch
+from torch._ops import OpOverload
 
 from gainstage.graph import Node, TensorMeta
 
@@ -16,12 +18,22 @@ def run_on_host(node: Node, args: Sequence[Any], kwargs: Mapping[str, Any]) -> A
     What the CPU can do with floating-point numbers only (count integers in bins) is done with these, and is cast back.
     """
     assert node.op is not None
-    placed, named = _mapped(args, _on_host), {name: _mapped(argument, _on_host) for name, argument in kwargs.items()}
+    placed = _mapped(with_conditions(node.op, args), _on_host)
+    named = {name: _mapped(argument, _on_host) for name, argument in kwargs.items()}
     try:
         return node.op(*placed, **named)
     except NotImplementedError:
         wide, named = _mapped(placed, _widened), {name: _mapped(argument, _widened) for name, argument in named.items()}
         return _cast(node.op(*wide, **named), node.meta)
+
+
+def with_conditions(op: Any, args: Sequence[Any]) -> list[Any]:
+    """Arguments with what was drawn of a mask or a condition, numbers 0 and 1, as the booleans that the operation asks for."""
+    names = [argument.name for argument in op._schema.arguments] if isinstance(op, OpOverload) else []
+    return [
+        given > 0.5 if name in ("mask", "condition") and isinstance(given, torch.Tensor) and given.is_floating_point() else given
+        for name, given in zip_longest(names[: len(args)], args)
+    ]
 
 
 def _on_host(argument: Any) -> Any:

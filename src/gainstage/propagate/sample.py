@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -20,13 +19,13 @@ from gainstage.propagate.host import run_on_host
 from gainstage.rules import Call
 from gainstage.signal import Value, known
 from gainstage.signal.axes import axes_of, new_dims
+from gainstage.signal.known import LARGE
 from gainstage.signal.marginal import Marginal
 from gainstage.signal.quadrature import cumulative
 from gainstage.signal.sampling import draw, pooled
 
 ENTRIES = 2**20  # stop when the draws have this many entries together, of operands or results
 MOST, FEWEST = 32, 4
-LARGE = 1e18  # a mask's minus infinity has no moments
 
 
 def sample_node(node: Node, call: Call, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
@@ -61,7 +60,7 @@ def sample_node(node: Node, call: Call, args: Sequence[Any], kwargs: Mapping[str
 def constant_value(tensor: torch.Tensor) -> Value:
     """Value of a known tensor; integers are carried, not measured."""
     if tensor.is_floating_point():
-        return replace(known(tensor.clamp(-LARGE, LARGE)), constant=tensor)
+        return known(tensor)
     dims = new_dims(tuple(tensor.shape))
     table = np.zeros((2,) * sum(len(dim) for dim in dims))
     return Value(dims=dims, mean=0.0, table=table, marginal=Marginal(object(), lambda: np.zeros(1025)), constant=tensor)

@@ -10,6 +10,7 @@ import torch
 
 from gainstage.rules.registry import Call, elementwise, pointwise, rule
 from gainstage.signal import Added, Value, affine, combine, expand, known, mixture
+from gainstage.signal.sampling import draw
 
 aten = torch.ops.aten
 
@@ -86,11 +87,17 @@ def choose(condition: Value, x: Any, y: Any) -> Value:
     valid = None if condition.constant is None else condition.constant.bool()
     if valid is None and condition.mean > 1.0 - 1e-9 and isinstance(x, Value) and x.shape == condition.shape:
         return x  # for sure: where(isfinite(x), x, NaN)
+    if valid is None and any(_only_number(part) < EXCLUDES for part in (x, y)):
+        (sample,) = draw([condition], np.random.default_rng(condition.shape))
+        valid = sample > 0.5  # a mask that depends on data is one realisation of itself
     for chosen, other, seen in ((x, y, valid), (y, x, None if valid is None else ~valid)):
         if isinstance(chosen, Value) and seen is not None and chosen.constant is None and _only_number(other) < EXCLUDES:
             return exclude(chosen, seen)
     share = condition if valid is None else known(valid.to(torch.float64))
     values = [part if isinstance(part, Value) else known(torch.tensor(float(part), dtype=torch.float64)) for part in (x, y)]
+    first, second = (part.constant for part in values)
+    if valid is not None and first is not None and second is not None:
+        return known(torch.where(valid, first.to(torch.float64), second.to(torch.float64)))
     if any(share.marginal.latent == part.marginal.latent for part in values):
         rest = affine(share, -1.0, 1.0)
         return combine(torch.add, combine(torch.mul, share, values[0]), combine(torch.mul, rest, values[1]))

@@ -10,6 +10,8 @@ from gainstage.signal.marginal import Marginal
 from gainstage.signal.quadrature import Array, cumulative
 from gainstage.signal.value import Value
 
+LARGE = 1e18  # a mask's minus infinity has no moments
+
 
 def spread_pairs(averaged: Array, sizes: tuple[int, ...]) -> Array:
     """Turn averages over all pairs into averages over pairs that differ.
@@ -56,4 +58,4 @@ def measured(tensor: torch.Tensor, **extra: object) -> Value:
 
 def known(tensor: torch.Tensor) -> Value:
     """Value of a constant: nothing about it is random, its entries are at hand."""
-    return measured(tensor.to(torch.float64), constant=tensor)
+    return measured(tensor.to(torch.float64).clamp(-LARGE, LARGE), constant=tensor)

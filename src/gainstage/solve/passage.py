@@ -68,7 +68,7 @@ class Passages:
         """``E[y^2] / E[o^2]`` and ``E[g_o^2] / E[g_y^2]`` from the origin o of a contraction's input to its output y.
 
         Gradients are taken as independent at y; what reaches o by other ways is not counted. None for look-ups, through which no
-        gradient passes.
+        gradient passes, and where it has no second moment.
         """
         node = self._graph.by_name[own.use.node]
         if is_lookup(node) or not isinstance(values.get(node.name), Value):
@@ -81,7 +81,7 @@ class Passages:
         if not isinstance(first, Value) or first.second_moment <= 0.0:
             return None
         back = propagate_back_along(way, values).get(origin)
-        if back is None:
+        if back is None or not math.isfinite(back.second_moment):  # no moment: a slope without bound
             return None
         forward = values[node.name].second_moment / first.second_moment
         return Passage(origin=origin, forward=forward, backward=max(back.second_moment, 0.0))
