@@ -24,7 +24,7 @@ from gainstage.propagate.sample import samplings
 from gainstage.signal import Value, affine, combine, covariance_between
 from gainstage.signal.axes import Axis
 from gainstage.signal.quadrature import expectation
-from gainstage.signal.value import ANYTHING, Origin
+from gainstage.signal.value import Origin
 
 _NEGLIGIBLE = 1e-9  # of a second moment
 _RETURNED = "returned"
@@ -85,7 +85,7 @@ def with_origin(node: Node, graph: Graph, operation: Operation, result: Any, val
 
 def known_origin(found: Value) -> Value:
     """A constant: the beginning of what is made of it."""
-    return _originated(found, call=object(), inputs=(), run=lambda _: found, part=None, draws=False, reused=0)
+    return _originated(found, call=object(), inputs=(), run=lambda _: found, part=None, draws=False, reuses=False)
 
 
 def _made(node: Node, graph: Graph, operation: Operation, result: Any, part: int | None) -> Any:
@@ -96,17 +96,14 @@ def _made(node: Node, graph: Graph, operation: Operation, result: Any, part: int
         return result
     return _originated(
         result if _is_sum_of(result, inputs) else replace(result, sum=None), call=(node.op, operation.settings()),
-        inputs=inputs, run=operation.run, part=part, draws=node.may_draw, reused=result.lineage & graph.reused,
+        inputs=inputs, run=operation.run, part=part, draws=node.may_draw, reuses=bool(result.lineage & graph.reused),
     )  # fmt: skip
 
 
-def _originated(result: Value, inputs: tuple[Value, ...], reused: int, **how: Any) -> Value:
+def _originated(result: Value, inputs: tuple[Value, ...], **how: Any) -> Value:
     plain = replace(result, origin=None)
-    before = [x.origin for x in inputs if x.origin is not None]
-    order = 1 + max((origin.order for origin in before), default=0)
-    for origin in before:
-        reused |= origin.reused
-    return replace(plain, origin=Origin(value=plain, inputs=inputs, reused=reused, order=order, **how))
+    order = 1 + max((x.origin.order for x in inputs if x.origin is not None), default=0)
+    return replace(plain, origin=Origin(value=plain, inputs=inputs, order=order, **how))
 
 
 def _is_sum_of(result: Value, inputs: Sequence[Value]) -> bool:
@@ -195,7 +192,7 @@ def _returned(own: _Product, before: list[_Product]) -> Value:
         return made
     return _originated(
         total, call=(_RETURNED, object()), inputs=(made, *(product.read for product in before)), run=lambda _: total, part=None,
-        draws=False, reused=ANYTHING,
+        draws=False, reuses=True,
     )  # fmt: skip
 
 

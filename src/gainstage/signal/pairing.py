@@ -26,7 +26,7 @@ from gainstage.signal.known import measured
 from gainstage.signal.movement import expand, refine
 from gainstage.signal.quadrature import Array, covariance_series, invert_series, joint_series
 from gainstage.signal.uses import are_alike, covariance_of_uses, is_same
-from gainstage.signal.value import ANYTHING, Origin, Value
+from gainstage.signal.value import Origin, Value
 
 
 def spectrum(table: Array, sizes: Sequence[int]) -> Array:
@@ -58,17 +58,10 @@ def cross_table(x: Value, y: Value) -> Array:
     product = np.full_like(x.table, x.mean * y.mean)
     if x.source is not None and x.source is y.source:
         return product + _of_one_source(x, y)
-    common = covariance_between(x, y) if _may_have_in_common(x, y) else None
+    if not any(one.origin is not None and one.origin.reuses for one in (x, y)):
+        return product
+    common = covariance_between(x, y)
     return product if common is None else product + common
-
-
-def _may_have_in_common(x: Value, y: Value) -> bool:
-    """Whether both depend on one weight with several uses, or one on known numbers or on what came back to it."""
-    if x.origin is None or y.origin is None:
-        return any(one.origin is not None and one.origin.reused == ANYTHING for one in (x, y))
-    reused = x.origin.reused, y.origin.reused
-    is_known = x.origin.value.constant is not None or y.origin.value.constant is not None
-    return bool(reused[0] & reused[1]) or ANYTHING in reused or (is_known and any(reused))
 
 
 def _of_one_source(x: Value, y: Value) -> Array:

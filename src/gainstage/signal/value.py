@@ -118,17 +118,13 @@ class Sum:
     terms: tuple[tuple[Value, float], ...]
 
 
-ANYTHING = -1  # all bits
-
-
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
 class Origin:
     """How a tensor came about, where weights are used more than once; void for a tensor with another distribution.
 
     ``call``: equal for like operations. ``inputs``: the values among its arguments. ``run``: the operation on others in their
-    place; ``part``: which of its results. ``draws``: whether it draws random numbers. ``reused``: bit mask of the weights with
-    several uses that it depends on, or ANYTHING where it holds some of what such a weight was multiplied with. ``order``: longest
-    way from a tensor without one. ``met``: covariances, as they are found.
+    place; ``part``: which of its results. ``draws``: whether it draws random numbers. ``reuses``: whether it depends on a weight
+    with several uses. ``order``: longest way from a tensor without one. ``met``: covariances, as they are found.
     """
 
     value: Value
@@ -137,7 +133,7 @@ class Origin:
     run: Callable[[Sequence[Value]], object]
     part: int | None
     draws: bool
-    reused: int
+    reuses: bool
     order: int
     met: dict[object, Array | None] = field(default_factory=dict)
 
