@@ -91,7 +91,8 @@ def filtered(x: Overlap, axis: Axis, matrix: Array, out: Sequence[Axis]) -> tupl
     known = next((e for a, e in x.lags if a is axis), None)
     e = np.ones(1) if known is None else known
     kept = tuple((a, lags) for a, lags in x.lags if a is not axis)
-    found = np.array([float(_products_by_lag(matrix, shift, len(e)) ** 2 @ np.append(e[:0:-1], e)) for shift in range(REACH)])
+    shifts = range(1 if known is None else REACH)
+    found = np.array([float(_products_by_lag(matrix, shift, len(e)) ** 2 @ np.append(e[:0:-1], e)) for shift in shifts])
     if known is not None and out and found[0] > 0.0:
         kept += ((out[0], found / found[0]),)
     return Overlap(x.variance, kept), float(found[0])
