@@ -79,6 +79,7 @@ def normflows_flow() -> nn.Module:
 FLOWS: tuple[tuple[str, str, Callable[[], nn.Module]], ...] = (
     ("zuko", "MAF, 3 layers", zuko_flow("MAF", 3)),
     ("zuko", "RealNVP, 4 layers", zuko_flow("RealNVP", 4)),
+    ("zuko", "NSF, 3 layers", zuko_flow("NSF", 3)),
     ("nflows", "RealNVP, 4 layers", nflows_flow("SimpleRealNVP", 4)),
     ("nflows", "MAF, 3 layers", nflows_flow("MaskedAutoregressiveFlow", 3)),
     ("normflows", "RealNVP, 4 layers", normflows_flow),

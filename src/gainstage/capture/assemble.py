@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch import nn
@@ -13,11 +13,11 @@ from gainstage.capture.calls import module_calls
 from gainstage.capture.constants import fold
 from gainstage.capture.functional import NotFunctional, functionalise
 from gainstage.capture.lowered import UNKNOWN_SIZE, Lowered
-from gainstage.capture.picks import fuse_picks
+from gainstage.capture.picks import fuse_picks, resized, unsized
 from gainstage.capture.regions import fuse_complex, fuse_decays, fuse_parametrizations
 from gainstage.capture.rows import choose_rows
 from gainstage.errors import CaptureError, NonFiniteError, NoSignalError
-from gainstage.graph import FOLLOWED, Graph, Node, NodeKind, ParameterInfo, Ref, TensorMeta, repeated_uses, used_on_own
+from gainstage.graph import FOLLOWED, Graph, Node, NodeKind, ParameterInfo, Ref, Region, TensorMeta, repeated_uses, used_on_own
 
 
 def assemble(
@@ -51,13 +51,11 @@ def assemble(
         NoSignalError: no floating-point output depends on a parameter.
         NonFiniteError: NaN in a buffer that the outputs depend on.
     """
-    nodes, guesses = fold(reachable(_by_shape(_without_empty_pieces(functional.nodes)), functional), functional.outputs)
-    nodes = reachable(choose_rows(nodes), functional)
-    nodes = reachable(fuse_parametrizations(nodes), functional)
-    nodes = fuse_decays(nodes, functional.outputs, functional.marks)
-    nodes, names = fuse_complex(nodes, functional.outputs, functional.marks)
-    functional = dataclasses.replace(functional, outputs=names)
-    nodes = reachable(fuse_picks(nodes, names, functional.marks), functional)
+    live = _inside_regions(functional)
+    nodes, found, guesses = _fused(functional, live)
+    if live and _finds_places(nodes):
+        nodes, found, guesses = _fused(functional, ())
+    functional = found
     _check_sizes(nodes)
     _check_buffers(nodes, model)
     varying = {node.name for node in nodes if node.kind is not NodeKind.CONSTANT}
@@ -78,6 +76,45 @@ def assemble(
         guesses=tuple(guesses),
         uses={weight: found for weight, found in uses.items() if len(found) <= FOLLOWED},
     )
+
+
+def _inside_regions(functional: Lowered) -> set[str]:
+    """Places where conditions hold that only operations which are sampled as one read: they need not be those of the run."""
+    if not functional.seen:
+        return set()
+    nodes, _, _ = _fused(functional, functional.seen.keys())
+    return {inner.name for node in nodes if isinstance(node.op, Region) for inner in node.op.nodes} & functional.seen.keys()
+
+
+def _finds_places(nodes: Sequence[Node]) -> bool:
+    return any(node.op is torch.ops.aten.nonzero_numpy.default for node in nodes)
+
+
+def _fused(functional: Lowered, live: Collection[str]) -> tuple[list[Node], Lowered, list[str]]:
+    """Nodes whose constants are computed and whose regions are one operation each; and what had to be guessed.
+
+    Places where conditions hold are those of the run, but for the ``live`` ones.
+    """
+    nodes = _by_shape(_without_empty_pieces(_settled(functional, live)))
+    nodes = reachable(resized(nodes) if live else nodes, functional)
+    nodes, guesses = fold(nodes, functional.outputs, unsized(nodes) if live else ())
+    nodes = reachable(choose_rows(nodes), functional)
+    nodes = reachable(fuse_parametrizations(nodes), functional)
+    nodes = fuse_decays(nodes, functional.outputs, functional.marks)
+    nodes, names = fuse_complex(nodes, functional.outputs, functional.marks)
+    functional = dataclasses.replace(functional, outputs=names)
+    marked = {name for name, marks in functional.marks.items() if marks}
+    return reachable(fuse_picks(nodes, names, marked), functional), functional, guesses
+
+
+def _settled(functional: Lowered, live: Collection[str]) -> list[Node]:
+    """Nodes with the places that the run saw as constants."""
+    return [
+        dataclasses.replace(node, kind=NodeKind.CONSTANT, op=None, args=(), kwargs={}, value=functional.seen[node.name])
+        if node.name in functional.seen and node.name not in live
+        else node
+        for node in functional.nodes
+    ]
 
 
 def _not_followed(nodes: Sequence[Node], uses: dict[str, tuple[str, ...]]) -> list[str]:

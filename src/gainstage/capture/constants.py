@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -23,12 +23,13 @@ _SELECTIONS = frozenset({"embedding", "embedding_bag", "index", "index_select", 
 _UNWRITTEN = frozenset({"empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided", "empty_permuted"})
 
 
-def fold(nodes: Sequence[Node], outputs: Iterable[str]) -> tuple[list[Node], list[str]]:
+def fold(nodes: Sequence[Node], outputs: Iterable[str], unsized: Collection[str] = ()) -> tuple[list[Node], list[str]]:
     """Replace what is known by its value.
 
     Args:
         nodes: a graph without writes; constants may hold values on the meta device.
         outputs: names of the outputs.
+        unsized: nodes whose size depends on values, so that what fills them is not known.
 
     Returns:
         The nodes without those that only constants read, and one sentence for each value that had to be guessed.
@@ -36,7 +37,7 @@ def fold(nodes: Sequence[Node], outputs: Iterable[str]) -> tuple[list[Node], lis
     Raises:
         CaptureError: an operation that cannot be computed.
     """
-    known = _known(nodes)
+    known = _known(nodes, unsized)
     read = {name for node in nodes if node.name not in known for name in node.operands()} | set(outputs)
     frontier = read & known
     needed = set(frontier)
@@ -51,13 +52,13 @@ def fold(nodes: Sequence[Node], outputs: Iterable[str]) -> tuple[list[Node], lis
     return [_with_value(node, values, known) for node in nodes if _stays(node, known, frontier, values)], assumptions
 
 
-def _known(nodes: Sequence[Node]) -> set[str]:
+def _known(nodes: Sequence[Node], unsized: Collection[str]) -> set[str]:
     known: set[str] = set()
     for node in nodes:
         if node.kind is NodeKind.CONSTANT or (
             node.kind is NodeKind.OP
             and _is_determined(node)
-            and (_is_fill(node) or all(name in known for name in node.operands()))
+            and ((_is_fill(node) and node.name not in unsized) or all(name in known for name in node.operands()))
         ):
             known.add(node.name)
     return known

@@ -44,6 +44,7 @@ class Lowered:
     marks: dict[str, list[CallMark]] = field(default_factory=dict)
     stacks: dict[str, Stack] = field(default_factory=dict)
     parameters: dict[str, str] = field(default_factory=dict)  # canonical name -> node name
+    seen: dict[str, torch.Tensor] = field(default_factory=dict)  # places where conditions held in the run, by node
 
     def add(self, node: Node, value: Any, stack: Stack = ()) -> Ref:
         """Append a node that returned ``value``, and return a reference to it."""

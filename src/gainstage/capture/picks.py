@@ -11,17 +11,24 @@ operand. What has as many entries as a condition holds for is inside only if not
 
 from __future__ import annotations
 
+import dataclasses
 import operator
-from collections.abc import Collection, Sequence
-from typing import final
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any, final
 
 import torch
 from torch._ops import OpOverload
 
 from gainstage.capture.regions import as_one, in_order
 from gainstage.capture.views import packet_name
-from gainstage.graph import Node, NodeKind, TensorMeta
+from gainstage.graph import Node, NodeKind, Ref, Region, TensorMeta
 
+aten = torch.ops.aten
+
+_VIEWS: dict[Callable[..., Any], Callable[..., Any]] = {
+    aten.select_scatter.default: aten.select.int,
+    aten.slice_scatter.default: aten.slice.Tensor,
+}
 MOST = 400  # operations in a region: it is run for each sample
 _INTO = frozenset(
     {"index_put", "scatter", "scatter_add", "scatter_reduce", "index_add", "index_copy", "index_fill", "masked_scatter"}
@@ -47,22 +54,73 @@ def fuse_picks(nodes: Sequence[Node], outputs: Sequence[str], marked: Collection
     flow = _Flow(nodes)
     regions: list[set[str]] = []
     for node in nodes:
-        inside = flow.region_of(node)
-        if inside:
-            joined = [region for region in regions if region & inside]
-            regions = [region for region in regions if not region & inside] + [inside.union(*joined)]
+        common = flow.region_of(node)
+        if common:
+            joined = [region for region in regions if region & common]
+            regions = [region for region in regions if not region & common] + [common.union(*joined)]
     found = list(nodes)
-    for region in regions:
+    for part in (part for region in regions for part in flow.parted(region)):
         kept = {*outputs, *marked}
-        names = flow.of_fixed_shape(flow.grown(region), kept)
+        names = flow.of_fixed_shape(flow.grown(part), kept)
         drawn = names & flow.drawn(names)
         outside = [node for node in found if node.name not in drawn]
         kept.update(name for node in outside if node.name not in names for name in node.operands())
         results = [node for node in found if node.name in drawn & kept]
         names = names & flow.before({node.name for node in results})
-        if results and len(names) <= MOST:
-            found = outside + as_one([node for node in nodes if node.name in names], results)
+        inside = [node for node in nodes if node.name in names]
+        if results and len(names) <= MOST and not (names & flow.dynamic and not _runs(inside, flow.nodes)):
+            found = outside + as_one(inside, results)
     return in_order(found) if regions else found
+
+
+def unsized(nodes: Sequence[Node]) -> set[str]:
+    """Nodes that have as many entries as a condition holds for."""
+    return _Flow(nodes).dynamic
+
+
+def resized(nodes: Sequence[Node]) -> list[Node]:
+    """The same graph, in which a number that is written to a part of what has no fixed size has no fixed size either."""
+    found: list[Node] = []
+    loose, by_name = unsized(nodes), {node.name: node for node in nodes}
+    for node in nodes:
+        view = None if node.op is None else _VIEWS.get(node.op)
+        base, source, *place = (*node.args[:2], *node.args[2:]) if view is not None else (None, None)
+        if isinstance(base, Ref) and isinstance(source, Ref) and base.name in loose and source.name not in loose:
+            filling = by_name[source.name]
+            part = dataclasses.replace(filling, name=f"{node.name}_part", op=view, args=(base, *place), kwargs={})
+            made = dataclasses.replace(filling, name=f"{node.name}_filling")
+            if filling.op is aten.full.default:
+                made = dataclasses.replace(made, op=aten.full_like.default, args=(Ref(part.name), filling.args[1]), kwargs={})
+            elif filling.op is aten.expand.default:
+                made = dataclasses.replace(made, op=aten.expand_as.default, args=(filling.args[0], Ref(part.name)), kwargs={})
+            found += [part, made]
+            node = dataclasses.replace(node, args=(base, Ref(made.name), *place))  # noqa: PLW2901
+        found.append(node)
+    return found
+
+
+def _runs(inside: Sequence[Node], nodes: Mapping[str, Node]) -> bool:
+    """Whether operations of no fixed size run on other numbers than those that they were seen on."""
+    (whole, *_) = as_one(inside, inside[-1:])
+    assert isinstance(whole.op, Region)
+    operands = [drawn for name in whole.op.operands if (drawn := _drawn(nodes[name])) is not None]
+    if len(operands) < len(whole.op.operands):
+        return False
+    try:
+        with torch.no_grad():
+            whole.op(*operands)
+    except (RuntimeError, IndexError, ValueError, TypeError):
+        return False
+    return True
+
+
+def _drawn(node: Node) -> torch.Tensor | None:
+    """The value of a constant, wide normals for what is not known; None for integers."""
+    if node.kind is NodeKind.CONSTANT and node.value is not None:
+        return None if node.value.is_meta else node.value
+    if not isinstance(node.meta, TensorMeta) or not node.meta.dtype.is_floating_point:
+        return None
+    return 3.0 * torch.randn(node.meta.shape, generator=torch.Generator().manual_seed(0)).to(node.meta.dtype)
 
 
 @final
@@ -91,6 +149,19 @@ class _Flow:
         from_index, from_data = ({*names, *self._within(names, inside)} for names in (index, data))
         common = {name for name in from_index & from_data if self.nodes[name].kind is not NodeKind.CONSTANT}
         return inside if common & (inside | ends) else set()
+
+    def parted(self, region: set[str]) -> list[set[str]]:
+        """A region in parts such that no contraction lies between two nodes of one part: before and behind the first ones.
+
+        What neither leads to these nor comes behind them belongs to the part that reads it.
+        """
+        between = self.before(region) & self.after(region) & self.stops
+        if not between:
+            return [region]
+        first = {name for name in between if len(self.before({name}) & between) == 1}
+        behind = region & self.after(first)
+        behind |= region & self.before(behind) - self.before(first)
+        return [region - behind, *self.parted(behind)]
 
     def grown(self, region: set[str]) -> set[str]:
         """A region with what is computed from its picks and from what they are related to, and what lies between."""
@@ -199,12 +270,13 @@ class _Flow:
     def _is_dynamic(self, node: Node) -> bool:
         """Whether a result has as many entries as a condition holds for."""
         name, read = packet_name(node.op), self.operands[node.name]
-        if not isinstance(node.op, OpOverload) or (name in _INTO and read[0] not in self.dynamic):
-            return node.op is not None and any(other in self.dynamic for other in read)
-        if isinstance(node.meta, TensorMeta) and not node.meta.shape:
+        if not isinstance(node.op, OpOverload):
+            return any(other in self.dynamic for other in read)
+        if (name in _INTO and read[0] not in self.dynamic) or (isinstance(node.meta, TensorMeta) and not node.meta.shape):
             return False
         conditions = [other for other in read if self._is_condition(other) and self.nodes[other].kind is NodeKind.OP]
-        if torch.Tag.dynamic_output_shape in node.op.tags and (name not in _INDEXED or conditions):
+        is_of_values = torch.Tag.dynamic_output_shape in node.op.tags or name == "nonzero_numpy"  # which lacks the tag
+        if is_of_values and (name not in _INDEXED or conditions):
             return True
         return any(other in self.dynamic for other in read)
 

@@ -134,7 +134,7 @@ def _without_masks(tape: Tape, indices: Any) -> list[Any]:
     for index in indices:
         if isinstance(index, torch.Tensor) and index.dtype in (torch.bool, torch.uint8):
             places = index.nonzero(as_tuple=True)
-            tape.freeze(aten.nonzero.default, (tape.refer_all(index),), places)
+            tape.find(index, places)
             found.extend(places)
         else:
             found.append(index)

@@ -132,6 +132,12 @@ class Tape:
                 name = self.name(packet_name(op))
                 self.hold(item, self.lowered.add_source(name, item.detach().clone(), is_input=False, like=item).name)
 
+    def find(self, mask: torch.Tensor, places: Any) -> None:
+        """Append where a condition holds, with the places that the run saw."""
+        self.reads.append(Read(self.refer(mask), current_line()))
+        self.record(aten.nonzero_numpy.default, self.refer_all((mask,)), {}, places)
+        self.lowered.seen.update((self._known[id(item)], item.detach().clone()) for item in places)
+
     def read(self, tensor: torch.Tensor) -> None:
         """Write down that the run looks at a value."""
         self.reads.append(Read(self.refer(tensor), current_line()))

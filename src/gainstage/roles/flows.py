@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 
+from gainstage.graph import NodeKind
 from gainstage.roles.sites import Site
 from gainstage.roles.walk import Found, arriving_rows
 from gainstage.roles.wiring import Wiring
@@ -14,9 +15,10 @@ def find_scales(wiring: Wiring, sites: Mapping[int, tuple[Site, ...]], start: in
 
     Behind sums over dimensions and layers, logarithms, exponentials, bounded functions and slices lies the last weight of a
     coupling layer's scale network, and of a packed one the rows of the scales. What is added to a flow's output without entering
-    its log-determinant, the shift, is not among them.
+    its log-determinant, the shift, is not among them; nor is a linear layer that the whole signal passes through: a spline's
+    log-determinant depends on where the signal lies, and so on such a layer before it.
     """
-    return tuple(found for found, _ in _ends(wiring, sites, start))
+    return tuple(found for found, _ in _ends(wiring, sites, start) if _is_passed_by(wiring, found.site.node))
 
 
 def find_shifts(wiring: Wiring, sites: Mapping[int, tuple[Site, ...]], start: int, scales: Collection[Site]) -> tuple[Found, ...]:
@@ -38,6 +40,21 @@ def find_shifts(wiring: Wiring, sites: Mapping[int, tuple[Site, ...]], start: in
         if any(len(parts) == 2 and (parts[0] in below) != (parts[1] in below) for parts in sums):
             shifts.append(found)
     return tuple(shifts)
+
+
+def _is_passed_by(wiring: Wiring, node: int) -> bool:
+    """Whether outputs depend on an input on a way that does not lead through a node."""
+    stack = [wiring.number[name] for name in wiring.graph.outputs]
+    seen = {node, *stack}
+    while stack:
+        i = stack.pop()
+        if wiring.nodes[i].kind is NodeKind.INPUT:
+            return True
+        for j in wiring.signals[i]:
+            if j not in seen:
+                seen.add(j)
+                stack.append(j)
+    return False
 
 
 def _ends(wiring: Wiring, sites: Mapping[int, tuple[Site, ...]], start: int) -> list[tuple[Found, frozenset[int]]]:
