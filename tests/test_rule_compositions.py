@@ -59,3 +59,12 @@ def test_an_axis_that_meets_itself_in_another_dimension_stands_there_once():
     row = take(X, 1, 0, 1)
     crossed = combine(torch.mul, reshape(row, (4, 8, 1)), reshape(row, (4, 1, 8)))
     assert len(set(crossed.axes)) == len(crossed.axes)
+
+
+@pytest.mark.parametrize("mode", ["constant", "reflect", "replicate", "circular"])
+def test_a_long_line_is_padded_without_a_matrix(mode, monkeypatch):
+    """Here 5 of 29 places are padding; what they share with those that they repeat is a part of the table that goes with that."""
+    monkeypatch.setattr("gainstage.rules.shapes.LONG", 0)
+    line = correlated((4, 3, 24), mean=0.3, shares={(0, 1): 0.2, (2,): 0.15})
+    reason = "padding has a latent of its own"
+    assert_rule(RuleCase(op=torch.ops.aten.pad.default, args=(line, [2, 3], mode), model_error=0.06, reason=reason))

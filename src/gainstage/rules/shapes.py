@@ -12,12 +12,14 @@ import torch
 
 from gainstage.rules.conditions import choose
 from gainstage.rules.registry import Call, rule
-from gainstage.signal import Value, affine, expand, filter_dim, join, known, permute, reorder, reshape, select, take
+from gainstage.signal import Value, affine, expand, filter_dim, independent, join, known, permute, reorder, reshape, select, take
 from gainstage.signal.marginal import Marginal
 from gainstage.signal.quadrature import Array, quantiles, weights
 from gainstage.signal.rolling import roll
 
 aten = torch.ops.aten
+
+LONG = 4096  # entries of a dimension from which on maps along it are not written as matrices
 
 
 @rule(
@@ -222,11 +224,31 @@ def padded(call: Call, x: Value, pad: Sequence[int], mode: str = "constant", val
         dim = len(x.dims) - 1 - i
         before, after, size = int(pad[2 * i]), int(pad[2 * i + 1]), x.shape[dim]
         x = take(x, dim, max(-before, 0), size - max(-after, 0))
-        if before > 0 or after > 0:
-            matrix = _padding(x.shape[dim], max(before, 0), max(after, 0), mode)
-            share *= matrix.sum() / matrix.shape[0]
-            x = filter_dim(x, dim, matrix)
+        before, after, size = max(before, 0), max(after, 0), x.shape[dim]
+        if before or after:
+            share *= size / (size + before + after) if mode == "constant" else 1.0
+            whole = _side_by_side if size > LONG else _in_one
+            x = whole(x, dim, before, after, mode)
     return x if share == 1.0 else replace(x, marginal=_with_zeros(inside, share), rho=None)
+
+
+def _in_one(x: Value, dim: int, before: int, after: int, mode: str) -> Value:
+    return filter_dim(x, dim, _padding(x.shape[dim], before, after, mode))
+
+
+def _side_by_side(x: Value, dim: int, before: int, after: int, mode: str) -> Value:
+    """Padding, tensor, padding: what a border shares with the places it repeats is lost, which is little in a long line."""
+    size = x.shape[dim]
+    starts = {"reflect": (1, size - 1 - after), "replicate": (0, size - 1), "circular": (size - before, 0)}
+
+    def border(side: int, count: int) -> Value:
+        shape = tuple(count if d == dim else n for d, n in enumerate(x.shape))
+        if mode == "constant":
+            return independent(shape, 0.0, 0.0)
+        start = starts[mode][side]
+        return expand(take(x, dim, start, start + (1 if mode == "replicate" else count)), shape)
+
+    return join([*([border(0, before)] if before else []), x, *([border(1, after)] if after else [])], dim)
 
 
 def _padding(size: int, before: int, after: int, mode: str) -> np.ndarray[Any, Any]:
