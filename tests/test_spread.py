@@ -191,3 +191,11 @@ def test_what_a_whole_draw_has_in_common():
     error = np.std(parts, ddof=1) / 10**0.5
     assert abs(predicted - found) < 0.5 * (found - 1.0) + 2 * error, (predicted, found, error)  # levels are not quite log-normal
     assert found - 1.0 > 5 * error
+
+
+def test_a_spread_without_bounds_leaves_levels_finite():
+    """A hundred layers of GELU: draws differ by more than any law of small deviations says, and the plan is one all the same."""
+    layers = [layer for _ in range(100) for layer in (nn.Linear(32, 32), nn.GELU())]
+    plan = gs.plan(nn.Sequential(*layers, nn.Linear(32, 4)), (torch.randn(64, 32),))
+    assert all(0.0 < part.std < 1.0 for name, p in plan.parameters.items() if "weight" in name for part in p.distributions)
+    assert all(np.isfinite(spread).all() for spread in plan.spreads.values())

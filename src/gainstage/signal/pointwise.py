@@ -42,6 +42,9 @@ LEAST_STRAY = 1e-3  # variance of the log of a level below which all draws are a
 
 Function = Callable[..., torch.Tensor]
 
+# Of the log level between draws. Beyond that the law that gave it is none, and a few points do not hold its mean.
+_MOST_STRAY = 1.0
+
 
 def call_on(function: Function, *grids: Array) -> Array:
     """Evaluate a tensor function on values in float64."""
@@ -147,7 +150,7 @@ def over_draws(x: Value, result: Value, function: Callable[[Array], Array]) -> V
 
     What all entries of a draw have in common, ``E[E[f | level]^2]``, is more than the square of the mean over draws.
     """
-    stray = x.log_variance
+    stray = min(x.log_variance, _MOST_STRAY)
     if stray < LEAST_STRAY or x.levels is not None or x.statistic is not None:
         return result
     points, mass = few_points()

@@ -22,6 +22,9 @@ from gainstage.signal.value import Uneven, Value
 
 STEP = 0.01  # of deviations and means, for their derivatives
 
+# Variance of the log of a channel's variance up to which its first order says something.
+MOST = 1.0
+
 
 def of_weights(y: Value, weight: Value, *, alike: float, number: float) -> Uneven | None:
     """Variance over rows of ``w' C w``; rows that were standardised have one length, and lose the part of independent entries.
@@ -111,8 +114,8 @@ def with_means(x: Value, result: Value, function: Callable[[Array], Array]) -> V
     means = max(float(x.covariance[tuple(1 if axis in uneven.axes else 0 for axis in x.axes)]), 0.0)
     means = means / x.variance if x.variance > 0.0 else 0.0
     power = by_level / 2.0
-    within = tuple((axis, power**2 * extra) for axis, extra in uneven.within)
-    after = Uneven(uneven.axes, power**2 * uneven.variance + by_mean**2 * means, within=within)
+    within = tuple((axis, min(power**2 * extra, MOST)) for axis, extra in uneven.within)
+    after = Uneven(uneven.axes, min(power**2 * uneven.variance + by_mean**2 * means, MOST), within=within)
     return replace(result, table=table, uneven=after)
 
 
