@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from plans import plan_that_fits
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FullyShardedDataParallel, fully_shard
@@ -27,7 +28,7 @@ import gainstage as gs
 from gainstage.apply import apply, materialize, param_init_fn
 from gainstage.errors import InputError, NonFiniteError, PlanMismatchError, RankError
 from gainstage.graph import held
-from gainstage.plan import Block, Distribution, Family, Mixing, ParameterPlan, Plan
+from gainstage.plan import Block, Distribution, Family, Mixing
 
 SEED = 3
 
@@ -72,10 +73,6 @@ class Model(nn.Module):
 
 def plan_for(model, **changes):
     """Every family, blocks along both dimensions, an element type of two bytes."""
-    names = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), []).append(name)
-    parameters = dict(model.named_parameters())
     chosen = {
         "embedding.weight": {"distribution": NORMAL, "blocks": (Block(1, 2, 5, UNIFORM),)},
         "first.weight": {"distribution": ZERO, "blocks": (Block(0, 1, 9, MIXED),)},  # a part, of blocks that nothing divides
@@ -86,22 +83,7 @@ def plan_for(model, **changes):
         "mixer.bias": {"distribution": TRUNCATED},
         **changes,
     }
-    return Plan(
-        policy="test",
-        fingerprint="",
-        training=True,
-        parameters={
-            name: ParameterPlan(
-                name=name,
-                aliases=tuple(aliases),
-                shape=tuple(parameters[name].shape),
-                dtype=str(parameters[name].dtype).removeprefix("torch."),
-                role="weight",
-                **chosen.get(name, {"distribution": NORMAL}),
-            )
-            for name, *aliases in names.values()
-        },
-    )
+    return plan_that_fits(model, lambda name, _: chosen.get(name, {"distribution": NORMAL}))
 
 
 def on_meta(dtype=torch.float32):

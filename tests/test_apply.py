@@ -6,11 +6,12 @@ import threading
 
 import pytest
 import torch
+from plans import plan_that_fits
 from torch import nn
 
 from gainstage.apply import apply, draw_range, stream_of
 from gainstage.errors import InputError, PlanMismatchError
-from gainstage.plan import Block, Distribution, Family, ParameterPlan, Plan
+from gainstage.plan import Block, Distribution, Family
 
 NORMAL = Distribution(family=Family.NORMAL, std=0.5)
 ORTHOGONAL = Distribution(family=Family.ORTHOGONAL, std=0.5)
@@ -20,29 +21,7 @@ ZERO = Distribution(family=Family.CONSTANT)
 
 def plan_of(model, distribution=NORMAL, **parts):
     """A plan that fits; ``parts`` gives fields of the parameter plans by name (a dot is written ``__``)."""
-    names = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), []).append(name)
-    parameters = dict(model.named_parameters())
-    return Plan(
-        policy="test",
-        fingerprint="",
-        training=True,
-        parameters={
-            name: ParameterPlan(
-                **{
-                    "name": name,
-                    "aliases": tuple(aliases),
-                    "shape": tuple(parameters[name].shape),
-                    "dtype": str(parameters[name].dtype).removeprefix("torch."),
-                    "role": "weight",
-                    "distribution": distribution,
-                    **parts.get(name.replace(".", "__"), {}),
-                }
-            )
-            for name, *aliases in names.values()
-        },
-    )
+    return plan_that_fits(model, lambda name, _: {"distribution": distribution, **parts.get(name.replace(".", "__"), {})})
 
 
 def holder(*tensors, **named):

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from plans import plan_that_fits
 from torch import nn
 
 from gainstage.apply import apply, device, materialize
@@ -15,7 +16,7 @@ from gainstage.apply.draw import draw_runs
 from gainstage.apply.law import Law
 from gainstage.apply.normal import normal_32
 from gainstage.apply.stream import Stream
-from gainstage.plan import Block, Distribution, Family, ParameterPlan, Plan
+from gainstage.plan import Block, Distribution, Family
 
 FAMILIES = (Family.NORMAL, Family.TRUNCATED_NORMAL, Family.UNIFORM, Family.CONSTANT)
 
@@ -62,24 +63,12 @@ def test_half_precision_is_rounded_once_into_any_strides(dtype):
 
 def plan_of(model, family):
     """Two families in each matrix."""
-    distribution = Distribution(family=family, std=0.3, mean=0.0 if family.is_matrix else 0.1)
-    block = Block(0, 0, 30, Distribution(family=Family.UNIFORM, std=1.0))
-    return Plan(
-        policy="test",
-        fingerprint="",
-        training=True,
-        parameters={
-            name: ParameterPlan(
-                name=name,
-                shape=tuple(parameter.shape),
-                dtype=str(parameter.dtype).removeprefix("torch."),
-                role="weight",
-                distribution=distribution if parameter.dim() > 1 else Distribution(family=Family.NORMAL, std=0.1),
-                blocks=(block,) if parameter.dim() > 1 else (),
-            )
-            for name, parameter in model.named_parameters()
-        },
-    )
+    matrix = {
+        "distribution": Distribution(family=family, std=0.3, mean=0.0 if family.is_matrix else 0.1),
+        "blocks": (Block(0, 0, 30, Distribution(family=Family.UNIFORM, std=1.0)),),
+    }
+    vector = {"distribution": Distribution(family=Family.NORMAL, std=0.1)}
+    return plan_that_fits(model, lambda _, parameter: matrix if parameter.dim() > 1 else vector)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")

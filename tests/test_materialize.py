@@ -4,38 +4,20 @@ import math
 
 import pytest
 import torch
+from plans import plan_that_fits
 from torch import nn
 
 from gainstage.apply import apply, materialize, param_init_fn
 from gainstage.cli.huggingface import cpu_torchvision_if_installed
 from gainstage.errors import InputError, PlanMismatchError, UnknownNameError
-from gainstage.plan import Distribution, Family, ParameterPlan, Plan
+from gainstage.plan import Distribution, Family
 
 NORMAL = Distribution(family=Family.NORMAL, std=0.5)
 KEEP = Distribution(family=Family.KEEP)
 
 
 def plan_of(model, keep=()):
-    names = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), []).append(name)
-    parameters = dict(model.named_parameters())
-    return Plan(
-        policy="test",
-        fingerprint="",
-        training=True,
-        parameters={
-            name: ParameterPlan(
-                name=name,
-                aliases=tuple(aliases),
-                shape=tuple(parameters[name].shape),
-                dtype=str(parameters[name].dtype).removeprefix("torch."),
-                role="weight",
-                distribution=KEEP if name in keep else NORMAL,
-            )
-            for name, *aliases in names.values()
-        },
-    )
+    return plan_that_fits(model, lambda name, _: {"distribution": KEEP if name in keep else NORMAL})
 
 
 def on_meta(build):
