@@ -12,6 +12,7 @@ import torch
 from gainstage.rules.linear import per_dim, windows
 from gainstage.rules.registry import Call, rule
 from gainstage.signal import Value, affine, apply, filter_dim, known, max_over, mean_over, normalise, reshape, softmax
+from gainstage.signal.contraction import Places
 from gainstage.signal.linear import averaged
 from gainstage.signal.sampling import draw
 
@@ -142,12 +143,19 @@ def max_pool(
     call: Call, x: Value, kernel: Any, stride: Any = (), padding: Any = 0, dilation: Any = 1, ceil_mode: bool = False
 ) -> Value:
     """Largest entry of each window."""
+    return max_over(x, *pooled_windows(x, call.shape, kernel, stride, padding, dilation))
+
+
+def pooled_windows(
+    x: Value, shape: Sequence[int], kernel: Any, stride: Any, padding: Any, dilation: Any
+) -> tuple[range, list[Places]]:
+    """The dimensions of x that a pool of this result's shape runs along, and its windows along each."""
     rank = len(x.dims) - (2 if len(x.dims) > len(list(kernel)) + 1 else 1)
     each = zip(
         x.shape[-rank:], per_dim(kernel, rank), per_dim(stride or kernel, rank), per_dim(padding, rank), per_dim(dilation, rank),
-        call.shape[-rank:], strict=True,
+        shape[-rank:], strict=True,
     )  # fmt: skip
-    return max_over(x, range(len(x.dims) - rank, len(x.dims)), [windows(*args) for args in each])
+    return range(len(x.dims) - rank, len(x.dims)), [windows(*args) for args in each]
 
 
 @rule(aten.amax.default)

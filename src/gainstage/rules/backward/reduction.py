@@ -10,8 +10,8 @@ import torch
 
 from gainstage.rules.backward.registry import BackwardCall, Gradient, backward
 from gainstage.rules.backward.sums import to_shape
-from gainstage.rules.linear import per_dim, windows
-from gainstage.rules.reduction import adaptive_windows, averaging, interpolating, repeating
+from gainstage.rules.linear import per_dim
+from gainstage.rules.reduction import adaptive_windows, averaging, interpolating, pooled_windows, repeating
 from gainstage.signal import (
     Value,
     affine,
@@ -101,10 +101,7 @@ def max_pool(
 
     Windows that overlap may share their largest entry; what they add there is counted as independent.
     """
-    rank = len(list(kernel))
-    columns = (per_dim(kernel, rank), per_dim(stride or kernel, rank), per_dim(padding, rank), per_dim(dilation, rank))
-    each = zip(x.shape[-rank:], *columns, call.shape[-rank:], strict=True)
-    return (largest_gradient(g, x, range(len(x.dims) - rank, len(x.dims)), [windows(*args) for args in each]),)
+    return (largest_gradient(g, x, *pooled_windows(x, call.shape, kernel, stride, padding, dilation)),)
 
 
 def _affine_part(
