@@ -5,7 +5,8 @@ import torch
 from torch import nn
 
 import gainstage as gs
-from gainstage.graph import Region
+from gainstage.capture.regions import in_order
+from gainstage.graph import Node, NodeKind, Ref, Region
 
 WIDTH, BINS, DRAWS = 32, 5, 64  # of so many inputs a sum hardly depends on any one
 
@@ -138,3 +139,24 @@ def test_what_is_computed_without_integers_keeps_its_rule():
     trace = gs.inspect(model, (torch.randn(32, WIDTH),))
     assert trace.graph.outputs[1] not in trace.sampled
     assert trace.graph.outputs[0] in trace.sampled
+
+
+def by_passes(nodes):
+    """What is ready, again and again in the order given."""
+    found, known, waiting = [], set(), list(nodes)
+    while waiting:
+        for node in list(waiting):
+            if known.issuperset(node.operands()):
+                found.append(node)
+                known.add(node.name)
+                waiting.remove(node)
+    return found
+
+
+def test_shuffled_nodes_are_put_in_order_as_by_going_through_them_again_and_again():
+    draw = torch.Generator().manual_seed(0)
+    for _ in range(50):
+        read = [torch.randint(i, (2,), generator=draw).tolist() if i else [] for i in range(30)]
+        made = [Node(name=f"{i}", kind=NodeKind.OP, op=torch.add, args=tuple(Ref(f"{j}") for j in js)) for i, js in enumerate(read)]
+        nodes = [made[i] for i in torch.randperm(30, generator=draw)]
+        assert [node.name for node in in_order(nodes)] == [node.name for node in by_passes(nodes)]

@@ -12,6 +12,7 @@ operand. What has as many entries as a condition holds for is inside only if not
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import operator
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, final
@@ -58,19 +59,54 @@ def fuse_picks(nodes: Sequence[Node], outputs: Sequence[str], marked: Collection
         if common:
             joined = [region for region in regions if region & common]
             regions = [region for region in regions if not region & common] + [common.union(*joined)]
-    found = list(nodes)
+    found = _Rewritten(nodes)
+    wanted = {*outputs, *marked}
     for part in (part for region in regions for part in flow.parted(region)):
-        kept = {*outputs, *marked}
-        names = flow.of_fixed_shape(flow.grown(part), kept)
+        names = flow.of_fixed_shape(flow.grown(part), wanted)
         drawn = names & flow.drawn(names)
-        outside = [node for node in found if node.name not in drawn]
-        kept.update(name for node in outside if node.name not in names for name in node.operands())
-        results = [node for node in found if node.name in drawn & kept]
-        names = names & flow.before({node.name for node in results})
-        inside = [node for node in nodes if node.name in names]
-        if results and len(names) <= MOST and not (names & flow.dynamic and not _runs(inside, flow.nodes)):
-            found = outside + as_one(inside, results)
-    return in_order(found) if regions else found
+        results = [node for node in found.among(drawn) if node.name in wanted or found.is_read_outside(node.name, names)]
+        names &= flow.before({node.name for node in results}, flow.first(names))
+        if results and len(names) <= MOST:
+            inside = sorted((flow.nodes[name] for name in names), key=lambda node: flow.place[node.name])
+            if not names & flow.dynamic or _runs(inside, flow.nodes):
+                found.replace(drawn, as_one(inside, results))
+    return in_order(list(found.nodes.values())) if regions else list(nodes)
+
+
+@final
+class _Rewritten:
+    """The graph with what has become of its regions so far: new operations stand at its end."""
+
+    def __init__(self, nodes: Sequence[Node]) -> None:
+        self.nodes: dict[str, Node] = {}
+        self._place: dict[str, int] = {}
+        self._places = itertools.count()
+        self._readers: dict[str, set[str]] = {}
+        self._append(nodes)
+
+    def among(self, names: Collection[str]) -> list[Node]:
+        """Those of some nodes that are still there, in order."""
+        return sorted((self.nodes[name] for name in names if name in self.nodes), key=lambda node: self._place[node.name])
+
+    def is_read_outside(self, name: str, inside: Collection[str]) -> bool:
+        """Tell whether a node is read by others than these."""
+        return any(reader not in inside for reader in self._readers.get(name, ()))
+
+    def replace(self, names: Collection[str], made: Sequence[Node]) -> None:
+        """Put operations in the place of some nodes."""
+        for node in self.among(names):
+            del self.nodes[node.name]
+            for operand in node.operands():
+                self._readers[operand].discard(node.name)
+        self._append(made)
+
+    def _append(self, nodes: Sequence[Node]) -> None:
+        for node in nodes:
+            assert node.name not in self.nodes, f"node {node.name} stands twice"
+            self.nodes[node.name] = node
+            self._place[node.name] = next(self._places)
+            for operand in node.operands():
+                self._readers.setdefault(operand, set()).add(node.name)
 
 
 def unsized(nodes: Sequence[Node]) -> set[str]:
@@ -125,16 +161,22 @@ def _drawn(node: Node) -> torch.Tensor | None:
 
 @final
 class _Flow:
-    """Who reads whom, and what depends on what."""
+    """Who reads whom, and what depends on what: walks that stay within the places of the graph that a question is about."""
 
     def __init__(self, nodes: Sequence[Node]) -> None:
         self.nodes = {node.name: node for node in nodes}
+        self.place = {node.name: place for place, node in enumerate(nodes)}
         self.operands = {node.name: tuple(dict.fromkeys(node.operands())) for node in nodes}
+        self.readers: dict[str, list[str]] = {node.name: [] for node in nodes}
+        for name, read in self.operands.items():
+            for other in read:
+                self.readers[other].append(name)
         self.stops = {
             node.name
             for node in nodes
             if node.kind is not NodeKind.OP or node.may_draw or packet_name(node.op) in _STOPS
         }  # fmt: skip
+        self.passing = self.nodes.keys() - self.stops
         self.dynamic: set[str] = set()
         for node in nodes:
             if self._is_dynamic(node):
@@ -155,12 +197,13 @@ class _Flow:
 
         What neither leads to these nor comes behind them belongs to the part that reads it.
         """
-        between = self.before(region) & self.after(region) & self.stops
+        start, end = self.first(region), self.last(region)
+        between = self.before(region, start) & self.after(region, end) & self.stops
         if not between:
             return [region]
-        first = {name for name in between if len(self.before({name}) & between) == 1}
-        behind = region & self.after(first)
-        behind |= region & self.before(behind) - self.before(first)
+        first = {name for name in between if len(self.before({name}, start) & between) == 1}
+        behind = region & self.after(first, end)
+        behind |= region & self.before(behind, start) - self.before(first, start)
         return [region - behind, *self.parted(behind)]
 
     def grown(self, region: set[str]) -> set[str]:
@@ -170,13 +213,18 @@ class _Flow:
         related = region | {name for name in ends if self.nodes[name].kind in (NodeKind.OP, NodeKind.INPUT)}
         behind: set[str] = set()  # a contraction lies between the region and these
         found = set(region)
-        for name, read in self.operands.items():
+        waiting = {reader for name in related for reader in self.readers[name]}  # what reads something related
+        for name, read in itertools.islice(self.operands.items(), self.first(related), None):
+            if not waiting:
+                break
+            waiting.discard(name)
             if name in region:
                 continue
-            if any(other in behind or (name in self.stops and other in region | hot) for other in read):
+            if any(other in behind or (name in self.stops and (other in region or other in hot)) for other in read):
                 behind.add(name)
             elif name not in self.stops and any(other in related for other in read):
                 related.add(name)
+                waiting.update(self.readers[name])
                 if any(other in hot for other in read):
                     hot.add(name)
                     if (
@@ -185,24 +233,27 @@ class _Flow:
                         and not self._is_of_rows(name)
                     ):
                         found.add(name)
-        found |= self.before(found) & self.after(found)
+        found |= self.before(found, self.first(found)) & self.after(found, self.last(found))
         return found | {
-            name for name, read in self.operands.items() if self.nodes[name].op is operator.getitem and read[0] in found
+            name
+            for other in found
+            for name in self.readers[other]
+            if self.nodes[name].op is operator.getitem and self.operands[name][0] == other
         }
 
     def of_fixed_shape(self, region: set[str], kept: Collection[str]) -> set[str]:
         """A region without what has as many entries as a condition holds for, where something outside reads that."""
-        while True:
-            read = {other for name, operands in self.operands.items() if name not in region for other in operands} | {*kept}
-            loose = region & self.dynamic & read
-            if not loose:
-                break
-            region = region - self.after(loose)
+
+        def is_read_outside(name: str) -> bool:
+            return name in kept or any(reader not in region for reader in self.readers[name])
+
+        while loose := {name for name in region & self.dynamic if is_read_outside(name)}:
+            region = region - self.after(loose, self.last(region))
         picks = any(all(self._picked(self.nodes[name])) for name in region)
         return region if picks and not region & self.stops else set()
 
     def drawn(self, region: Collection[str]) -> set[str]:
-        """What depends on the integers that a region picks by, or on its picks."""
+        """What depends on the integers that a region picks by, or on its picks, as far as the region goes."""
         picks = {name for name in region if all(self._picked(self.nodes[name]))}
         stack = [name for pick in picks for name in self._picked(self.nodes[pick])[0]]
         integers: set[str] = set()
@@ -211,29 +262,39 @@ class _Flow:
             if name in region and name not in integers and not self._is_floating(name):
                 integers.add(name)
                 stack += self.operands[name]
-        return self.after(picks | {name for name in integers if not self._is_condition(name)})
+        return self.after(picks | {name for name in integers if not self._is_condition(name)}, self.last(region))
 
-    def before(self, names: Collection[str]) -> set[str]:
-        """Some nodes and all that they are computed from."""
-        found = set(names)
-        for name in reversed(self.operands):
-            if name in found:
-                found.update(self.operands[name])
+    def first(self, names: Collection[str]) -> int:
+        """The place of the first of some nodes."""
+        return min((self.place[name] for name in names), default=0)
+
+    def last(self, names: Collection[str]) -> int:
+        """The place of the last of some nodes."""
+        return max((self.place[name] for name in names), default=0)
+
+    def before(self, names: Collection[str], first: int) -> set[str]:
+        """Some nodes and all that they are computed from, from a place on."""
+        found, stack = set(names), list(names)
+        while stack:
+            others = [name for name in self.operands[stack.pop()] if name not in found and self.place[name] >= first]
+            found.update(others)
+            stack += others
         return found
 
-    def after(self, names: Collection[str]) -> set[str]:
-        """Some nodes and all that is computed from them."""
-        found = set(names)
-        for name, read in self.operands.items():
-            if name not in found and any(other in found for other in read):
-                found.add(name)
+    def after(self, names: Collection[str], last: int) -> set[str]:
+        """Some nodes and all that is computed from them, up to a place."""
+        found, stack = set(names), list(names)
+        while stack:
+            others = [name for name in self.readers[stack.pop()] if name not in found and self.place[name] <= last]
+            found.update(others)
+            stack += others
         return found
 
     def _back(self, name: str) -> tuple[set[str], set[str]]:
         """Operations that lead to one without a contraction between, itself included, and where they end."""
-        inside = {name, *self._within([name], self.nodes.keys() - self.stops)} - (self.stops - {name})
-        ends = {other for each in inside for other in self.operands[each]} & self.stops
-        earlier = self.before(ends)
+        inside = {name, *(other for other in self._within([name], self.passing) if other in self.passing)}
+        ends = {other for each in inside for other in self.operands[each]}
+        earlier = self.before(ends & self.stops, self.first(inside | ends))
         inside = inside - earlier | {name}
         inside -= {each for each in inside if self.nodes[each].op is operator.getitem and self.operands[each][0] in earlier}
         return inside, {other for each in inside for other in self.operands[each]} - inside

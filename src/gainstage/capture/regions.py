@@ -199,18 +199,25 @@ def as_one(inside: Sequence[Node], results: Sequence[Node]) -> list[Node]:
 
 
 def in_order(nodes: Sequence[Node]) -> list[Node]:
-    """The nodes such that each reads earlier ones only, otherwise in the order given."""
-    found: list[Node] = []
-    known: set[str] = set()
-    waiting = list(nodes)
-    while waiting:
-        late: list[Node] = []
-        for node in waiting:
-            if all(name in known for name in node.operands()):
-                found.append(node)
-                known.add(node.name)
-            else:
-                late.append(node)
-        assert len(late) < len(waiting), "regions read each other"
-        waiting = late
-    return found
+    """The nodes such that each reads earlier ones only, otherwise in the order given.
+
+    As by going through the list again and again, each time taking what is ready: a node is taken in the pass of the last of its
+    operands, or in the one after it where that operand stands behind the node.
+    """
+    place = {node.name: position for position, node in enumerate(nodes)}
+    readers: dict[str, list[Node]] = {}
+    for node in nodes:
+        for name in {*node.operands()}:
+            readers.setdefault(name, []).append(node)
+    missing = {node.name: len({*node.operands()}) for node in nodes}
+    taken = dict.fromkeys(missing, 0)
+    ready = [node for node in nodes if not missing[node.name]]
+    for node in ready:
+        for reader in readers.get(node.name, ()):
+            passes = taken[node.name] + (place[node.name] > place[reader.name])
+            taken[reader.name] = max(taken[reader.name], passes)
+            missing[reader.name] -= 1
+            if not missing[reader.name]:
+                ready.append(reader)
+    assert len(ready) == len(nodes), "regions read each other"
+    return sorted(nodes, key=lambda node: taken[node.name])

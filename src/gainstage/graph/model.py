@@ -70,6 +70,11 @@ class Node:
     provenance: Provenance = field(default_factory=Provenance)
     parameter: str | None = None  # canonical name, for PARAMETER nodes
     value: torch.Tensor | None = None
+    _operands: tuple[str, ...] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        """Find the operands once: every walk over a graph asks for them."""
+        object.__setattr__(self, "_operands", tuple(_refs([*self.args, *self.kwargs.values()])))
 
     @property
     def op_name(self) -> str:
@@ -88,10 +93,9 @@ class Node:
         """Whether the operation may draw random numbers."""
         return isinstance(self.op, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in self.op.tags
 
-    def operands(self) -> Iterator[str]:
+    def operands(self) -> tuple[str, ...]:
         """Names of the nodes that this one reads, in order, with repetitions."""
-        for argument in (*self.args, *self.kwargs.values()):
-            yield from _refs(argument)
+        return self._operands
 
 
 def _refs(argument: Any) -> Iterator[str]:
