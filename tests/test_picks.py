@@ -157,6 +157,7 @@ def test_shuffled_nodes_are_put_in_order_as_by_going_through_them_again_and_agai
     draw = torch.Generator().manual_seed(0)
     for _ in range(50):
         read = [torch.randint(i, (2,), generator=draw).tolist() if i else [] for i in range(30)]
-        made = [Node(name=f"{i}", kind=NodeKind.OP, op=torch.add, args=tuple(Ref(f"{j}") for j in js)) for i, js in enumerate(read)]
+        operands = [tuple(Ref(f"{j}") for j in names) for names in read]
+        made = [Node(name=f"{i}", kind=NodeKind.OP, op=torch.add, args=refs) for i, refs in enumerate(operands)]
         nodes = [made[i] for i in torch.randperm(30, generator=draw)]
         assert [node.name for node in in_order(nodes)] == [node.name for node in by_passes(nodes)]
