@@ -16,6 +16,7 @@ from gainstage.capture.lowered import UNKNOWN_SIZE, Lowered
 from gainstage.capture.picks import fuse_picks, resized, unsized
 from gainstage.capture.regions import fuse_complex, fuse_decays, fuse_parametrizations
 from gainstage.capture.rows import choose_rows
+from gainstage.capture.softmaxes import name_softmaxes
 from gainstage.errors import CaptureError, NonFiniteError, NoSignalError
 from gainstage.graph import FOLLOWED, Graph, Node, NodeKind, ParameterInfo, Ref, Region, TensorMeta, repeated_uses, used_on_own
 
@@ -98,7 +99,7 @@ def _fused(functional: Lowered, live: Collection[str]) -> tuple[list[Node], Lowe
     nodes = _by_shape(_without_empty_pieces(_settled(functional, live)))
     nodes = reachable(resized(nodes) if live else nodes, functional)
     nodes, guesses = fold(nodes, functional.outputs, unsized(nodes) if live else ())
-    nodes = reachable(choose_rows(nodes), functional)
+    nodes = reachable(name_softmaxes(choose_rows(nodes)), functional)
     nodes = reachable(fuse_parametrizations(nodes), functional)
     nodes = fuse_decays(nodes, functional.outputs, functional.marks)
     nodes, names = fuse_complex(nodes, functional.outputs, functional.marks)
