@@ -687,3 +687,16 @@ def test_what_is_broadcast_together_keeps_its_own_coordinates():
     found = arriving(wiring, source, numbered((2, 5, 2 * W), 2), targets, range(len(wiring.nodes)))
     assert len(targets) == 2
     assert set(values_of(found).tolist()) == set(range(2 * W))
+
+
+def cut_backwards(h):
+    return cut_chunks(h)[::-1]
+
+
+def test_blocks_one_after_the_other_have_the_roles_of_each_by_itself():
+    x = torch.randn(2, 5, W)
+    cuts = [cut_chunks, cut_backwards, cut_chunks, cut_by_head, cut_permuted, cut_backwards]
+    found = roles_of(nn.Sequential(*map(Fused, cuts)), x).uses
+    for i, cut in enumerate(cuts):
+        alone = roles_of(nn.Sequential(Fused(cut)), x).uses["0.qkv"]
+        assert [(use.role, use.rows) for use in found[f"{i}.qkv"]] == [(use.role, use.rows) for use in alone]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -25,9 +26,10 @@ from gainstage.roles import Roles, is_data
 from gainstage.signal import Value
 
 
-def on_host() -> torch.device:
+def on_host() -> AbstractContextManager[object]:
     """A context for numbers that are not the model's: they lie on the host, whatever device the caller made the default."""
-    return torch.device("cpu")
+    host = torch.device("cpu")  # as a context it is asked at every call of a function
+    return nullcontext() if torch.get_default_device() == host else host
 
 
 def check_call(model: object, args: object) -> None:

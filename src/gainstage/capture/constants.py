@@ -99,6 +99,8 @@ def _with_value(node: Node, values: Mapping[str, Any], known: set[str]) -> Node:
     if node.name in known:
         value = values[node.name]
         return dataclasses.replace(node, kind=NodeKind.CONSTANT, op=None, args=(), kwargs={}, value=value, meta=meta_of(value))
+    if all(isinstance(values.get(name), torch.Tensor | None) for name in node.operands()):
+        return node
     return dataclasses.replace(
         node, args=_literal(node.args, values), kwargs={key: _literal(item, values) for key, item in node.kwargs.items()}
     )

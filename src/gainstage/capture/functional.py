@@ -155,6 +155,8 @@ class _Families:
 
     def _present(self, node: Node) -> Node:
         """The node, reading the present contents of its operands."""
+        if all(self.read(name) == name for name in node.operands()):
+            return node
         return dataclasses.replace(
             node, args=self._replaced(node.args), kwargs={key: self._replaced(item) for key, item in node.kwargs.items()}
         )

@@ -6,6 +6,7 @@ import linecache
 import re
 import sys
 from collections.abc import Mapping
+from functools import lru_cache
 from pathlib import Path
 from traceback import FrameSummary, StackSummary
 from types import FrameType, TracebackType
@@ -101,6 +102,7 @@ def _is_users(filename: str) -> bool:
     return not filename.startswith((_TORCH, _OWN, "<"))
 
 
+@lru_cache(maxsize=1024)
 def _user_line(stack_trace: str) -> str:
     for filename, number, code in reversed(_FRAME.findall(stack_trace)):
         if _is_users(filename):

@@ -32,7 +32,7 @@ def thin(numbers: torch.Tensor) -> torch.Tensor:
 
 def values_of(numbers: Iterable[torch.Tensor]) -> torch.Tensor:
     """All coordinates that occur, ascending."""
-    parts = [thin(tensor).reshape(-1) for tensor in numbers]
+    parts = [distinct(thin(tensor).reshape(-1)) for tensor in numbers]
     return distinct(torch.cat(parts)) if parts else torch.empty(0, dtype=torch.int64)
 
 
@@ -79,6 +79,31 @@ def last_selections(wiring: Wiring, target: int, between: set[int]) -> set[int]:
                 seen.add(j)
                 stack.append(j)
     return found
+
+
+def pattern(wiring: Wiring, source: int, target: int, between: Iterable[int]) -> object:
+    """All that the coordinates of a source at a target depend on, equal for equal operations on other nodes.
+
+    Args:
+        wiring: the graph.
+        source: where the coordinates begin.
+        target: where they are asked for.
+        between: nodes from the source to the target, both included.
+    """
+    order = sorted(between)
+    place = {i: k for k, i in enumerate(order)}
+
+    def of(argument: Any) -> object:
+        if isinstance(argument, Ref):
+            j = wiring.number[argument.name]
+            node = wiring.nodes[j]
+            return ("node", place[j]) if j in place else ("other", node.meta, None if node.value is None else id(node.value))
+        if isinstance(argument, (list, tuple)):
+            return tuple(of(item) for item in argument)
+        return type(argument), repr(argument)
+
+    steps = [(id(node.op), node.meta, of(node.args), of([*node.kwargs.items()])) for node in (wiring.nodes[i] for i in order[1:])]
+    return wiring.nodes[source].meta, place[target], tuple(steps)
 
 
 def _step(wiring: Wiring, i: int, held: Mapping[int, Any]) -> Any:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 
 from gainstage.graph import NodeKind
-from gainstage.roles.coordinates import arriving, distinct, last_selections, numbered, values_of
+from gainstage.roles.coordinates import arriving, distinct, last_selections, numbered, pattern, values_of
 from gainstage.roles.families import (
     ATTENTION,
     CONTRACTIONS,
@@ -170,13 +171,14 @@ def arriving_rows(wiring: Wiring, site: Site, start: int, nodes: frozenset[int])
     if shape[axis] != len(site.rows):
         return None
     below = _between(wiring, site.node, nodes)
-    targets = last_selections(wiring, start, below)
-    channels = numbered(shape, axis)
-    arrived = arriving(wiring, site.node, channels, targets, below)
-    if not arrived:
-        return None
-    reached = distinct(site.rows[values_of(arrived)])
-    return None if len(reached) == len(distinct(site.rows)) else reached
+    rows = hashlib.blake2b(site.rows.contiguous().numpy().tobytes()).digest()
+    key = (axis, rows, pattern(wiring, site.node, start, below))
+    if key not in wiring.arrived:  # once for all blocks that repeat
+        arrived = arriving(wiring, site.node, numbered(shape, axis), last_selections(wiring, start, below), below)
+        reached = distinct(site.rows[values_of(arrived)]) if arrived else None
+        is_all = reached is None or len(reached) == len(distinct(site.rows))
+        wiring.arrived[key] = None if is_all else reached
+    return wiring.arrived[key]
 
 
 def _between(wiring: Wiring, source: int, nodes: frozenset[int]) -> set[int]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+import torch
 
 from gainstage.graph import Graph, Node, NodeKind, TensorMeta
 from gainstage.roles.degrees import Degrees, degrees_of
@@ -55,6 +57,7 @@ class Wiring:
     sources: tuple[int, ...]
     marks: tuple[int, ...]
     roots: tuple[int, ...]
+    arrived: dict[object, torch.Tensor | None] = field(default_factory=dict, repr=False)  # rows found, by what was walked through
 
     def is_computed_from(self, i: int, source: int) -> bool:
         """Tell whether a node is, or is computed from, a source that several nodes read; False for other sources."""

@@ -8,7 +8,7 @@ from functools import cached_property
 import numpy as np
 
 from gainstage.signal import levels
-from gainstage.signal.quadrature import Array, kurtosis, nodes, power_series
+from gainstage.signal.quadrature import Array, expectation, kurtosis, nodes, power_series
 
 
 class Marginal:
@@ -52,6 +52,17 @@ class Marginal:
     def series(self) -> Array:
         """Mehler coefficients of g."""
         return power_series(self.values)
+
+    @cached_property
+    def square_series(self) -> Array | None:
+        """Mehler coefficients of ``g^2 / E[g^2]`` without its mean; None for what is zero throughout."""
+        square = self.values**2
+        level = expectation(square)
+        if level <= 0.0:
+            return None
+        series = power_series(square / level)
+        series[0] = 0.0
+        return series
 
     @cached_property
     def even_series(self) -> Array:

@@ -33,7 +33,6 @@ from gainstage.signal.quadrature import (
     expectation,
     flattened,
     invert_series,
-    power_series,
 )
 
 
@@ -234,16 +233,15 @@ class Value:
     flatness: float = 3.0
     origin: Origin | None = None
     sum: Sum | None = None
+    axes: tuple[Axis, ...] = field(init=False)  # of the table, in order
+    _latent: Array | None = field(init=False, repr=False, default=None)  # its correlations, and those of squares, once asked for
+    _squares: Array | None = field(init=False, repr=False, default=None)
 
     def __post_init__(self) -> None:
-        """Check that the table has one dimension for each axis."""
+        """List the axes, and check that the table has one dimension for each."""
+        object.__setattr__(self, "axes", axes_of(self.dims))
         assert self.table.shape == (2,) * len(self.axes), (self.table.shape, self.dims)
         assert self.levels is None or self.levels.ndim == self.table.ndim, (self.levels, self.dims)
-
-    @property
-    def axes(self) -> tuple[Axis, ...]:
-        """Axes of the table, in order."""
-        return axes_of(self.dims)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -269,19 +267,23 @@ class Value:
         """Correlations of the latent between two entries, by what they share."""
         if self.rho is not None:
             return self.rho
-        rho = invert_series(self.marginal.series, self.covariance)
-        rho[(1,) * rho.ndim] = 1.0
-        return rho
+        if self._latent is None:
+            rho = invert_series(self.marginal.series, self.covariance)
+            rho[(1,) * rho.ndim] = 1.0
+            rho.flags.writeable = False
+            object.__setattr__(self, "_latent", rho)
+        assert self._latent is not None
+        return self._latent
 
     def square_covariance(self) -> Array:
         """``Cov(x_i^2, x_j^2) / E[x^2]^2``, by what two entries share."""
-        square = self.marginal.values**2
-        level = expectation(square)
-        if level <= 0.0:
-            return np.zeros_like(self.table)
-        series = power_series(square / level)
-        series[0] = 0.0
-        return evaluate_series(series, self.correlation())
+        if self._squares is None:
+            series = self.marginal.square_series
+            found = np.zeros_like(self.table) if series is None else evaluate_series(series, self.correlation())
+            found.flags.writeable = False
+            object.__setattr__(self, "_squares", found)
+        assert self._squares is not None
+        return self._squares
 
     def average(self, table: Array) -> float:
         """Average over all pairs of entries of what is given by what they share."""

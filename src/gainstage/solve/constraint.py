@@ -59,7 +59,7 @@ class Lever:
     power: float = 1.0
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Demand:
     """A quantity at a node meets a goal, by scaling groups of parts.
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from operator import itemgetter
 
 import numpy as np
 
@@ -110,10 +112,11 @@ def parts_of(use: Use, cuts: tuple[int, ...]) -> tuple[Part, ...]:
     spans = list(pairwise(cuts))
     if not use.rows:
         return tuple((use.parameter, part) for part in range(len(spans)))
+    rows = sorted(use.rows)  # apart from each other
     return tuple(
         (use.parameter, part)
         for part, (start, stop) in enumerate(spans)
-        if any(first <= start and stop <= last for first, last in use.rows)
+        if (before := bisect_right(rows, start, key=itemgetter(0))) and stop <= rows[before - 1][1]
     )
 
 

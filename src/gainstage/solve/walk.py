@@ -74,8 +74,9 @@ class Walk:
             for name in node.operands():
                 self._first_reader.setdefault(name, i)
         self._values: dict[str, Any] = {}
-        self._stamps: dict[str, int] = {}
+        self._stamps = [0] * len(graph.nodes)  # 0: not evaluated yet
         self._clock = 0
+        self._operands = [tuple({self._position[name] for name in node.operands()}) for node in graph.nodes]
         self._demands = {demand: Progress() for demand in demands.levels}
         self._own = {own.use.parameter: Progress() for own in demands.own}
         # Exponentials of scales of level 1 would multiply up, layer by layer, before their sum is looked at.
@@ -95,24 +96,26 @@ class Walk:
         self._own_at: dict[int, list[Own]] = {}
         for own in (own for own in demands.own if own.starts):
             self._own_at.setdefault(self._position[own.use.node], []).append(own)
+        self._demanding = {*self._levels_at, *self._logits_at, *self._own_at}
 
     def run(self) -> Solution:
         """Evaluate every node, with all demands met as far as they can be."""
         position = 0
         while position < len(self._graph.nodes):
-            position = self._step(position)
+            is_new = self._is_stale(position)
+            position = self._step(position) if is_new or position in self._demanding else position + 1
         return Solution(self._values, self._settings, self._demands, self._own)
 
     def _step(self, position: int) -> int:
         """Evaluate one node if anything that it reads is newer, check what is demanded there; returns where to go on."""
         node = self._graph.nodes[position]
-        if node.name in self._prepare and self._is_stale(node):
+        if node.name in self._prepare and self._is_stale(position):
             for name, setting in self._prepare[node.name](self._values, self._settings).items():
                 self._change(name, setting)
         for demand in self._logits_at.get(position, ()):
             if (back := self._meet(demand, list(node.operands()))) is not None:
                 return back
-        if self._is_stale(node):
+        if self._is_stale(position):
             self._evaluate(node)
         for own in self._own_at.get(position, ()):
             if (back := self._decide(own)) is not None:
@@ -122,9 +125,15 @@ class Walk:
                 return back
         return position + 1
 
-    def _is_stale(self, node: Node) -> bool:
-        stamp = self._stamps.get(node.name)
-        return stamp is None or any(self._stamps[name] > stamp for name in node.operands())
+    def _is_stale(self, position: int) -> bool:
+        stamp = self._stamps[position]
+        for operand in self._operands[position]:  # written out: the walk asks this more often than anything else
+            if self._stamps[operand] > stamp:
+                return True
+        return stamp == 0
+
+    def _stamp(self, name: str) -> int:
+        return self._stamps[self._position[name]]
 
     def _evaluate(self, node: Node) -> None:
         if node.kind is NodeKind.PARAMETER:
@@ -136,7 +145,7 @@ class Walk:
             value = evaluate(node, self._values, no_value, self._source, self._graph)
         self._values[node.name] = value
         self._clock += 1
-        self._stamps[node.name] = self._clock
+        self._stamps[self._position[node.name]] = self._clock
 
     def _change(self, name: str, setting: Setting) -> int | None:
         """Give a parameter a new distribution; returns where its first use stands."""
@@ -150,7 +159,7 @@ class Walk:
     def _decide(self, own: Own) -> int | None:
         """``v = level / G`` or ``gain E[x^2] / G``, where G is the output's second moment for each unit of variance."""
         progress = self._own[own.use.parameter]
-        stamp = self._stamps[own.use.node]
+        stamp = self._stamp(own.use.node)
         if progress.seen == stamp or progress.has_no_effect or len(progress.tried) > _MOST_STEPS:
             return None
         progress.seen = stamp
@@ -178,7 +187,7 @@ class Walk:
     def _meet(self, demand: Demand, read: Sequence[str]) -> int | None:
         """One correction towards the goal, or None where it is met or out of reach; ``read``: the nodes that are measured."""
         progress = self._demands[demand]
-        stamp = max(self._stamps[name] for name in read)
+        stamp = max(self._stamp(name) for name in read)
         if progress.seen == stamp or progress.has_no_effect or len(progress.tried) > _MOST_STEPS:
             return None
         progress.seen = stamp
