@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from gainstage.rules.reduction import total
 from gainstage.signal import affine, apply, combine, join, known, mixture, reshape, take
 from gainstage.testing import RuleCase, assert_rule, correlated
 
@@ -46,6 +47,35 @@ COMPOSITIONS = {
 def test_values_do_what_tensors_do(name):
     operation, rule = COMPOSITIONS[name]
     assert_rule(RuleCase(op=operation, args=(X,)), rule)
+
+
+def squashed(t):
+    """Vectors brought to a length below one (capsules, S. Sabour et al. 2017, arXiv:1710.09829, eq. 1), of sums of zero mean."""
+    votes = t.sum(1, keepdim=True)
+    length = votes.square().sum(-1, keepdim=True)
+    return length / (1 + length) * votes / length.sqrt()
+
+
+def squashed_value(call, x):
+    votes = total(x, [1], True)
+    length = total(apply(torch.square, votes), [2], True)
+    share = combine(torch.div, length, affine(length, 1.0, 1.0))
+    return combine(torch.div, combine(torch.mul, share, votes), apply(torch.sqrt, length))
+
+
+def test_a_sum_of_zero_mean_is_no_number():
+    x = correlated((4, 6, 8), shares={(0, 1): 0.3})
+    assert_rule(
+        RuleCase(op=squashed, args=(x,), model_error=0.03, shape_error=0.08, reason="lengths are taken at their mean"),
+        squashed_value,
+    )
+
+
+def test_a_sum_of_squares_is_never_negative():
+    squares = apply(torch.square, correlated((4, 6, 8), shares={}))
+    for dims in ([2], [1, 2]):
+        assert total(squares, dims, True).marginal.values.min() >= 0.0
+        assert total(affine(squares, -1.0), dims, True).marginal.values.max() <= 0.0
 
 
 def test_a_concatenation_that_gained_a_dimension_is_taken_apart():

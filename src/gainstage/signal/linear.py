@@ -20,6 +20,7 @@ from gainstage.signal.quadrature import (
     Array,
     coarse,
     expectation,
+    gamma_quantiles,
     nodes,
     quantiles,
     smoothed,
@@ -30,6 +31,12 @@ from gainstage.signal.quadrature import (
 from gainstage.signal.spread import after_shift, product_overlap, product_stray
 from gainstage.signal.uneven import of_product, of_sum
 from gainstage.signal.value import Lean, Statistic, Sum, Value, gaussian, statistic_at
+
+LEAST_CENTRE = (
+    0.25  # share of the mean's square in the second moment from which an average counts as a number that hardly fluctuates
+)
+
+_ROUGHLY = 0.05  # of an entry's root mean square: as far a distribution fitted to its moments may reach below zero
 
 
 def affine(x: Value, scale: float, shift: float = 0.0) -> Value:
@@ -77,7 +84,26 @@ def mean_over(x: Value, axes: Sequence[Axis]) -> Value:
     shape = _average_marginal(x, result, count) if count < 8 else _common_marginal(x, result, gone)
     if shape is not None:
         result = replace(result, marginal=shape, rho=None)
-    return replace(result, statistic=Statistic(latents, centre))
+    if profile is None:
+        result = replace(result, marginal=_of_its_sign(x, result))
+    is_number = result.mean**2 >= LEAST_CENTRE * result.second_moment
+    return replace(result, statistic=Statistic(latents, centre) if is_number else None)
+
+
+def _of_its_sign(x: Value, result: Value) -> Marginal:
+    """An average of what is never negative is not, either: where its distribution would be, a gamma distribution.
+
+    Which is that of a sum of squares (Satterthwaite 1946, eq. 3).
+    """
+
+    def values() -> Array:
+        own, sign = result.marginal.values, math.copysign(1.0, result.mean)
+        if float((sign * own).min()) >= 0.0 or float((sign * x.marginal.values).min()) < -_ROUGHLY * x.second_moment**0.5:
+            return own
+        grid = gamma_quantiles(abs(result.mean), result.variance**0.5)
+        return grid if sign > 0.0 else -grid[::-1]
+
+    return Marginal(result.marginal.latent, values)
 
 
 def _common_marginal(x: Value, result: Value, gone: Sequence[Axis]) -> Marginal | None:

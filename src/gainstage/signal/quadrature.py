@@ -10,6 +10,7 @@ from __future__ import annotations
 from functools import cache
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
@@ -71,6 +72,17 @@ def standardised(grid: Array, mean: float, std: float) -> Array:
     centre = expectation(grid)
     deviation = max(expectation((grid - centre) ** 2), 0.0) ** 0.5
     return np.asarray(mean + (grid - centre) * (std / deviation if deviation > 0.0 else 0.0))
+
+
+def gamma_quantiles(mean: float, std: float) -> Array:
+    """Values of a gamma variable, increasing, by the inverse of its distribution function at that of the normal variable."""
+    shape = (mean / std) ** 2
+    points = torch.linspace(0.0, 1.0, 1025, dtype=torch.float64)[1:]
+    spaced = torch.cat([shape * points.pow(max(4.0, 8.0 / shape)), shape + (90.0 + 14.0 * shape**0.5) * points.square()])
+    below = torch.special.gammainc(torch.tensor(shape, dtype=torch.float64), spaced)
+    above = torch.special.gammaincc(torch.tensor(shape, dtype=torch.float64), spaced)
+    normal = torch.where(below < 0.5, torch.special.ndtri(below), -torch.special.ndtri(above))
+    return np.asarray(np.interp(nodes(), normal.numpy(), spaced.numpy()) * (mean / shape))
 
 
 def flattened(wanted: float) -> Array:
