@@ -115,3 +115,40 @@ def test_samples_correlate_as_the_real_ones_do() -> None:
         squares.append(float(output.square().mean()))
     error = np.std(pairs) / np.mean(squares) / math.sqrt(len(pairs))
     assert trace.calls[-1].outputs[0].cosine(1) == pytest.approx(np.mean(pairs) / np.mean(squares), abs=0.02 + 3.0 * error)
+
+
+class Unrolled(nn.Module):
+    """The states of a cell in a loop, side by side."""
+
+    def __init__(self, cell: nn.Module) -> None:
+        super().__init__()
+        self.cell = cell
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = x.new_zeros(x.shape[0], 96)
+        state = (h, h) if isinstance(self.cell, nn.LSTMCell) else h
+        states = []
+        for t in range(x.shape[1]):
+            state = self.cell(x[:, t], state)
+            states.append(state[0] if isinstance(state, tuple) else state)
+        return torch.stack(states, 1)
+
+
+@pytest.mark.parametrize("kind", [nn.LSTMCell, nn.GRUCell])
+def test_a_cell_in_a_loop_is_a_layer(kind: Callable[..., nn.Module]) -> None:
+    """What U h of two steps have in common is kept: levels of every step, and cosine between steps, over draws."""
+    steps = 6
+    levels, pairs = [], []
+    for seed in range(24):
+        torch.manual_seed(seed)
+        model, x = Unrolled(loud(kind(24, 96, bias=False))), torch.randn(8, steps, 24)
+        with torch.no_grad():
+            states = model(x).double()
+        levels.append(states.square().mean((0, 2)).numpy())
+        pairs.append(float(states.mean(1).square().mean()) * steps**2 - levels[-1].sum())
+    trace = inspect(model, (x,))
+    level = np.mean(levels, axis=0)
+    assert [signal.second_moment for signal in trace.modules["cell"]] == pytest.approx(level, rel=0.06)
+    (whole,) = trace.modules[""]
+    assert whole.second_moment == pytest.approx(level.mean(), rel=0.04)
+    assert whole.cosine(1) == pytest.approx(np.mean(pairs) / (steps - 1) / level.sum(), abs=0.03)

@@ -16,10 +16,13 @@ from gainstage.signal.marginal import Marginal
 from gainstage.signal.movement import merge_dim
 from gainstage.signal.quadrature import Array, quantiles, standardised
 from gainstage.signal.recurrent import (
+    STEPS,
     Gate,
     Life,
     Process,
     Step,
+    Units,
+    Unrolled,
     average,
     gru_step,
     lstm_step,
@@ -221,20 +224,54 @@ def rnn_relu(call: Call, x: Value, hx: Value, params: Sequence[Value], *options:
 
 
 def _cell(kind: Kind, x: Value, states: Sequence[Value], params: Sequence[Value | None]) -> tuple[Value, ...]:
-    """One step; the state that enters is taken as Gaussian and independent of the input."""
-    given = [p for p in params if p is not None]
-    one = [_leading(value) for value in (x, *states)]
-    layers = [_unpacked(given, len(given) > 2, 1)]
-    output, _, c = recurrent(kind, one[0], one[1:], layers, 0.0)
-    return _without_leading(output), _without_leading(c)
+    """One step: the next of those that the states came of, or the first, from Gaussian states independent of the input."""
+    given = tuple(p for p in params if p is not None)
+    (weights,) = _unpacked(given, len(given) > 2, 1)
+    x, *states = (_leading(value) for value in (x, *states))
+    x = merge_dim(merge_dim(x, 1), 2)
+    before = _steps_to(states, given)
+    if before is None:
+        gates, start = kind.gates + kind.splits_new, (_state(states[0], 0), _state(states[-1], 0))
+        units, inputs = Units(gates, start, STEPS), [x]
+    else:
+        units, inputs = before.units.at(before.steps), [before.input, x]
+    if not units.is_done:
+        driven = [_driven_at(inputs, _rows(weights.input, g, kind.gates), units.steps) for g in range(kind.gates)]
+        units.advance(_gates(kind, weights, driven), kind.step)
+    life = units.last()
+    lineage, stray = x.lineage | weights.lineage, x.log_variance + x.fluctuation()
+    channel = (Axis(weights.hidden.shape[1]),)
+    found = []
+    for moments in (life.hidden, life.cell):
+        state = _signal(moments, life.entries, ((), x.dims[1], channel), lineage, stray)
+        steps = Unrolled(
+            table=state.table, units=units, steps=units.steps, params=given, input=x, is_hidden=moments is life.hidden
+        )
+        found.append(replace(state, dims=state.dims[1:], unrolled=steps))
+    return tuple(found)
+
+
+def _steps_to(states: Sequence[Value], params: Sequence[Value]) -> Unrolled | None:
+    """The steps that all states are the last of, if they were made with the same weights."""
+    found = [steps for state in states if (steps := state.steps_of_cell()) is not None]
+    if len(found) < len(states) or any(a is not b for each in found for a, b in zip(each.params, params, strict=False)):
+        return None
+    return found[0] if len({(each.units, each.steps, len(each.params)) for each in found}) == 1 else None
+
+
+def _driven_at(inputs: Sequence[Value], weight: Value, t: int) -> Process:
+    """What the last input makes of a gate at step t; with every step before it shares what it shares with the one before."""
+    own = _driven_by_table(inputs[-1], weight)
+    shared = _driven_by_table(join(inputs, 0), weight) if len(inputs) > 1 else own
+    eye, rest = np.eye(t + 1), 1.0 - np.eye(t + 1)
+    return Process(
+        within=eye * own.within[0, 0] + rest * shared.within[0, -1],
+        between=eye * own.between[0, 0] + rest * shared.between[0, -1],
+    )
 
 
 def _leading(x: Value) -> Value:
     return replace(x, dims=((), *x.dims), constant=None, prior=None)
-
-
-def _without_leading(x: Value) -> Value:
-    return replace(x, dims=x.dims[1:])
 
 
 @rule(aten.lstm_cell.default)

@@ -88,13 +88,27 @@ def _between(values: Sequence[Value], dim: int, like: Array) -> Array:
     result = np.full_like(like, sum(sums) ** 2 - sum(part**2 for part in sums))
     families: dict[object, list[Value]] = {}
     for value in values:
-        families.setdefault(value.marginal.latent, []).append(value)
+        steps = value.steps_of_cell()
+        families.setdefault(value.marginal.latent if steps is None else steps.units, []).append(value)
     for family in families.values():
         for a, b in combinations(family, 2):
-            common = _common(a, b, dim)
+            common = _common(a, b, dim) if a.steps_of_cell() is None else _of_steps(a, b, dim)
             if common is not None:
                 result = result + 2.0 * a.shape[dim] * b.shape[dim] * common
     return result
+
+
+def _of_steps(a: Value, b: Value, dim: int) -> Array | None:
+    """Covariance of the hidden states of a cell after two steps, [batch, channel], laid side by side along a third dimension."""
+    first, second = a.steps_of_cell(), b.steps_of_cell()
+    if first is None or second is None or not (first.is_hidden and second.is_hidden):
+        return None
+    if a.dims[dim] or b.dims[dim] or len(a.axes) != 2 or len(b.axes) != 2:
+        return None
+    within, between = first.units.shared(first.steps, second.steps)
+    covariance = np.zeros((2, 2))
+    covariance[:, 1] = between - a.mean * b.mean, within - a.mean * b.mean
+    return covariance
 
 
 def _common(a: Value, b: Value, dim: int) -> Array | None:

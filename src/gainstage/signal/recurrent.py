@@ -13,12 +13,17 @@ exactly unit covariance, so that only what is not linear carries sampling noise.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from copy import copy
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from gainstage.signal.quadrature import Array
+
+if TYPE_CHECKING:
+    from gainstage.signal.value import Value
 
 UNITS = 8192  # simulated units: 1 % of a second moment for the part that is not linear
 STEPS = 40  # after so many steps the process is taken as stationary
@@ -86,38 +91,108 @@ def _normals(columns: int) -> Array:
     return np.asarray(np.linalg.solve(factor, both.T).T)
 
 
-def simulate(gates: Sequence[Gate], step: Step, start: tuple[Process, Process], times: int, project: float | None = None) -> Life:
-    """Follow units of two samples through time.
+class Units:
+    """Units of two samples, followed step by step."""
 
-    ``start``: hidden and cell state before the first step, [1, 1] each. ``project``: second moment of the hidden state over that
-    of a unit's output, where the layer projects it.
-    """
-    count = min(times, STEPS)
-    noise = _normals(2 * (count * len(gates) + 1))
-    h, c = (_pair(state, noise[:, -2:]) for state in start)
-    seen = np.empty((len(noise), 2 * count + 2))  # outputs so far, the start first; the two samples alternate
-    seen[:, :2] = h if project is None else 0.0
-    moments = np.zeros((2 * count + 2, 2 * count + 2))  # of the hidden state, in the same order
-    moments[:2, :2] = _block(start[0])
-    roots = [np.zeros((2 * count, 2 * count)) for _ in gates]
-    for t in range(count):
+    def __init__(self, gates: int, start: tuple[Process, Process], count: int, project: float | None = None) -> None:
+        """Begin with a hidden and a cell state, [1, 1] each.
+
+        ``count``: of steps, at most. ``project``: second moment of the hidden state over that of a unit's output, where the layer
+        projects it.
+        """
+        self._noise = _normals(2 * (count * gates + 1))
+        h, c = (_pair(state, self._noise[:, -2:]) for state in start)
+        self._seen = np.empty((len(self._noise), 2 * count + 2))  # outputs so far, the start first; the two samples alternate
+        self._seen[:, :2] = h if project is None else 0.0
+        self._moments = np.zeros((2 * count + 2, 2 * count + 2))  # of the hidden state, in the same order
+        self._moments[:2, :2] = _block(start[0])
+        self._roots = [np.zeros((2 * count, 2 * count)) for _ in range(gates)]
+        self._states = [(h, c)]
+        self._count, self._project = count, project
+
+    @property
+    def steps(self) -> int:
+        """How many were made."""
+        return len(self._states) - 1
+
+    @property
+    def is_done(self) -> bool:
+        """Whether all steps were made."""
+        return self.steps == self._count
+
+    def at(self, steps: int) -> Units:
+        """The units as they were after so many steps: themselves, or where more were made since, a copy."""
+        if steps == self.steps:
+            return self
+        found = copy(self)
+        found._seen, found._moments = self._seen.copy(), self._moments.copy()
+        found._roots, found._states = [root.copy() for root in self._roots], self._states[: steps + 1]
+        return found
+
+    def advance(self, gates: Sequence[Gate], step: Step) -> None:
+        """Make one step; what drives the gates is known up to it."""
+        t = self.steps
         now, after = slice(2 * t, 2 * t + 2), slice(2 * t + 2, 2 * t + 4)
         values = []
-        for number, (gate, root) in enumerate(zip(gates, roots, strict=True)):
-            target = gate.hidden_gain * moments[now, : now.stop] + gate.bias_variance
+        for number, (gate, root) in enumerate(zip(gates, self._roots, strict=True)):
+            target = gate.hidden_gain * self._moments[now, : now.stop] + gate.bias_variance
             if gate.driven is not None:
                 target = target + _row(gate.driven, t)
             _extend(root, target, t)
-            mine = noise[:, 2 * count * number : 2 * count * number + now.stop]
+            mine = self._noise[:, 2 * self._count * number : 2 * self._count * number + now.stop]
             values.append(gate.bias_mean + mine @ root[now, : now.stop].T)
-        h, c = step(values, (h, c))
-        seen[:, after] = h
-        moments[after, : after.stop] = (1.0 if project is None else project) * (h.T @ seen[:, : after.stop]) / len(h)
-        moments[: after.stop, after] = moments[after, : after.stop].T
-    mean = float(seen[:, 2:].mean()) if project is None else 0.0
-    last = c.T @ c / len(c)
-    cell = Process(within=np.array([[last.trace() / 2.0]]), between=np.array([[last[0, 1]]]), mean=float(c.mean()))
-    return Life(hidden=_process(moments[2:, 2:], times, mean), cell=cell, entries=seen[:: max(count // 4, 1), 2:].ravel())
+        self._states.append(step(values, self._states[-1]))
+        h = self._seen[:, after] = self._states[-1][0]
+        products = (h.T @ self._seen[:, : after.stop]) / len(h)
+        self._moments[after, : after.stop] = (1.0 if self._project is None else self._project) * products
+        self._moments[: after.stop, after] = self._moments[after, : after.stop].T
+
+    def shared(self, a: int, b: int) -> tuple[float, float]:
+        """``E[h h']`` of the states after two numbers of steps, within a sample and between two."""
+        block = self._moments[2 * a : 2 * a + 2, 2 * b : 2 * b + 2]
+        return float(block.trace()) / 2.0, float(block[0, 1] + block[1, 0]) / 2.0
+
+    def life(self, times: int) -> Life:
+        """All steps, as those of a layer of so many."""
+        count = self.steps
+        mean = float(self._seen[:, 2 : 2 * count + 2].mean()) if self._project is None else 0.0
+        hidden = _process(self._moments[2 : 2 * count + 2, 2 : 2 * count + 2], times, mean)
+        entries = self._seen[:: max(count // 4, 1), 2 : 2 * count + 2].ravel()
+        return Life(hidden=hidden, cell=_of_states(self._states[-1][1]), entries=entries)
+
+    def last(self) -> Life:
+        """The last step, as a layer of one."""
+        h, c = self._states[-1]
+        return Life(hidden=_of_states(h), cell=_of_states(c), entries=h.ravel())
+
+
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+class Unrolled:
+    """The steps of a cell with one set of weights that a state came of; void for a tensor with another table.
+
+    ``input``: of the last step. ``is_hidden``: or else it is the cell state.
+    """
+
+    table: Array
+    units: Units
+    steps: int
+    params: tuple[Value, ...]
+    input: Value
+    is_hidden: bool
+
+
+def simulate(gates: Sequence[Gate], step: Step, start: tuple[Process, Process], times: int, project: float | None = None) -> Life:
+    """Follow units of two samples through time; see :class:`Units`."""
+    units = Units(len(gates), start, min(times, STEPS), project)
+    while not units.is_done:
+        units.advance(gates, step)
+    return units.life(times)
+
+
+def _of_states(states: Array) -> Process:
+    """Moments of one state of two samples, [unit, sample]."""
+    products = states.T @ states / len(states)
+    return Process(within=np.array([[products.trace() / 2.0]]), between=np.array([[products[0, 1]]]), mean=float(states.mean()))
 
 
 def _block(process: Process) -> Array:

@@ -34,6 +34,7 @@ from gainstage.signal.quadrature import (
     flattened,
     invert_series,
 )
+from gainstage.signal.recurrent import Unrolled
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,6 +203,7 @@ class Value:
     gradient knows of the tensor that it belongs to. ``uneven``: how the variances of channels differ. ``flatness``: kurtosis of
     what the entries of a vector that was divided by its norm have in common, and of products of two such vectors along either of
     their axes. ``origin``, ``sum``: how it came about, and the terms of a sum, in networks that use weights more than once.
+    ``unrolled``: the steps of a recurrent cell that it is the state of.
     """
 
     dims: tuple[Dim, ...]
@@ -233,6 +235,7 @@ class Value:
     flatness: float = 3.0
     origin: Origin | None = None
     sum: Sum | None = None
+    unrolled: Unrolled | None = None
     axes: tuple[Axis, ...] = field(init=False)  # of the table, in order
     _latent: Array | None = field(init=False, repr=False, default=None)  # its correlations, and those of squares, once asked for
     _squares: Array | None = field(init=False, repr=False, default=None)
@@ -262,6 +265,10 @@ class Value:
     def covariance(self) -> Array:
         """Table less the square of the mean."""
         return self.table - self.mean**2
+
+    def steps_of_cell(self) -> Unrolled | None:
+        """The steps of a recurrent cell that it is the hidden or cell state of, if nothing was done to it since."""
+        return self.unrolled if self.unrolled is not None and self.unrolled.table is self.table else None
 
     def correlation(self) -> Array:
         """Correlations of the latent between two entries, by what they share."""

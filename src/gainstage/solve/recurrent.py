@@ -85,15 +85,23 @@ def time_correlation(x: Value, dim: int) -> float:
     return min(max(float(other[(1,) * other.ndim]) / x.second_moment, 0.0), 1.0)
 
 
+def weights_of(node: Node) -> tuple[str, ...]:
+    """Names of the weights that a node reads: calls of a cell that have them in common are steps of one process."""
+    return tuple(name for layer in _layers(node) for name in (layer.input_weight, layer.hidden_weight))
+
+
 def unit_gates(
-    node: Node, parameter_of: Mapping[str, str], values: Mapping[str, Any], settings: Mapping[str, Setting]
+    node: Node, calls: int, parameter_of: Mapping[str, str], values: Mapping[str, Any], settings: Mapping[str, Setting]
 ) -> dict[str, Setting]:
-    """``Var(w_x) = 1 / (2 n_x E[x^2])``, ``Var(w_h) = 1 / (2 n_h E[h^2])`` for every layer and direction of a node."""
+    """``Var(w_x) = 1 / (2 n_x E[x^2])``, ``Var(w_h) = 1 / (2 n_h E[h^2])`` for every layer and direction of a node.
+
+    ``calls``: how often its weights are used.
+    """
     assert isinstance(node.args[0], Ref)
     x = values[node.args[0].name]
     if not isinstance(x, Value) or x.second_moment <= 0.0:
         return {}
-    steps, correlation = _sequence(node, x)
+    steps, correlation = _sequence(node, x, calls)
     hidden = hidden_level(node.op, steps, correlation)
     changed: dict[str, Setting] = {}
     for layer in _layers(node):
@@ -124,10 +132,10 @@ def _is_cell(node: Node) -> bool:
     return node.op_name.endswith("_cell.default")
 
 
-def _sequence(node: Node, x: Value) -> tuple[int, float]:
+def _sequence(node: Node, x: Value, calls: int) -> tuple[int, float]:
     """Number of steps, and correlation of the input between two of them (in steps of 0.01)."""
     if _is_cell(node):
-        return STEPS, 0.0
+        return calls, 0.0
     dim = 1 if bool(node.args[-1]) and len(x.shape) == 3 else 0
     return x.shape[dim], round(time_correlation(x, dim), 2)
 

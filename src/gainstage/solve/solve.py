@@ -23,7 +23,7 @@ from gainstage.solve.distributions import blocks_around, blocks_of, distribution
 from gainstage.solve.initial import Present, initial_settings
 from gainstage.solve.passage import Balance, Passages
 from gainstage.solve.priors import prior_blocks, with_priors
-from gainstage.solve.recurrent import is_recurrent, unit_gates
+from gainstage.solve.recurrent import is_recurrent, unit_gates, weights_of
 from gainstage.solve.setting import Setting
 from gainstage.solve.tailoring import propose_activations
 from gainstage.solve.walk import Prepare, Walk
@@ -108,7 +108,11 @@ def _preparations(graph: Graph, policy: Policy) -> dict[str, Prepare]:
     if not isinstance(policy.targets[Role.RECURRENT], UnitGates):
         return {}
     parameter_of = {node.name: node.parameter for node in graph.nodes if node.parameter is not None}
-    return {node.name: partial(unit_gates, node, parameter_of) for node in graph.nodes if is_recurrent(node)}
+    calls: dict[object, list[Node]] = {}
+    for node in graph.nodes:
+        if is_recurrent(node):
+            calls.setdefault(weights_of(node), []).append(node)
+    return {nodes[0].name: partial(unit_gates, nodes[0], len(nodes), parameter_of) for nodes in calls.values()}
 
 
 def _parameter_plan(setting: Setting, explainer: Explainer, family: Family) -> ParameterPlan:
