@@ -7,7 +7,8 @@ import torch
 from gainstage.graph import ParameterInfo
 from gainstage.propagate import parameter_value
 from gainstage.rules import Call, rules
-from gainstage.signal import expand, independent, join, permute, reshape, select, take
+from gainstage.signal import apply, combine, expand, filter_dim, independent, join, known, permute, reshape, select, take
+from gainstage.signal.quadrature import kurtosis
 
 aten = torch.ops.aten
 STDS = (1.0, 2.0, 3.0)
@@ -70,3 +71,21 @@ def test_two_selections_of_one_tensor_are_independent_and_the_same_selection_is_
     same = rules()[add](Call(add, ((5, 8),)), select(x, 1, 2), select(x, 1, -1))
     assert different.second_moment == pytest.approx(2.0)
     assert same.second_moment == pytest.approx(4.0)
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.2])
+def test_a_sum_of_few_terms_is_nearer_to_a_normal_than_one_term(scale):
+    """The excess kurtosis of a sum of n independent terms is ``1/n`` of theirs, whatever they are multiplied by."""
+    x = apply(torch.relu, independent((40,), 0.0, 1.0))
+    summed = filter_dim(x, 0, scale * np.kron(np.eye(5), np.ones(8)))
+    assert summed.marginal.kurtosis < 3.0 + (x.marginal.kurtosis - 3.0) / 4.0
+
+
+def test_sums_of_different_levels_are_a_mixture_of_sums():
+    """Of n terms of kurtosis 15 each: ``3 + 12/n`` at one level, and the mean fourth power of the levels times that over all."""
+    profile = torch.tensor([1.0] * 12 + [3.0] * 12, dtype=torch.float64)
+    x = combine(torch.mul, apply(lambda t: t**3, independent((24,), 0.0, 1.0)), known(profile))
+    summed = filter_dim(x, 0, np.kron(np.eye(6), np.ones(4)))
+    alike, spread = kurtosis(summed.marginal.even), (1.0 + 81.0) / 2.0 / 5.0**2
+    assert alike < 3.0 + (kurtosis(x.marginal.even) - 3.0) / 3.0
+    assert summed.marginal.kurtosis == pytest.approx(spread * alike, rel=0.15)

@@ -11,6 +11,7 @@ from torch import nn
 
 from gainstage.capture.calls import module_calls
 from gainstage.capture.constants import fold
+from gainstage.capture.exponentials import fuse_exponentials
 from gainstage.capture.functional import NotFunctional, functionalise
 from gainstage.capture.lowered import UNKNOWN_SIZE, Lowered
 from gainstage.capture.picks import fuse_picks, resized, unsized
@@ -102,6 +103,7 @@ def _fused(functional: Lowered, live: Collection[str]) -> tuple[list[Node], Lowe
     nodes = reachable(name_softmaxes(choose_rows(nodes)), functional)
     nodes = reachable(fuse_parametrizations(nodes), functional)
     nodes = fuse_decays(nodes, functional.outputs, functional.marks)
+    nodes = fuse_exponentials(nodes, functional.outputs, functional.marks)
     nodes, names = fuse_complex(nodes, functional.outputs, functional.marks)
     functional = dataclasses.replace(functional, outputs=names)
     marked = {name for name, marks in functional.marks.items() if marks}

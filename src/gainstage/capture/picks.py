@@ -35,8 +35,9 @@ _INTO = frozenset(
     {"index_put", "scatter", "scatter_add", "scatter_reduce", "index_add", "index_copy", "index_fill", "masked_scatter"}
 )  # the result has the shape of the first operand
 _INDEXED = frozenset({"index", "_unsafe_index"})
-_PICKS = _INTO | _INDEXED | {"gather", "take_along_dim", "take", "masked_select"}
-_STOPS = frozenset(
+GATHERS = _INDEXED | {"gather", "index_select", "take_along_dim"}
+_PICKS = _INTO | GATHERS - {"index_select"} | {"take", "masked_select"}
+STOPS = frozenset(
     {"linear", "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "convolution", "mv",
      "vdot", "dot", "mm", "bmm", "matmul", "addmm", "baddbmm", "einsum", "bilinear", "embedding", "embedding_bag",
      "scaled_dot_product_attention", "lstm", "gru", "rnn_tanh", "rnn_relu", "_grouped_mm",
@@ -174,7 +175,7 @@ class _Flow:
         self.stops = {
             node.name
             for node in nodes
-            if node.kind is not NodeKind.OP or node.may_draw or packet_name(node.op) in _STOPS
+            if node.kind is not NodeKind.OP or node.may_draw or packet_name(node.op) in STOPS
         }  # fmt: skip
         self.passing = self.nodes.keys() - self.stops
         self.dynamic: set[str] = set()

@@ -44,7 +44,7 @@ def fuse_complex(nodes: Sequence[Node], outputs: Sequence[str], marked: Collecti
     outputs = [f"{name}_real" if name in complex_outputs else name for name in outputs]
     found = list(nodes)
     for names in _regions(nodes):
-        found = _fused(found, names, {*outputs, *marked})
+        found = fused(found, names, {*outputs, *marked})
     return in_order(found), outputs
 
 
@@ -105,11 +105,11 @@ def fuse_decays(nodes: Sequence[Node], outputs: Sequence[str], marked: Collectio
     for first, ends in decays.items():
         among = [node for node in nodes if sums.get(node.name) == first] + ends
         inside = {each.name for end in ends for each in _leading_to(end.name, among)}
-        found = _fused(found, inside, {*outputs, *marked})
+        found = fused(found, inside, {*outputs, *marked})
     return in_order(found)
 
 
-def _fused(nodes: Sequence[Node], names: Collection[str], wanted: Collection[str]) -> list[Node]:
+def fused(nodes: Sequence[Node], names: Collection[str], wanted: Collection[str]) -> list[Node]:
     """Nodes with one operation in the place of some, which returns what others read and what is wanted."""
     outside = [node for node in nodes if node.name not in names]
     read = {*wanted, *(name for node in outside for name in node.operands())}
@@ -158,7 +158,7 @@ def _regions(nodes: Sequence[Node]) -> list[set[str]]:
             joined = [region for region in regions if region & read]
             regions = [region for region in regions if not region & read] + [set().union({node.name}, *joined)]
     while True:
-        grown = [region | _between(nodes, region) for region in regions]
+        grown = [region | between(nodes, region) for region in regions]
         merged: list[set[str]] = []
         for region in grown:
             meeting = [other for other in merged if other & region]
@@ -168,7 +168,7 @@ def _regions(nodes: Sequence[Node]) -> list[set[str]]:
         regions = merged
 
 
-def _between(nodes: Sequence[Node], region: set[str]) -> set[str]:
+def between(nodes: Sequence[Node], region: set[str]) -> set[str]:
     """Operations that depend on a region and that it depends on."""
     after: set[str] = set(region)
     for node in nodes:

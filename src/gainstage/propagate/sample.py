@@ -22,7 +22,7 @@ from gainstage.signal.axes import axes_of, new_dims
 from gainstage.signal.known import LARGE
 from gainstage.signal.marginal import Marginal
 from gainstage.signal.quadrature import cumulative
-from gainstage.signal.sampling import draw, pooled
+from gainstage.signal.sampling import common_profile, draw, pooled
 
 ENTRIES = 2**20  # stop when the draws have this many entries together, of operands or results
 MOST, FEWEST = 32, 4
@@ -145,12 +145,15 @@ def pooled_value(draws: list[Any], lineage: int, stray: float) -> Value | None:
     moments = np.array([float(sample.double().square().mean()) for sample in draws])
     if len(draws) > 1 and moments.mean() > 0.0:
         stray += float(moments.var(ddof=1)) / len(draws) / float(moments.mean()) ** 2
-    entries = torch.cat([sample.reshape(-1)[:: max(sample.numel() // 8192, 1)] for sample in draws]).double().numpy()
-
-    def values() -> Any:
-        return np.quantile(entries, cumulative())
-
+    profile = common_profile(draws)
+    step = max(draws[0].numel() // 8192, 1)
+    entries = torch.cat([sample.reshape(-1)[::step] for sample in draws]).double().numpy()
+    marginal = Marginal(object(), lambda: np.quantile(entries, cumulative()))
+    if profile is not None:
+        along = np.tile(np.broadcast_to(profile, [axis.size for axis in axes_of(dims)]).reshape(-1)[::step], len(draws))
+        alike = entries[along > 0.0] / along[along > 0.0]
+        marginal = Marginal(marginal.latent, lambda: np.quantile(entries, cumulative()), lambda: np.quantile(alike, cumulative()))
     return Value(
-        dims=dims, mean=mean, table=table, marginal=Marginal(object(), values), source=Sampled(), lineage=lineage,
-        log_variance=stray,
+        dims=dims, mean=mean, table=table, marginal=marginal, source=Sampled(), lineage=lineage, log_variance=stray,
+        levels=profile,
     )  # fmt: skip

@@ -55,7 +55,7 @@ def filter_dim(x: Value, dim: int, matrix: Array) -> Value:
     factor *= (x.second_moment / result.second_moment) ** 2 if result.second_moment > 0.0 else 0.0
     result = replace(result, near=near, overlap=overlap.times(factor), uneven=x.uneven)
     if not x.marginal.is_gaussian:
-        result = replace(result, marginal=_filtered_marginal(x, result, _terms(weighted)), rho=None)
+        result = replace(result, marginal=_filtered_marginal(x, result, weighted), rho=None)
     if same_axes:
         factors = _kept_components(x, even, position, matrix)
         shape = [1] * table.ndim
@@ -139,23 +139,26 @@ def _filtered_levels(profile: Array | None, even: Array, matrix: Array, position
     return levels.normalised(np.asarray(profile))
 
 
-def _terms(matrix: Array) -> float:
-    """How many equal terms an output's sum amounts to."""
-    return float((matrix.sum(1) ** 2 / np.maximum((matrix**2).sum(1), 1e-300)).mean())
+def _filtered_marginal(x: Value, result: Value, matrix: Array) -> Marginal:
+    """A sum of few terms keeps the shape of one term; of many it is Gaussian (excess moments fall like 1/terms).
 
+    As much of the shape stays as the terms have in common: none where their variances add up, all where their deviations do.
+    """
+    apart, whole = float((matrix**2).sum(1).mean()), float((np.abs(matrix).sum(1) ** 2).mean())
+    terms = float((matrix.sum(1) ** 2 / np.maximum((matrix**2).sum(1), 1e-300)).mean())
+    gain = result.variance / x.variance if x.variance > 0.0 else 0.0
+    common = (gain - apart) / (whole - apart) if whole > apart else 1.0
+    share = 1.0 if terms <= 1.0 else min(max(1.0 / terms, common), 1.0)
+    std = result.variance**0.5
 
-def _filtered_marginal(x: Value, result: Value, terms: float) -> Marginal:
-    """A sum of few terms keeps the shape of one term; of many it is Gaussian (excess moments fall like 1/terms)."""
+    def even() -> Array:
+        own = standardised(x.marginal.even, result.mean, std)
+        return standardised(share * np.sort(own) + (1.0 - share) * (result.mean + std * nodes()), result.mean, std)
 
-    def values() -> Array:
-        own = standardised(x.marginal.values, result.mean, result.variance**0.5)
-        normal = result.mean + result.variance**0.5 * nodes()
-        common = 1.0 - min(max(result.variance / x.variance, 0.0), 1.0) if x.variance > 0 else 0.0
-        share = 1.0 if terms <= 1.0 else max(1.0 / terms, 1.0 - common * terms / max(terms - 1.0, 1e-9))
-        mixed = share * np.sort(own) + (1.0 - share) * normal
-        return standardised(mixed, result.mean, result.variance**0.5)
-
-    return Marginal(object(), values)
+    profile = result.levels
+    if profile is None:
+        return Marginal(object(), even)
+    return Marginal(object(), lambda: levels.mixture(profile, even(), result.mean, std), even)
 
 
 def normalise(x: Value, reduced: Sequence[Axis], eps: float, *, centre: bool = True) -> Value:

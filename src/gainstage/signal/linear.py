@@ -284,13 +284,16 @@ def multiply(x: Value, y: Value) -> Value:
 def _product_marginal(x: Value, y: Value, mean: float, std: float) -> Marginal:
     """Every value of x times every value of y, at the mean and deviation that are known exactly."""
 
-    def values() -> Array:
+    def of(values_x: Array, values_y: Array) -> Array:
         points, mass = coarse()
-        u = np.interp(points, nodes(), x.marginal.values)
-        v = np.interp(points, nodes(), y.marginal.values)
+        u, v = np.interp(points, nodes(), values_x), np.interp(points, nodes(), values_y)
         return standardised(quantiles(u[:, None] * v[None, :], mass[:, None] * mass[None, :]), mean, std)
 
-    return Marginal(object(), values)
+    def even() -> Array:
+        return of(x.marginal.even, y.marginal.even)
+
+    has_even = x.marginal.has_even or y.marginal.has_even
+    return Marginal(object(), lambda: of(x.marginal.values, y.marginal.values), even if has_even else None)
 
 
 def _near_product(x: Value, y: Value, product: Value) -> Value:

@@ -7,10 +7,16 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from gainstage.signal import levels
 from gainstage.signal.known import measured
 from gainstage.signal.pairing import spectrum
 from gainstage.signal.quadrature import Array, between_nodes
 from gainstage.signal.value import Logits, Value
+
+LEAST_VARIED, CERTAIN = (
+    1e-2,
+    6.0,
+)  # variance of levels that is looked at; standard errors by which it has to be more than an error
 
 
 def draw(values: Sequence[Value], generator: np.random.Generator) -> list[torch.Tensor]:
@@ -64,3 +70,28 @@ def pooled(samples: Sequence[torch.Tensor]) -> tuple[float, Array]:
     tables = [measured(sample) for sample in samples]
     mean = float(np.mean([value.mean for value in tables]))
     return mean, np.asarray(np.mean([value.table for value in tables], axis=0))
+
+
+def common_profile(samples: Sequence[torch.Tensor]) -> Array | None:
+    """Levels that all samples of a tensor have in common: where an axis has loud and quiet coordinates by design.
+
+    Along each axis, relative to the sample's own: mean squares whose variance over coordinates is more than their error. Of the
+    deviations from 1 as much is kept as is not due to the error, the share ``1 - 1 / F``.
+    """
+    sizes = [size for size in samples[0].shape if size > 1]
+    if len(samples) < 2:
+        return None
+    squares = np.stack([sample.double().reshape(sizes).square().numpy() for sample in samples])
+    profile = np.ones((1,) * len(sizes))
+    for position, size in enumerate(sizes):
+        along = squares.mean(axis=tuple(p + 1 for p in range(len(sizes)) if p != position))
+        whole = along.mean(axis=1, keepdims=True)
+        if not (whole > 0.0).all():
+            return None
+        along = along / whole
+        error = float(along.var(axis=0, ddof=1).mean()) / len(samples)
+        variance = float(along.mean(axis=0).var(ddof=1))
+        if variance > LEAST_VARIED and variance > error * (1.0 + CERTAIN * (2.0 / (size - 1)) ** 0.5):
+            kept = 1.0 + (1.0 - error / variance) * (along.mean(axis=0) - 1.0)
+            profile = profile * np.sqrt(np.maximum(kept, 0.0)).reshape([-1 if p == position else 1 for p in range(len(sizes))])
+    return levels.normalised(profile)
