@@ -1,9 +1,14 @@
 """Gradients past a maximum over a concatenation, against autograd over draws."""
 
+from functools import partial
+
+import pytest
 import torch
 from gradients import assert_gradients_agree, measured_gradients, predicted_gradients
 from torch import nn
 from torch.nn import functional as F
+
+import gainstage as gs
 
 
 class PooledParts(nn.Module):
@@ -34,3 +39,33 @@ def test_a_bias_whose_gradient_cancels_has_no_negative_moment():
 
     predicted = predicted_gradients(Biased, (4, 32, 17, 17), draws=1)
     assert 0.0 <= predicted["rough.bias"] < 1e-3 * predicted["rough.weight"]
+
+
+class LargestPoint(nn.Module):
+    """Features of a set of points, of which the largest goes on."""
+
+    def __init__(self, largest):
+        super().__init__()
+        self.point, self.whole = nn.Linear(32, 64, bias=False), nn.Linear(64, 32, bias=False)
+        self.largest = largest
+
+    def forward(self, x):
+        return self.whole(self.largest(self.point(x)).relu())
+
+
+LARGEST = {
+    "amax": lambda h: h.amax(1),
+    "max": lambda h: h.max(1)[0],
+    "adaptive pool": lambda h: F.adaptive_max_pool1d(h.transpose(1, 2), 1)[..., 0],
+    "adaptive pool over parts": lambda h: F.adaptive_max_pool1d(h.transpose(1, 2), 3).transpose(1, 2),
+    "pool with places": lambda h: F.max_pool1d(h.transpose(1, 2), 4, return_indices=True)[0].transpose(1, 2),
+}
+
+
+@pytest.mark.parametrize("name", LARGEST)
+def test_the_largest_of_a_set_gets_the_gradient(name):
+    shape = (16, 20, 32)
+    build = partial(LargestPoint, LARGEST[name])
+    trace = gs.inspect(build(), (torch.randn(shape),), loss=lambda y: y.square().mean())
+    assert trace.sampled == trace.sampled_backward == ()
+    assert_gradients_agree(predicted_gradients(build, shape), measured_gradients(build, shape, 60), 0.06)

@@ -132,10 +132,16 @@ def adaptive_average_pool(call: Call, x: Value, output_size: Any) -> Value:
 
 def adaptive_windows(size: int, outputs: int) -> np.ndarray[Any, Any]:
     """Coefficients [outputs, size] of adaptive average pooling along one dimension."""
-    place = np.arange(size)[None, :]
-    p = np.arange(outputs)[:, None]
-    inside = ((place >= p * size // outputs) & (place < -(-(p + 1) * size // outputs))).astype(float)
+    inside = (adaptive_places(size, outputs)[:, :, None] == np.arange(size)).any(1).astype(float)
     return np.asarray(inside / inside.sum(1, keepdims=True))
+
+
+def adaptive_places(size: int, outputs: int) -> Places:
+    """Places [outputs, taps] that windows hold which tile a dimension; -1 where a window holds fewer than others."""
+    p = np.arange(outputs)[:, None]
+    starts, ends = p * size // outputs, -(-(p + 1) * size // outputs)
+    place = starts + np.arange((ends - starts).max())[None, :]
+    return np.where(place < ends, place, -1)
 
 
 @rule(aten.max_pool1d.default, aten.max_pool2d.default, aten.max_pool3d.default)
@@ -144,6 +150,28 @@ def max_pool(
 ) -> Value:
     """Largest entry of each window."""
     return max_over(x, *pooled_windows(x, call.shape, kernel, stride, padding, dilation))
+
+
+@rule(
+    aten.adaptive_max_pool1d.default, aten.adaptive_max_pool2d.default, aten.adaptive_max_pool3d.default,
+    aten.max_pool1d_with_indices.default, aten.max_pool2d_with_indices.default, aten.max_pool3d_with_indices.default,
+)  # fmt: skip
+def max_pool_and_places(call: Call, x: Value, *args: Any) -> tuple[Value, Value]:
+    """Largest entry of each window, and where it is: one realisation of that."""
+    op: Any = call.op
+    (sample,) = draw([x], np.random.default_rng(x.shape))
+    return max_over(x, *windows_of_pool(op, x, call.shape, *args)), known(op(sample, *args)[1])
+
+
+def windows_of_pool(
+    op: object, x: Value, shape: Sequence[int], size: Any, stride: Any = (), padding: Any = 0, dilation: Any = 1,
+    ceil_mode: bool = False,
+) -> tuple[range, list[Places]]:  # fmt: skip
+    """As :func:`pooled_windows`, also for as many windows as an adaptive pool is told to have."""
+    if "adaptive" not in str(op):
+        return pooled_windows(x, shape, size, stride, padding, dilation)
+    dims = range(len(x.dims) - len(list(size)), len(x.dims))
+    return dims, [adaptive_places(x.shape[d], shape[d]) for d in dims]
 
 
 def pooled_windows(

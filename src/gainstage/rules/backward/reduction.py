@@ -11,7 +11,14 @@ import torch
 from gainstage.rules.backward.registry import BackwardCall, Gradient, backward
 from gainstage.rules.backward.sums import to_shape
 from gainstage.rules.linear import per_dim
-from gainstage.rules.reduction import adaptive_windows, averaging, interpolating, pooled_windows, repeating
+from gainstage.rules.reduction import (
+    adaptive_windows,
+    averaging,
+    interpolating,
+    pooled_windows,
+    repeating,
+    windows_of_pool,
+)
 from gainstage.signal import (
     Value,
     affine,
@@ -102,6 +109,33 @@ def max_pool(
     Windows that overlap may share their largest entry; what they add there is counted as independent.
     """
     return (largest_gradient(g, x, *pooled_windows(x, call.shape, kernel, stride, padding, dilation)),)
+
+
+@backward(
+    aten.adaptive_max_pool1d.default, aten.adaptive_max_pool2d.default, aten.adaptive_max_pool3d.default,
+    aten.max_pool1d_with_indices.default, aten.max_pool2d_with_indices.default, aten.max_pool3d_with_indices.default,
+)  # fmt: skip
+def max_pool_and_places(call: BackwardCall, g: tuple[Gradient, ...], x: Value, *args: Any) -> tuple[Gradient, ...]:
+    """As :func:`max_pool`; nothing flows through places."""
+    assert g[0] is not None
+    return (largest_gradient(g[0], x, *windows_of_pool(call.op, x, call.shape, *args)),)
+
+
+@backward(aten.max.dim)
+def largest_and_place(
+    call: BackwardCall, g: tuple[Gradient, ...], x: Value, dim: int, keepdim: bool = False
+) -> tuple[Gradient, ...]:
+    """As :func:`largest`."""
+    assert g[0] is not None
+    return largest(call, g[0], x, [dim], keepdim)
+
+
+@backward(aten.amax.default)
+def largest(call: BackwardCall, g: Value, x: Value, dim: Sequence[int] = (), keepdim: bool = False) -> tuple[Gradient, ...]:
+    """As :func:`max_pool`, of one window."""
+    chosen = sorted(d % len(x.dims) for d in (dim or range(len(x.dims))))
+    g = reshape(g, [1 if d in chosen else n for d, n in enumerate(x.shape)])
+    return (largest_gradient(g, x, chosen, [np.arange(x.shape[d])[None, :] for d in chosen]),)
 
 
 def _affine_part(
