@@ -161,3 +161,29 @@ def test_shuffled_nodes_are_put_in_order_as_by_going_through_them_again_and_agai
         made = [Node(name=f"{i}", kind=NodeKind.OP, op=torch.add, args=refs) for i, refs in enumerate(operands)]
         nodes = [made[i] for i in torch.randperm(30, generator=draw)]
         assert [node.name for node in in_order(nodes)] == [node.name for node in by_passes(nodes)]
+
+
+def test_what_is_made_of_an_operand_beside_the_region_is_of_its_draw():
+    """Neighbours of points less the points themselves: these are spread out by operations that no pick depends on."""
+
+    class Edges(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(WIDTH, BINS, bias=False)
+
+        def forward(self, x):
+            points = self.linear(x)
+            near = (-torch.cdist(points, points)).topk(3, -1).indices
+            spread = points[:, None].expand(-1, x.shape[1], -1, -1)
+            neighbours = spread.gather(2, near[..., None].expand(-1, -1, -1, BINS))
+            return neighbours - points[:, :, None].expand(-1, -1, 3, -1)
+
+    model, found = Edges(), []
+    trace = gs.inspect(model, (torch.randn(4, 16, WIDTH),))
+    for seed in range(DRAWS):
+        torch.manual_seed(seed)
+        model.linear.reset_parameters()
+        with torch.no_grad():
+            found.append(model(torch.randn(4, 16, WIDTH)).square().mean())
+    expected = torch.stack(found).mean().item()
+    assert trace.nodes[trace.graph.outputs[0]].second_moment == pytest.approx(expected, rel=0.1)
