@@ -83,6 +83,22 @@ def test_moments_are_those_of_draws(function):
     assert any(isinstance(trace.graph.by_name[name].op, Region) for name in trace.sampled)
 
 
+def test_a_single_entry_stands_for_as_many_as_there_are():
+    """What a condition holds for once, torch writes as a number."""
+    torch.manual_seed(0)
+    model = Picking(largest_where_inside)
+    x = torch.randn(64, WIDTH).clamp(-1.4, 1.4)
+    x[3, 5] = 1.6
+    trace = gs.inspect(model, (x,))
+    assert any(isinstance(trace.graph.by_name[name].op, Region) for name in trace.sampled)
+    found = []
+    for seed in range(DRAWS):
+        torch.manual_seed(seed)
+        model.linear.reset_parameters()
+        found.append(model(x).detach().square().mean().item())
+    assert trace.modules[""][0].second_moment == pytest.approx(sum(found) / DRAWS, rel=0.05)
+
+
 def test_a_place_in_a_bin_lies_between_its_edges():
     trace, _ = compared(place_in_bin)
     values = trace.nodes[trace.graph.outputs[0]].value.marginal.values
@@ -123,6 +139,38 @@ def test_a_contraction_ends_a_region():
     found = regions_of(Two(), torch.randn(32, WIDTH))
     assert len(found) == 2
     assert set(found[0].op.results) & set(found[1].op.operands)
+
+
+def test_operands_that_are_computed_from_one_another_are_of_one_draw():
+    """Couplings write what they keep of a signal, and then what they pick, into one tensor; the next one reads both again."""
+
+    class Coupling(nn.Module):
+        def __init__(self, first):
+            super().__init__()
+            self.kept, self.moved = torch.arange(first, WIDTH, 2), torch.arange(1 - first, WIDTH, 2)
+            self.linear = nn.Linear(WIDTH // 2, WIDTH // 2 * BINS)
+
+        def forward(self, x):
+            kept, moved = x[:, self.kept], x[:, self.moved]
+            result = torch.empty_like(x)
+            result[:, self.kept] = kept
+            place = place_in_bin(self.linear(kept).unflatten(-1, (WIDTH // 2, BINS)), moved)
+            result[:, self.moved] = moved + 0.2 * (place - 0.5)
+            return result
+
+    x = torch.randn(64, WIDTH)
+    model = nn.Sequential(*(Coupling(i % 2) for i in range(3)))
+    trace = gs.inspect(model, (x,))
+    regions = [node for node in trace.graph.nodes if isinstance(node.op, Region)]
+    assert len(regions) == 3
+    found = []
+    for seed in range(DRAWS):
+        torch.manual_seed(seed)
+        for layer in model:
+            layer.linear.reset_parameters()
+        found.append([h.square().mean().item() for h in (model[0](x), model[:2](x), model(x))])
+    for layer, measured in enumerate(torch.tensor(found).mean(0).tolist()):
+        assert trace.modules[str(layer)][0].second_moment == pytest.approx(measured, rel=0.03)
 
 
 def test_what_is_computed_without_integers_keeps_its_rule():

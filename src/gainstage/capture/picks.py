@@ -30,7 +30,7 @@ _VIEWS: dict[Callable[..., Any], Callable[..., Any]] = {
     aten.select_scatter.default: aten.select.int,
     aten.slice_scatter.default: aten.slice.Tensor,
 }
-MOST = 400  # operations in a region: it is run for each sample
+MOST = 1000  # operations in a region: it is run for each sample
 _INTO = frozenset(
     {"index_put", "scatter", "scatter_add", "scatter_reduce", "index_add", "index_copy", "index_fill", "masked_scatter"}
 )  # the result has the shape of the first operand
@@ -62,9 +62,9 @@ def fuse_picks(nodes: Sequence[Node], outputs: Sequence[str], marked: Collection
             regions = [region for region in regions if not region & common] + [common.union(*joined)]
     found = _Rewritten(nodes)
     wanted = {*outputs, *marked}
-    for part in (part for region in regions for part in flow.parted(region)):
-        names = flow.of_fixed_shape(flow.grown(part), wanted)
-        drawn = names & flow.drawn(names)
+    for part in (part for region in regions for part in flow.apart(flow.parted(region), wanted)):
+        names = flow.of_fixed_shape(flow.closed(part), wanted)
+        drawn = names & part & flow.drawn(names & part)
         results = [node for node in found.among(drawn) if node.name in wanted or found.is_read_outside(node.name, names)]
         names &= flow.before({node.name for node in results}, flow.first(names))
         if results and len(names) <= MOST:
@@ -132,6 +132,9 @@ def resized(nodes: Sequence[Node]) -> list[Node]:
                 made = dataclasses.replace(made, op=aten.expand_as.default, args=(filling.args[0], Ref(part.name)), kwargs={})
             found += [part, made]
             node = dataclasses.replace(node, args=(base, Ref(made.name), *place))  # noqa: PLW2901
+        elif node.op is aten.view.default and not node.args[1] and isinstance(of := node.args[0], Ref) and of.name in loose:
+            # torch writes a single entry as a number: here it stands for as many as there are
+            node = dataclasses.replace(node, op=aten.clone.default, args=(of,), meta=by_name[of.name].meta)  # noqa: PLW2901
         found.append(node)
     return found
 
@@ -196,7 +199,7 @@ class _Flow:
     def parted(self, region: set[str]) -> list[set[str]]:
         """A region in parts such that no contraction lies between two nodes of one part: before and behind the first ones.
 
-        What neither leads to these nor comes behind them belongs to the part that reads it.
+        What neither leads to these nor comes behind them belongs to the part that reads it, with all that is computed of it.
         """
         start, end = self.first(region), self.last(region)
         between = self.before(region, start) & self.after(region, end) & self.stops
@@ -204,7 +207,7 @@ class _Flow:
             return [region]
         first = {name for name in between if len(self.before({name}, start) & between) == 1}
         behind = region & self.after(first, end)
-        behind |= region & self.before(behind, start) - self.before(first, start)
+        behind |= region & self.after(region & self.before(behind, start) - self.before(first, start), end)
         return [region - behind, *self.parted(behind)]
 
     def grown(self, region: set[str]) -> set[str]:
@@ -242,6 +245,53 @@ class _Flow:
             for name in self.readers[other]
             if self.nodes[name].op is operator.getitem and self.operands[name][0] == other
         }
+
+    def apart(self, parts: Sequence[set[str]], kept: Collection[str]) -> list[set[str]]:
+        """Regions as they grow from these parts, each without what a later one has or nothing but later ones read."""
+        found: list[set[str]] = []
+        later: set[str] = set()
+        for part in reversed(parts):
+            grown = self.grown(part)
+            for name in sorted(grown - part - later, key=lambda name: -self.place[name]):
+                if name not in kept and self.readers[name] and later.issuperset(self.readers[name]):
+                    later.add(name)
+            left = self.after(later & grown - part, self.last(grown))
+            found.append(grown if left & part else grown - left)
+            later |= found[-1]
+        return found[::-1]
+
+    def closed(self, region: set[str]) -> set[str]:
+        """A region with the operations by which one of its operands is computed from others: all are of one draw.
+
+        So are parts that were put at known places into a tensor that the region fills.
+        """
+        ends = {name for inside in region for name in self.operands[inside]} - region
+        puts = {name for name in ends if self._is_put(name) and region.issuperset(self.readers[name])}
+        region = region | puts
+        ends = (ends | {name for put in puts for name in self.operands[put]}) - region
+        made = (self._made_of(end, (ends | region) - {end}) for end in ends - self.stops)
+        return region.union(*made)
+
+    def _made_of(self, end: str, known: Collection[str]) -> set[str]:
+        """Operations that compute a node from known ones and constants alone; none where a contraction or a pick is among them."""
+        found, stack, is_related = {end}, [end], False
+        while stack:
+            name = stack.pop()
+            if all(self._picked(self.nodes[name])):
+                return set()
+            for other in self.operands[name]:
+                is_related |= other in known
+                if other in known or other in found or self.nodes[other].kind is NodeKind.CONSTANT:
+                    continue
+                if other in self.stops:
+                    return set()
+                found.add(other)
+                stack.append(other)
+        return found if is_related else set()
+
+    def _is_put(self, name: str) -> bool:
+        node = self.nodes[name]
+        return packet_name(node.op) in _INTO and name not in self.stops and not self._picked(node)[0]
 
     def of_fixed_shape(self, region: set[str], kept: Collection[str]) -> set[str]:
         """A region without what has as many entries as a condition holds for, where something outside reads that."""
