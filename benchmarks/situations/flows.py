@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from benchmarks.situations.rows import DRAWS, Row, row_over
@@ -64,6 +65,41 @@ def nflows_flow(kind: str, layers: int) -> Callable[[], nn.Module]:
     return build
 
 
+def nflows_spline() -> nn.Module:
+    """Couplings of nflows by rational quadratic splines."""
+    from nflows import transforms
+    from nflows.nn.nets import ResidualNet
+
+    def network(inputs: int, outputs: int) -> nn.Module:
+        made: nn.Module = ResidualNet(inputs, outputs, hidden_features=HIDDEN)
+        return made
+
+    masks = [(torch.arange(FEATURES) + i) % 2 for i in range(3)]
+    made: nn.Module = transforms.CompositeTransform(
+        [
+            transforms.PiecewiseRationalQuadraticCouplingTransform(mask, network, num_bins=8, tails="linear", tail_bound=3.0)
+            for mask in masks
+        ]
+    )
+    return made
+
+
+def normflows_spline(kind: str, **options: Any) -> Callable[[], nn.Module]:
+    """Splines of normflows, as couplings or autoregressive."""
+
+    def build() -> nn.Module:
+        import normflows
+
+        layers = [
+            getattr(normflows.flows, kind)(FEATURES, 2, HIDDEN, **{name: every(i) for name, every in options.items()})
+            for i in range(3)
+        ]
+        made: nn.Module = normflows.NormalizingFlow(normflows.distributions.base.DiagGaussian(FEATURES), layers)
+        return made
+
+    return build
+
+
 def normflows_flow() -> nn.Module:
     """Affine couplings of normflows, scales by the exponential."""
     import normflows
@@ -82,5 +118,12 @@ FLOWS: tuple[tuple[str, str, Callable[[], nn.Module]], ...] = (
     ("zuko", "NSF, 3 layers", zuko_flow("NSF", 3)),
     ("nflows", "RealNVP, 4 layers", nflows_flow("SimpleRealNVP", 4)),
     ("nflows", "MAF, 3 layers", nflows_flow("MaskedAutoregressiveFlow", 3)),
+    ("nflows", "spline couplings, 3 layers", nflows_spline),
     ("normflows", "RealNVP, 4 layers", normflows_flow),
+    (
+        "normflows",
+        "spline couplings, 3 layers",
+        normflows_spline("CoupledRationalQuadraticSpline", reverse_mask=lambda i: i % 2 == 1),
+    ),
+    ("normflows", "autoregressive splines, 3 layers", normflows_spline("AutoregressiveRationalQuadraticSpline")),
 )

@@ -273,7 +273,7 @@ class _Flow:
         return region.union(*made)
 
     def _made_of(self, end: str, known: Collection[str]) -> set[str]:
-        """Operations that compute a node from known ones and constants alone; none where a contraction or a pick is among them."""
+        """Operations that compute a node from known ones and constants alone; none if a contraction or a pick is among them."""
         found, stack, is_related = {end}, [end], False
         while stack:
             name = stack.pop()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 
 from gainstage.rules.conditions import add_known
 from gainstage.rules.registry import Call, rule
-from gainstage.signal import Value, affine, combine, contract, convolve, mean_over, permute, reshape
+from gainstage.signal import Added, Value, affine, combine, contract, convolve, mean_over, permute, reshape
 from gainstage.signal.contraction import Places
 
 aten = torch.ops.aten
@@ -23,7 +24,10 @@ def with_bias(y: Value, bias: Value | None, dim: int) -> Value:
         return y
     shape = [1] * len(y.dims)
     shape[dim] = -1
-    return combine(torch.add, y, reshape(bias, shape))
+    total = combine(torch.add, y, reshape(bias, shape))
+    if bias.constant is None or not bias.constant.is_floating_point():
+        return total
+    return replace(total, added=Added(total.table, y, bias.constant.to("cpu", torch.float64).reshape(shape)))
 
 
 @rule(aten.linear.default)

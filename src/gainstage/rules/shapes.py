@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any
@@ -12,7 +12,21 @@ import torch
 
 from gainstage.rules.conditions import choose
 from gainstage.rules.registry import Call, rule
-from gainstage.signal import Value, affine, expand, filter_dim, independent, join, known, permute, reorder, reshape, select, take
+from gainstage.signal import (
+    Added,
+    Value,
+    affine,
+    expand,
+    filter_dim,
+    independent,
+    join,
+    known,
+    permute,
+    reorder,
+    reshape,
+    select,
+    take,
+)
 from gainstage.signal.marginal import Marginal
 from gainstage.signal.quadrature import Array, quantiles, weights
 from gainstage.signal.rolling import roll
@@ -22,6 +36,22 @@ aten = torch.ops.aten
 LONG = 4096  # entries of a dimension from which on maps along it are not written as matrices
 
 
+def kept_apart(x: Value, move: Callable[[Value], Value], known_of: Callable[[torch.Tensor], torch.Tensor]) -> Value:
+    """A view or a part of a tensor, and of the known one that was added to it.
+
+    Where only one number was added, the part is shifted by it: the levels of the whole would take it for something random.
+    """
+    added = x.added
+    if added is None or added.table is not x.table or added.of.axes != x.axes:
+        return move(x)
+    known = known_of(torch.broadcast_to(added.known, x.shape))
+    of = move(replace(added.of, dims=x.dims))
+    if known.numel() and bool((known == known.reshape(-1)[0]).all()):
+        return affine(of, 1.0, float(known.reshape(-1)[0]))
+    moved = move(x)
+    return replace(moved, added=Added(moved.table, of, known))
+
+
 @rule(
     aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.flatten.using_ints, aten.unsqueeze.default,
     aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims, aten.unflatten.int,
@@ -29,7 +59,7 @@ LONG = 4096  # entries of a dimension from which on maps along it are not writte
 )  # fmt: skip
 def view(call: Call, x: Value, *args: Any, **kwargs: Any) -> Value:
     """Same entries, another shape."""
-    return reshape(x, call.shape)
+    return kept_apart(x, lambda y: reshape(y, call.shape), lambda known: known.reshape(call.shape))
 
 
 @rule(aten.permute.default)
@@ -98,7 +128,8 @@ def sliced(call: Call, x: Value, dim: int = 0, start: int | None = None, end: in
     """A range of one dimension."""
     size = x.shape[dim]
     first, last, _ = slice(start, end).indices(size)
-    return take(x, dim, first, last, step)
+    rows = slice(first, last, step)
+    return kept_apart(x, lambda y: take(y, dim, first, last, step), lambda known: known.movedim(dim, 0)[rows].movedim(0, dim))
 
 
 @rule(aten.narrow.default)
@@ -110,13 +141,16 @@ def narrowed(call: Call, x: Value, dim: int, start: int, length: int) -> Value:
 @rule(aten.select.int)
 def selected(call: Call, x: Value, dim: int, index: int) -> Value:
     """One index of a dimension."""
-    return reshape(select(x, dim, index), call.shape)
+    return kept_apart(x, lambda y: reshape(select(y, dim, index), call.shape), lambda known: known.select(dim, index))
 
 
 def _pieces(x: Value, sizes: Sequence[int], dim: int) -> tuple[Value, ...]:
     """Consecutive ranges; each is other entries of the tensor, so each has a latent of its own."""
-    bounds = np.cumsum([0, *sizes])
-    return tuple(take(x, dim, int(a), int(b)) for a, b in pairwise(bounds))
+
+    def piece(start: int, stop: int) -> Value:
+        return kept_apart(x, lambda y: take(y, dim, start, stop), lambda known: known.narrow(dim, start, stop - start))
+
+    return tuple(piece(int(start), int(stop)) for start, stop in pairwise(np.cumsum([0, *sizes])))
 
 
 @rule(aten.chunk.default, aten.split.Tensor, aten.split_with_sizes.default, aten.split.sizes, aten.tensor_split.sections)

@@ -243,7 +243,8 @@ class Explainer:
         return [
             f"Var(log det) = {demand.goal.constant:.4g} at {self._place(demand.node)}, over draws and inputs: a volume near 1;",
             "scales and shifts, which the flow adds, are equally quiet",
-            f"its mean is {mean:.3g}: what the library's functions of a scale of 0 add up to",
+            f"its mean is {mean:.3g}"
+            + ("" if abs(mean) < 1.0 else ": the library's functions of a scale are bounded, or have no bias"),
         ]
 
     def _gain(self, demand: Demand) -> list[str]:

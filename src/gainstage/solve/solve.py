@@ -24,6 +24,7 @@ from gainstage.solve.initial import Present, initial_settings
 from gainstage.solve.passage import Balance, Passages
 from gainstage.solve.priors import prior_blocks, with_priors
 from gainstage.solve.recurrent import is_recurrent, unit_gates, weights_of
+from gainstage.solve.rest import resting_biases
 from gainstage.solve.setting import Setting
 from gainstage.solve.tailoring import propose_activations
 from gainstage.solve.walk import Prepare, Walk
@@ -66,6 +67,8 @@ def solve(
     for layer in first.layers.values():
         setting = settings[layer.parameter]
         settings[layer.parameter] = replace(setting, mixing=layer.mixing, lines=(*setting.lines, *layer.lines()))
+    if logdet_std is not None:
+        settings |= resting_biases(graph, roles, settings, present.tables, source)
     if logdet_std == 0.0:
         settings |= identity_start(roles, settings)
     demands = collect_demands(graph, roles, policy, settings, logdet_std)
