@@ -10,6 +10,10 @@ from torch.nn import functional as F
 
 import gainstage as gs
 from gainstage.errors import InputError
+from gainstage.propagate.backward import unit_gradient
+from gainstage.rules import Call, rule_of
+from gainstage.rules.backward import BackwardCall, backward_rules
+from gainstage.signal import Value, independent
 
 WIDTH = 96
 
@@ -344,3 +348,23 @@ def test_noise_that_is_drawn_beside_a_branch_takes_no_gradient():
     (inner,) = trace.modules["inner"]
     (last,) = trace.modules["last"]
     assert inner.gradient.second_moment == pytest.approx(2 * 4 / 48 * last.gradient.second_moment, rel=0.35)  # U(-1/4, 1/4)
+
+
+ASKED = {
+    "mul": (torch.ops.aten.mul.Tensor, [(8, 32), (8, 32)]),
+    "div": (torch.ops.aten.div.Tensor, [(8, 32), (8, 32)]),
+    "linear": (torch.ops.aten.linear.default, [(8, 32), (16, 32), (16,)]),
+    "conv2d": (torch.ops.aten.conv2d.default, [(2, 4, 8, 8), (6, 4, 3, 3), (6,)]),
+}
+
+
+@pytest.mark.parametrize("name", ASKED)
+def test_a_gradient_that_is_not_asked_for_is_left_out_and_changes_no_other(name):
+    op, shapes = ASKED[name]
+    operands = [independent(shape, 1.0, 0.5) for shape in shapes]
+    output = rule_of(op)(Call(op, (op(*(torch.zeros(shape) for shape in shapes)).shape,)), *operands)
+    g = unit_gradient(output)
+    every, one = (backward_rules()[op](BackwardCall(op, output, wanted), g, *operands) for wanted in (None, frozenset({0})))
+    assert all(isinstance(gradient, Value) for gradient in every)
+    assert not any(one[1:])
+    assert (one[0].table == every[0].table).all()

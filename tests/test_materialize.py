@@ -8,6 +8,7 @@ from plans import plan_that_fits
 from torch import nn
 
 from gainstage.apply import apply, materialize, param_init_fn
+from gainstage.apply.buffers import known_buffers
 from gainstage.cli.huggingface import cpu_torchvision_if_installed
 from gainstage.errors import InputError, PlanMismatchError, UnknownNameError
 from gainstage.plan import Distribution, Family
@@ -434,3 +435,14 @@ def test_masks_indices_and_tables_of_timm(name, options):
     cpu_torchvision_if_installed()
     timm = pytest.importorskip("timm")
     assert_as_if_built_in_memory(lambda: timm.create_model(name, **options))
+
+
+def test_parameters_are_not_drawn_to_find_a_buffer(monkeypatch):
+    with torch.device("meta"):
+        model = Resetting(7)
+
+    def draw(*_):
+        raise AssertionError("drawn")
+
+    monkeypatch.setattr(nn.init, "_no_grad_normal_", draw)
+    assert known_buffers(model)["scale"].tolist() == list(range(7))

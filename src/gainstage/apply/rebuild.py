@@ -242,8 +242,9 @@ class _ParametersLeft(TorchFunctionMode):
     ) -> Any:
         name = getattr(func, "__name__", "")
         is_write = name.endswith("_") and not name.endswith("__") and name != "requires_grad_"
-        if is_write and args and isinstance(args[0], nn.Parameter):
-            if args[0].is_contiguous():
-                args[0].detach().view(-1)[:_TOUCHED].fill_(self._value)
-            return args[0]
+        written = args[0] if args else (kwargs or {}).get("tensor")  # torch.nn.init hands it on by name
+        if is_write and isinstance(written, nn.Parameter):
+            if written.is_contiguous():
+                written.detach().view(-1)[:_TOUCHED].fill_(self._value)
+            return written
         return func(*args, **(kwargs or {}))

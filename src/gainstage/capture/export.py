@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch.export import ExportedProgram
 from torch.fx import proxy
+from torch.fx._lazy_graph_module import _use_lazy_graph_module
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, get_proxy_slot
 from torch.utils import _pytree as pytree
 
@@ -48,6 +49,7 @@ def export(request: Request) -> Exported:
         plain_modules(),
         _all_user_frames(),
         torch.enable_grad(),
+        _use_lazy_graph_module(True),  # nobody runs the program, so its code need not be written and compiled at each step
         quiet(),
     ):
         try:

@@ -75,7 +75,7 @@ def _walk_back(nodes: Sequence[Node], gradients: dict[str, Any], needed: set[str
         if node.op is operator.getitem:
             _accumulate_part(gradients, node.args[0].name, node.args[1], len(values[node.args[0].name]), g)
             continue
-        found, was_sampled = _through(node, g, values)
+        found, was_sampled = _through(node, g, values, needed)
         if was_sampled:
             sampled.append(node.name)
         for argument, gradient in zip(node.args, found, strict=False):
@@ -93,13 +93,14 @@ def _needed(graph: Graph) -> set[str]:
     return needed
 
 
-def _through(node: Node, g: Any, values: Mapping[str, Any]) -> tuple[tuple[Any, ...], bool]:
+def _through(node: Node, g: Any, values: Mapping[str, Any], needed: set[str]) -> tuple[tuple[Any, ...], bool]:
     assert node.op is not None
     if is_free(node.op):
         return (), False
     args = [resolve(argument, values) for argument in node.args]
     kwargs = {name: resolve(argument, values) for name, argument in node.kwargs.items()}
-    call = BackwardCall(node.op, values[node.name])
+    wanted = frozenset(place for place, argument in enumerate(node.args) if _is_needed(argument, needed))
+    call = BackwardCall(node.op, values[node.name], wanted)
     rule = backward_rules().get(node.op, times_slope if is_pointwise(node.op) else None)
     if rule is None:
         return sample_backward(node, g, args, kwargs), True
@@ -109,6 +110,12 @@ def _through(node: Node, g: Any, values: Mapping[str, Any]) -> tuple[tuple[Any, 
         raise
     except Exception:  # noqa: BLE001  (the rule does not cover this call, whether it knew so or not)
         return sample_backward(node, g, args, kwargs), True
+
+
+def _is_needed(argument: Any, needed: set[str]) -> bool:
+    if isinstance(argument, (list, tuple)):
+        return any(_is_needed(item, needed) for item in argument)
+    return isinstance(argument, Ref) and argument.name in needed
 
 
 def _deliver(gradients: dict[str, Any], argument: Any, gradient: Any, needed: set[str]) -> None:

@@ -83,7 +83,8 @@ def _times(g: Value, factor: Any) -> Value:
 @backward(aten.mul.Tensor, aten.mul.Scalar, aten.multiply.Tensor)
 def multiplied(call: BackwardCall, g: Value, x: Any, y: Any) -> tuple[Gradient, ...]:
     """``g y`` and ``g x``."""
-    return (_for(x, _times(g, y)) if isinstance(x, Value) else None), (_for(y, _times(g, x)) if isinstance(y, Value) else None)
+    to_x = _for(x, _times(g, y)) if isinstance(x, Value) and call.wants(0) else None
+    return to_x, _for(y, _times(g, x)) if isinstance(y, Value) and call.wants(1) else None
 
 
 @backward(aten.div.Tensor, aten.div.Scalar, aten.divide.Tensor, aten.true_divide.Tensor)
@@ -92,8 +93,8 @@ def divided(call: BackwardCall, g: Value, x: Any, y: Any) -> tuple[Gradient, ...
     if not isinstance(y, Value):
         return _for(x, affine(g, 1.0 / float(y))), None
     by_y = combine(torch.div, g, y)
-    to_y = affine(combine(torch.div, _times(by_y, x), y), -1.0)
-    return _for(x, by_y), _for(y, to_y)
+    to_y = affine(combine(torch.div, _times(by_y, x), y), -1.0) if call.wants(1) else None
+    return _for(x, by_y), None if to_y is None else _for(y, to_y)
 
 
 @backward(aten.addcmul.default)

@@ -56,6 +56,8 @@ def linear(call: BackwardCall, g: Value, x: Value, weight: Value, bias: Value | 
     """``g W`` and ``g^T x``."""
     batch = LETTERS[: len(x.dims) - 1]
     to_x = to_reader(g, call.output, weight, float(x.shape[-1]), contract(g, weight, batch + "z", "zy", batch + "y"))
+    if not call.wants(1, 2):
+        return (to_x,)
     return to_x, _dense_gradient(g, x, batch + "z", batch + "y", "zy"), bias_gradient(g, bias, -1)
 
 
@@ -121,6 +123,8 @@ def convolution(
     taps = [windows(*args) for args in each]
     terms = float(np.prod(weight.shape[1:]))
     to_x = to_reader(g, call.output, weight, terms, convolve(g, weight, back, groups, transposed=True))
+    if not call.wants(1, 2):
+        return (to_x,)
     to_weight = convolution_weight_gradient(g, x, weight.shape, taps, groups)
     pair = along_weight(g, x, [1], terms)
     if pair is not None:

@@ -23,10 +23,15 @@ BackwardRule = Callable[..., tuple[Any, ...]]
 
 @dataclass(frozen=True, slots=True)
 class BackwardCall:
-    """What a backward rule may know: the op, and what its forward rule returned."""
+    """What a backward rule may know: the op, what its forward rule returned, and which arguments' gradients are asked for."""
 
     op: Op
     output: Any  # Value, or tuple of Values
+    wanted: frozenset[int] | None = None  # places of arguments; None: all
+
+    def wants(self, *arguments: int) -> bool:
+        """Tell whether the gradient of any of these arguments is asked for: others may be left out."""
+        return self.wanted is None or not self.wanted.isdisjoint(arguments)
 
     @property
     def shape(self) -> tuple[int, ...]:
