@@ -14,10 +14,11 @@ from gainstage.graph.model import (
 )
 from gainstage.graph.real import as_real, held, is_sharded, real_parameters, whole
 from gainstage.graph.region import Region, parameters_of_regions
-from gainstage.graph.reuse import FOLLOWED, repeated_uses, used_on_own
+from gainstage.graph.reuse import FOLLOWED, LOOKUPS, repeated_uses, used_on_own
 
 __all__ = [
     "FOLLOWED",
+    "LOOKUPS",
     "Graph",
     "ModuleCall",
     "Node",

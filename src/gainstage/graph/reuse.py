@@ -1,4 +1,4 @@
-"""Weights that are used more than once: tied layers of an autoencoder, a block that is applied several times."""
+"""Weights that are used more than once: tied layers of an autoencoder, an embedding that is the head, a repeated block."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from gainstage.graph.model import Node, NodeKind, TensorMeta
 
 FOLLOWED = 24  # uses of one weight, at most, of which it is followed what they have in common: pairs of them grow with the square
 
-_LOOKUPS = frozenset({torch.ops.aten.embedding.default, torch.ops.aten.embedding_bag.default})
+LOOKUPS = frozenset({torch.ops.aten.embedding.default, torch.ops.aten.embedding_bag.default})
 
 
 def repeated_uses(nodes: Sequence[Node]) -> dict[str, tuple[str, ...]]:
-    """Matrices that meet data in several operations -> these operations, in order; a look-up of rows does not count."""
+    """Matrices that meet data in several operations, not in look-ups alone -> these operations, in order."""
+    lookups = {node.name for node in nodes if node.op in LOOKUPS}
     held: dict[str, frozenset[str]] = {}  # node -> the weights that it is a form of (a transposed one)
     uses: dict[str, list[str]] = {}
     for node in nodes:
@@ -25,10 +26,10 @@ def repeated_uses(nodes: Sequence[Node]) -> dict[str, tuple[str, ...]]:
         weights = frozenset().union(*(held[name] for name in operands if name in held))
         if weights and all(name in held for name in operands):
             held[node.name] = weights
-        elif node.op not in _LOOKUPS:
+        else:
             for weight in weights:
                 uses.setdefault(weight, []).append(node.name)
-    return {weight: tuple(found) for weight, found in uses.items() if len(found) > 1}
+    return {weight: tuple(found) for weight, found in uses.items() if len(found) > 1 and not lookups.issuperset(found)}
 
 
 def used_on_own(nodes: Sequence[Node], uses: dict[str, tuple[str, ...]]) -> list[str]:

@@ -19,10 +19,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from gainstage.graph import Graph, Node
+from gainstage.graph import LOOKUPS, Graph, Node, Ref
 from gainstage.propagate.sample import samplings
 from gainstage.signal import Value, affine, combine, covariance_between
 from gainstage.signal.axes import Axis
+from gainstage.signal.gather import one_hot
 from gainstage.signal.quadrature import expectation
 from gainstage.signal.value import Origin
 
@@ -149,7 +150,9 @@ class _Product:
 
 
 def _product_at(node: Node, result: Value, bit: int, values: Mapping[str, Any]) -> _Product | None:
-    """What an operation makes of one weight and one tensor; None for other operations."""
+    """What an operation makes of one weight and one tensor, or of the rows that it looks up; None for other operations."""
+    if node.op in LOOKUPS:
+        return _lookup_at(node, result, values)
     operands = [values[name] for name in node.operands() if isinstance(values.get(name), Value)]
     data = [x for x in operands if not x.is_weight and x.constant is None]
     weights = [x for x in operands if x.is_weight and x.lineage == bit]
@@ -159,6 +162,15 @@ def _product_at(node: Node, result: Value, bit: int, values: Mapping[str, Any]) 
     fresh = origin.inputs[0] if origin is not None and isinstance(origin.call, tuple) and origin.call[0] == _RETURNED else result
     biases = sum(x.second_moment for x in operands if x.is_weight and x is not weights[0])
     return _Product(fresh, data[0], weights[0], (fresh.second_moment - biases) / data[0].second_moment)
+
+
+def _lookup_at(node: Node, result: Value, values: Mapping[str, Any]) -> _Product | None:
+    """A look-up of rows as the product that it is: of the weight, transposed, with a one at each row that is looked up."""
+    weight, index = (values[argument.name] if isinstance(argument, Ref) else None for argument in node.args[:2])
+    if not isinstance(weight, Value) or not isinstance(index, Value) or index.constant is None or len(weight.dims) != 2:
+        return None
+    picked = one_hot(index.constant, weight.shape[0])
+    return _Product(result, picked, weight, 1.0) if picked.shape[:-1] == result.shape[:-1] else None
 
 
 def _with_returns(node: Node, graph: Graph, made: Value, values: Mapping[str, Any]) -> Value:

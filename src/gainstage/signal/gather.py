@@ -13,7 +13,7 @@ from gainstage.signal.known import spread_pairs
 from gainstage.signal.marginal import Marginal
 from gainstage.signal.movement import expand, map_tables, merge_dim, reshape
 from gainstage.signal.overlap import Overlap
-from gainstage.signal.quadrature import Array
+from gainstage.signal.quadrature import Array, cumulative
 from gainstage.signal.value import Value
 
 
@@ -34,6 +34,15 @@ def same_index_table(index: torch.Tensor) -> tuple[Array, tuple[tuple[Axis, ...]
         _, frequency = np.unique(keys, return_counts=True)
         averaged[subset] = float((frequency.astype(float) ** 2).sum()) / (rows.shape[0] * rows.shape[1] ** 2)
     return spread_pairs(averaged, tuple(axis.size for axis in axes)), dims
+
+
+def one_hot(index: torch.Tensor, size: int) -> Value:
+    """A one where an integer stands, among so many zeros, for every entry of an integer tensor."""
+    equal, dims = same_index_table(index)
+    share = 1.0 / size
+    table = np.stack([(1.0 - equal) * share / max(size - 1, 1), equal * share], axis=-1)
+    marginal = Marginal(object(), lambda: np.asarray(cumulative() > 1.0 - share, dtype=np.float64))
+    return Value(dims=(*dims, (Axis(size),)), mean=share, table=table, marginal=marginal, source=object())
 
 
 def arrangement(dim: Dim) -> NDArray[np.int64] | None:

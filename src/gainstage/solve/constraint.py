@@ -18,6 +18,7 @@ from gainstage.rules.attention import attention_logits
 from gainstage.signal import Value
 from gainstage.signal.attention import apart
 from gainstage.signal.movement import merge_dim
+from gainstage.signal.quadrature import Array, expectation
 from gainstage.solve.setting import Part
 
 aten = torch.ops.aten
@@ -29,6 +30,7 @@ class Quantity(Enum):
     SECOND_MOMENT = "second moment"
     VARIANCE = "variance"
     KEY_VARIANCE = "variance of the logits over the keys"
+    LOSS_ABOVE_CHANCE = "twice what logits cost beyond chance"
 
 
 class Kind(Enum):
@@ -131,6 +133,8 @@ def measure(quantity: Quantity, graph: Graph, node: str, values: Mapping[str, An
     if quantity is Quantity.KEY_VARIANCE:
         logits = _logits(graph.by_name[node], values) if is_attention(graph.by_name[node]) else value
         return key_variance(logits) if isinstance(logits, Value) else 0.0
+    if quantity is Quantity.LOSS_ABOVE_CHANCE:
+        return loss_above_chance(value) if isinstance(value, Value) else 0.0
     if quantity is Quantity.VARIANCE:
         return value.variance if isinstance(value, Value) else 0.0
     return value.second_moment if isinstance(value, Value) else 0.0
@@ -155,6 +159,21 @@ def key_variance(logits: Value) -> float:
         return 0.0
     other = np.take(logits.table, 0, axis=logits.table.ndim - 1)
     return max(logits.second_moment - float(other[(1,) * other.ndim]), 0.0)
+
+
+def loss_above_chance(logits: Value) -> float:
+    """``2 (log E[e^z] - E[z])``: the variance of Gaussian logits, and of others what costs as much.
+
+    A tied head gives each token's own logit the square of its row. One logit in C is then so much higher, by c: where ``c^2 / C``
+    is little, ``log(1 + (e^c - 1) / C)`` need not be.
+    """
+    terms = logits.sum.terms if logits.sum is not None and logits.sum.table is logits.table else ((logits, 1.0),)
+    return sum(_cumulant(sign * term.marginal.values) for term, sign in terms)
+
+
+def _cumulant(values: Array) -> float:
+    top = float(values.max())
+    return 2.0 * (top + math.log(expectation(np.exp(values - top))) - expectation(values))
 
 
 def chance_level(width: int, excess: float) -> float:

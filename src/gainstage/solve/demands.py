@@ -143,11 +143,12 @@ class _Claims:
         levers = self.free(self.levers(head.setters))
         if isinstance(target, NearChance) and levers:
             goal = Goal(constant=chance_level(head.width, target.excess))
+            is_tied = role is Role.TIED_HEAD and head.width > 1
             self.claim(
                 Demand(
                     kind=Kind.HEAD,
                     node=head.output,
-                    quantity=Quantity.SECOND_MOMENT,
+                    quantity=Quantity.LOSS_ABOVE_CHANCE if is_tied else Quantity.SECOND_MOMENT,
                     goal=goal,
                     groups=(levers,),
                     width=head.width,

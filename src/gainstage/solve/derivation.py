@@ -11,7 +11,7 @@ from gainstage.plan import Passage
 from gainstage.policies import Fan, FanScaled
 from gainstage.roles import Role, Roles
 from gainstage.signal import Value
-from gainstage.solve.constraint import Demand, Kind, Own, data_operand, goal_value, is_lookup, measure
+from gainstage.solve.constraint import Demand, Kind, Own, Quantity, data_operand, goal_value, is_lookup, measure
 from gainstage.solve.demands import Demands
 from gainstage.solve.initial import nominal_fan_of
 from gainstage.solve.passage import Balance, Passages
@@ -230,6 +230,11 @@ class Explainer:
             lines.append(
                 "it is also the embedding: the head's demand wins, and the stream starts at the level that this gives it"
             )
+            if demand.quantity is Quantity.LOSS_ABOVE_CHANCE:
+                level = self._level(demand.node)
+                lines.append(
+                    f"the own logit of each token is higher, so that E[y^2] = {level:.4g} costs what {goal:.4g} does else"
+                )
         return lines
 
     def _determinant(self, demand: Demand) -> list[str]:

@@ -257,14 +257,17 @@ def wanted_variance(own: Own, graph: Graph, values: Mapping[str, Any], setting: 
 def fans(own: Own, graph: Graph, values: Mapping[str, Any], setting: Setting) -> tuple[float, float]:
     """Products summed for one output, and outputs that one input adds to; taps in the padding do not count.
 
-    ``fan-in = E[y^2] / (Var(w) E[x^2])``; each product is one input's and one output's, so that
-    ``outputs times fan-in = inputs times fan-out``.
+    ``fan-in = E[y^2] / (Var(w) E[x^2])``, that of the shape for weights that are used again; each product is one input's and one
+    output's, so that ``outputs times fan-in = inputs times fan-out``.
     """
     node = graph.by_name[own.use.node]
     operand = data_operand(node, values)
     if is_lookup(node) or operand is None or operand[1].second_moment <= 0.0:
         fan = nominal_fan_of(own.use, setting.info, graph)
         return fan, fan
-    fan_in = output_gain(own, values, setting) / operand[1].second_moment
+    if own.use.parameter in graph.uses:  # the output may hold more than products with fresh weights
+        fan_in = nominal_fan_of(own.use, setting.info, graph)
+    else:
+        fan_in = output_gain(own, values, setting) / operand[1].second_moment
     outputs, inputs = math.prod(values[own.use.node].shape), math.prod(operand[1].shape)
     return fan_in, fan_in * outputs / inputs
