@@ -8,6 +8,7 @@ from gainstage.signal import affine, apply, combine, join, known, mixture, resha
 from gainstage.testing import RuleCase, assert_rule, correlated
 
 X = correlated((4, 6, 8), mean=0.3, shares={(0, 1): 0.3, (2,): 0.15})
+CENTRES, FREQUENCIES = torch.linspace(-2.0, 2.0, 5, dtype=torch.float64), torch.tensor([0.5, 1.0, 2.0, 4.0], dtype=torch.float64)
 
 # name: what tensors do, and what values do
 COMPOSITIONS = {
@@ -33,6 +34,17 @@ COMPOSITIONS = {
             combine(torch.mul, indicator := apply(lambda t: (t > 0.2).double(), x), x),
             combine(torch.mul, affine(indicator, -1.0, 1.0), affine(x, 0.1)),
         ),
+    ),
+    "bumps around centres": (
+        lambda t: torch.exp(-((1.25 * (t[..., None] - CENTRES)) ** 2)),
+        lambda call, x: apply(
+            lambda t: torch.exp(-t),
+            apply(torch.square, affine(combine(torch.sub, reshape(x, (4, 6, 8, 1)), known(CENTRES)), 1.25)),
+        ),
+    ),
+    "sines of several frequencies": (
+        lambda t: torch.sin(FREQUENCIES[:, None] * t[..., None, :]),
+        lambda call, x: apply(torch.sin, combine(torch.mul, known(FREQUENCIES[:, None]), reshape(x, (4, 6, 1, 8)))),
     ),
     "a mask along positions": (
         lambda t: torch.where(torch.arange(6)[:, None] > 1, t, -t.relu()),

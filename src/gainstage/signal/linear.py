@@ -53,7 +53,11 @@ def affine(x: Value, scale: float, shift: float = 0.0) -> Value:
         x, mean=mean, table=table, marginal=marginal, rho=x.correlation(), statistic=statistic, constant=constant,
         amplitude=amplitude, levels=profile,
     )  # fmt: skip
-    return after_shift(result, x) if shift else result
+    result = after_shift(result, x) if shift else result
+    if x.joined is None or x.joined.table is not x.table:
+        return result
+    parts = tuple(affine(part, scale, shift) for part in x.joined.parts)
+    return replace(result, joined=replace(x.joined, table=result.table, parts=parts))
 
 
 def averaged(table: Array, positions: Sequence[int], axes: Sequence[Axis]) -> Array:

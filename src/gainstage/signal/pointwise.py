@@ -17,7 +17,7 @@ from gainstage.signal.joining import join
 from gainstage.signal.known import known
 from gainstage.signal.linear import add, affine, modulate, multiply
 from gainstage.signal.marginal import Marginal
-from gainstage.signal.movement import expand, parts_along, refine, with_axes
+from gainstage.signal.movement import expand, parts_along, refine, reshape, with_axes
 from gainstage.signal.neighbours import through
 from gainstage.signal.overlap import NONE, Overlap
 from gainstage.signal.pairing import amplitude_of
@@ -39,6 +39,8 @@ from gainstage.signal.uneven import with_means
 from gainstage.signal.value import Value, statistic_at
 
 LEAST_STRAY = 1e-3  # variance of the log of a level below which all draws are alike
+
+MOST_NUMBERS = 32  # centres or frequencies that are looked at one by one
 
 Function = Callable[..., torch.Tensor]
 
@@ -126,7 +128,10 @@ def _on_levels(x: Value, values: Array, function: Callable[[Array], Array]) -> V
 
 
 def apply(function: Function, x: Value) -> Value:
-    """``f(x)`` for any function of one tensor, entry by entry."""
+    """``f(x)`` for any function of one tensor, entry by entry; of several functions of one tensor side by side, of each."""
+    parts = parts_along(x)
+    if parts is not None and len({part.marginal.latent for part in parts[1]}) == 1:
+        return join([apply(function, part) for part in parts[1]], parts[0])
 
     def on_grid(grid: Array) -> Array:
         return call_on(function, grid)
@@ -258,6 +263,9 @@ def combine(function: Function, x: Value, y: Value) -> Value:
     parts = _part_by_part(x, y)
     if parts is not None:
         return join([combine(function, a, b) for a, b in parts[1]], parts[0])
+    row = _row_of_numbers(function, x, y)
+    if row is not None:
+        return row
     numbers = (x.constant, y.constant)
     x, y = align(x, y)
     if _shares_latent(x, y):
@@ -289,6 +297,36 @@ def combine(function: Function, x: Value, y: Value) -> Value:
     else:
         result = _two_latents(function, x, y)
     return _as_statistic(function, x, y, result)
+
+
+def _row_of_numbers(function: Function, x: Value, y: Value) -> Value | None:
+    """A tensor spread over a few known numbers, such as centres or frequencies: a function of it for each, side by side.
+
+    Where all of these are taken to be of one distribution, ``f(x - c)`` of a normal x is one of a mixture that is none.
+    """
+    for first, second in ((x, y), (y, x)):
+        numbers, rank = second.constant, max(len(x.dims), len(y.dims))
+        varying = [] if numbers is None else [d - numbers.dim() for d, size in enumerate(numbers.shape) if size > 1]
+        if numbers is None or first.constant is not None or first.statistic is not None or first.is_weight or len(varying) != 1:
+            continue
+        shape = (1,) * (rank - len(first.dims)) + first.shape
+        if shape[varying[0]] > 1 or numbers.numel() > MOST_NUMBERS or len(set(numbers.reshape(-1).tolist())) < numbers.numel():
+            continue
+        wide = replace(reshape(first, shape), uneven=None)  # which is followed through one function, not through a chain
+        return join([_with_number(function, wide, float(n), is_first=first is x) for n in numbers.reshape(-1)], rank + varying[0])
+    return None
+
+
+def _with_number(function: Function, x: Value, number: float, *, is_first: bool) -> Value:
+    """``f(x, number)`` or ``f(number, x)``."""
+    if function is torch.add or (function is torch.sub and is_first):
+        return affine(x, 1.0, number if function is torch.add else -number)
+    if function is torch.sub:
+        return affine(x, -1.0, number)
+    if function is torch.mul or (function is torch.div and is_first):
+        return affine(x, number if function is torch.mul else 1.0 / number)
+    constant = torch.tensor(number, dtype=torch.float64)
+    return apply((lambda t: function(t, constant)) if is_first else (lambda t: function(constant, t)), x)
 
 
 def _numbers_along(numbers: torch.Tensor | None, x: Value) -> Array | None:
