@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import gainstage as gs
+from gainstage.api.present import on_host
 from gainstage.plan import Family
 
 
@@ -286,3 +287,21 @@ def test_a_failing_apply_leaves_the_model_unchanged():
     with pytest.raises(gs.PlanMismatchError):
         gs.apply(other, gs.plan(model, (X,)))
     assert all(torch.equal(before[name], value) for name, value in other.state_dict().items())
+
+
+def test_one_thread_predicts_and_the_others_are_there_again_even_after_an_error():
+    threads, seen = torch.get_num_threads(), []
+
+    def fail():
+        with on_host():
+            seen.append(torch.get_num_threads())
+            raise ZeroDivisionError
+
+    torch.set_num_threads(2)
+    try:
+        with pytest.raises(ZeroDivisionError):
+            fail()
+        seen.append(torch.get_num_threads())
+    finally:
+        torch.set_num_threads(threads)
+    assert seen == [1, 2]

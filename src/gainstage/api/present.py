@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 
+from gainstage.apply.write import one_thread
 from gainstage.errors import InputError
 from gainstage.graph import Graph, Node, ParameterInfo, parameters_of_regions, real_parameters
 from gainstage.propagate import (
@@ -26,10 +27,16 @@ from gainstage.roles import Roles, is_data
 from gainstage.signal import Value
 
 
-def on_host() -> AbstractContextManager[object]:
-    """A context for numbers that are not the model's: they lie on the host, whatever device the caller made the default."""
+@contextmanager
+def on_host() -> Iterator[None]:
+    """For numbers that are not the model's: they lie on the host, whatever device the caller made the default.
+
+    One thread computes them: they are many and small, and threads that wait for each other take several times as long where
+    other processes run. The numbers do not depend on how many threads there are, either.
+    """
     host = torch.device("cpu")  # as a context it is asked at every call of a function
-    return nullcontext() if torch.get_default_device() == host else host
+    with one_thread(), nullcontext() if torch.get_default_device() == host else host:
+        yield
 
 
 def check_call(model: object, args: object) -> None:

@@ -231,7 +231,7 @@ class Writer:
 
     def _run(self, matrices: Sequence[Task], ranges: Sequence[Task]) -> None:
         if matrices:
-            with _one_thread():
+            with one_thread():
                 for task in matrices:
                     self._perform(task)
                     self._advance(task)
@@ -264,8 +264,8 @@ class Writer:
 
 
 @contextmanager
-def _one_thread() -> Iterator[None]:
-    """A factorisation rounds differently on another number of threads."""
+def one_thread() -> Iterator[None]:
+    """One thread of torch's: a factorisation or a sum rounds differently on another number of threads."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
