@@ -13,6 +13,7 @@ EDGES = correlated((4, 3, 5), mean=-0.2, shares={(0,): 0.3, (1, 2): 0.1})
 NOTHING = constant(torch.zeros(4, 6, 5, dtype=torch.float64))
 ALONG = torch.tensor([4, 0, 4])[None, :, None].expand(4, 3, 5)
 MATRIX = correlated((6, 5), mean=0.3, shares={(0,): 0.3})
+BAGS = torch.tensor([0, 3, 1, 2, 4, 3, 3, 1, 0, 2, 1, 4])
 INDEX = torch.tensor([[0, 2, 2], [5, 0, 2]])
 PLACES = (torch.arange(60).reshape(4, 3, 5) ** 2) % 6
 
@@ -111,6 +112,18 @@ CASES = [
     RuleCase(op=aten.pad.default, args=(MAP, [-1, 2, 1, -2])),
     RuleCase(op=aten.pad.default, args=(TOKENS, [1, 1, 2, 0], "constant", 1.5)),
     RuleCase(op=aten.embedding.default, args=(MATRIX, constant(INDEX))),
+    RuleCase(op=aten.embedding_bag.default, args=(MATRIX, constant(BAGS), constant(torch.arange(0, 12, 3)))),
+    RuleCase(op=aten.embedding_bag.default, args=(MATRIX, constant(BAGS), constant(torch.arange(0, 12, 3)), False, 1)),
+    RuleCase(
+        op=aten.embedding_bag.default,
+        args=(MATRIX, constant(BAGS), constant(torch.tensor([0, 2, 5, 6, 12])), False, 1, False, None, True),
+    ),
+    RuleCase(
+        op=aten.embedding_bag.padding_idx,
+        args=(MATRIX, constant(BAGS), constant(torch.tensor([0, 2, 5, 8])), False, 0, False, None, False, 3),
+        shape_error=0.1,
+        reason="sums of different numbers of rows are spread as much as one is, on average",
+    ),
     RuleCase(op=aten.index_select.default, args=(TOKENS, 1, constant(INDEX[0]))),
     RuleCase(op=aten.index_select.default, args=(TOKENS, 1, constant(torch.tensor([3, 1, 0, 5, 2, 4])))),
     RuleCase(op=aten.index.Tensor, args=(TOKENS, [None, constant(INDEX)])),

@@ -8,9 +8,12 @@ from typing import Any
 import torch
 
 from gainstage.rules.registry import Call, rule
-from gainstage.signal import Value, gathered, lookup, permute, pick, reshape
+from gainstage.signal import Value, filter_dim, gathered, lookup, permute, pick, reshape
 
 aten = torch.ops.aten
+
+LARGEST = 2  # mode of a bag: 0 is the sum, 1 the mean
+MOST_SHARES = 2**24  # coefficients of the map from rows to bags; more are left to samples
 
 
 def known_integers(index: Value) -> torch.Tensor:
@@ -24,6 +27,30 @@ def known_integers(index: Value) -> torch.Tensor:
 def embedding(call: Call, weight: Value, index: Value, *args: Any) -> Value:
     """Rows of the weight: the fan-in of a look-up is 1. Equal tokens share a row."""
     return lookup(weight, 0, known_integers(index))
+
+
+@rule(aten.embedding_bag.padding_idx, aten.embedding_bag.default)
+def embedding_bag(
+    call: Call, weight: Value, indices: Value, offsets: Value, scale_grad_by_freq: bool = False, mode: int = 0,
+    sparse: bool = False, per_sample_weights: Value | None = None, include_last_offset: bool = False,
+    padding_idx: int | None = None,
+) -> tuple[Value | None, ...]:  # fmt: skip
+    """Sum or mean of the rows in each bag: ``A w``, with how often each row that is there lies in each bag."""
+    rows, starts = known_integers(indices), known_integers(offsets)
+    starts = starts[:-1] if include_last_offset else starts
+    bag = torch.searchsorted(starts.contiguous(), torch.arange(len(rows)), right=True) - 1
+    if padding_idx is not None:
+        bag, rows = bag[rows != padding_idx], rows[rows != padding_idx]
+    counts = torch.bincount(bag, minlength=len(starts))
+    if per_sample_weights is not None or mode == LARGEST or not bool((counts > 0).all()):
+        raise NotImplementedError("rows with weights, the largest of rows, or bags without any")
+    used, which = rows.unique(return_inverse=True)  # type: ignore[no-untyped-call]
+    if len(starts) * len(used) > MOST_SHARES:
+        raise NotImplementedError("a map of so many rows to so many bags")
+    shares = torch.zeros(len(starts), len(used), dtype=torch.float64)
+    shares.index_put_((bag, which), torch.ones(len(rows), dtype=torch.float64), accumulate=True)
+    shares = shares / counts[:, None] if mode else shares
+    return filter_dim(lookup(weight, 0, used), 0, shares.numpy()), None, None, None
 
 
 @rule(aten.index.Tensor, aten._unsafe_index.Tensor)
