@@ -238,7 +238,6 @@ class _Flow:
                     ):
                         found.add(name)
         found |= self.before(found, self.first(found)) & self.after(found, self.last(found))
-        found |= self._within(found, related - ends) & (related - ends)  # what is made of an operand beside the region
         return found | {
             name
             for other in found
