@@ -316,6 +316,15 @@ class Written(nn.Module):
         return self.out(y)
 
 
+class Padded(nn.Module):
+    def __init__(self, mode):
+        super().__init__()
+        self.first, self.second, self.mode = nn.Conv1d(16, 64, 1), nn.Conv1d(64, 64, 5), mode
+
+    def forward(self, x):
+        return self.second(F.pad(self.first(x), (3, 2), mode=self.mode))
+
+
 MORE = {
     "written in place": (Written, tokens, 0.05),
     "running": (Running, tokens, 0.05),
@@ -324,6 +333,18 @@ MORE = {
     "picked": (Picked, tokens, 0.06),
     "gated linear unit": (Gated, tokens, 0.05),
 }
+
+
+@pytest.mark.parametrize("long", [512, 0])
+@pytest.mark.parametrize("mode", ["reflect", "replicate", "circular"])
+def test_gradients_through_padding_that_repeats_entries(mode, long, monkeypatch):
+    """By a matrix, and, as in long lines, with an equal share of the margin for all entries."""
+    monkeypatch.setattr("gainstage.rules.backward.shapes.LONG", long)
+    shape = (8, 16, 24)
+    torch.manual_seed(0)
+    assert not gs.inspect(Padded(mode), (torch.randn(shape),)).sampled_backward
+    predicted, measured = (f(lambda: Padded(mode), shape, draws=40) for f in (predicted_gradients, measured_gradients))
+    assert_gradients_agree(predicted, measured, 0.05)
 
 
 @pytest.mark.parametrize("case", MORE)

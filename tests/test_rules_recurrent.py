@@ -51,6 +51,12 @@ def test_beyond_the_steps_that_are_followed_the_process_is_stationary() -> None:
     assert np.diag(life.hidden.within)[50:] == pytest.approx(1.0, rel=2 * SIMULATED)
 
 
+@pytest.mark.parametrize("step", [tanh_step, relu_step])
+def test_of_nothing_nothing_comes(step) -> None:
+    life = simulate([Gate(driven=white(8, 0.0), hidden_gain=1.0)], step, (NOTHING, NOTHING), 8)
+    assert not life.hidden.within.any() and not life.entries.any()
+
+
 LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "lstm": (lambda: nn.LSTM(24, 96), (12, 6, 24)),
     "lstm, two layers, both directions, dropout": (

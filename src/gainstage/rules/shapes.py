@@ -33,7 +33,7 @@ from gainstage.signal.rolling import roll
 
 aten = torch.ops.aten
 
-LONG = 4096  # entries of a dimension from which on maps along it are not written as matrices
+LONG = 512  # entries of a dimension from which on its padding is not written as a matrix
 
 
 def kept_apart(x: Value, move: Callable[[Value], Value], known_of: Callable[[torch.Tensor], torch.Tensor]) -> Value:
@@ -267,7 +267,7 @@ def padded(call: Call, x: Value, pad: Sequence[int], mode: str = "constant", val
 
 
 def _in_one(x: Value, dim: int, before: int, after: int, mode: str) -> Value:
-    return filter_dim(x, dim, _padding(x.shape[dim], before, after, mode))
+    return filter_dim(x, dim, padding(x.shape[dim], before, after, mode))
 
 
 def _side_by_side(x: Value, dim: int, before: int, after: int, mode: str) -> Value:
@@ -285,7 +285,7 @@ def _side_by_side(x: Value, dim: int, before: int, after: int, mode: str) -> Val
     return join([*([border(0, before)] if before else []), x, *([border(1, after)] if after else [])], dim)
 
 
-def _padding(size: int, before: int, after: int, mode: str) -> np.ndarray[Any, Any]:
+def padding(size: int, before: int, after: int, mode: str) -> np.ndarray[Any, Any]:
     """Coefficients [outputs, size] that pad one dimension."""
     if mode == "constant":
         return np.eye(size + before + after, size, -before)

@@ -217,12 +217,13 @@ def _row(process: Process, t: int) -> Array:
 
 
 def _extend(root: Array, target: Array, t: int) -> None:
-    """Two more rows of the Cholesky factor of a covariance that grows."""
+    """Two more rows of the Cholesky factor of a covariance that grows; where nothing varies they are zero."""
     for i in range(2):
         row = 2 * t + i
-        known = np.linalg.solve(root[:row, :row], target[i, :row])
+        known = np.linalg.solve(root[:row, :row] + np.diag(np.diag(root[:row, :row]) == 0.0), target[i, :row])
         root[row, :row] = known
-        root[row, row] = np.sqrt(max(float(target[i, row]) - float(known @ known), 1e-12))
+        own = float(target[i, row])
+        root[row, row] = np.sqrt(max(own - float(known @ known), 1e-12 * own))
 
 
 def _process(moments: Array, times: int, mean: float) -> Process:

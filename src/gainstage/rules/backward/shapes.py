@@ -12,7 +12,8 @@ import torch
 from gainstage.rules.backward.registry import BackwardCall, Gradient, backward
 from gainstage.rules.backward.sums import inside, summed_over, to_shape, zeros
 from gainstage.rules.conditions import kept
-from gainstage.signal import Value, filter_dim, join, permute, reorder, reshape, select, take
+from gainstage.rules.shapes import LONG, padding
+from gainstage.signal import Value, affine, filter_dim, join, permute, reorder, reshape, select, take
 
 aten = torch.ops.aten
 
@@ -195,16 +196,28 @@ def flipped(call: BackwardCall, g: Value, x: Value, dims: Sequence[int]) -> tupl
 def padded(
     call: BackwardCall, g: Value, x: Value, pad: Sequence[int], mode: str = "constant", value: float | None = None
 ) -> tuple[Gradient, ...]:
-    """Without the margin."""
-    if mode != "constant":
-        raise NotImplementedError(f"gradient of padding in mode {mode}")
+    """Without the margin; what repeats an entry adds to it."""
     for i in range(len(pad) // 2):
         dim, before, after = len(x.dims) - 1 - i, int(pad[2 * i]), int(pad[2 * i + 1])
+        if mode != "constant" and (before or after):
+            g = _repeats_added(g, dim, before, after, mode)
+            continue
         start, stop = max(before, 0), g.shape[dim] - max(after, 0)
         g = take(g, dim, start, stop)
         if before < 0 or after < 0:
             g = inside(g, dim, max(-before, 0), x.shape[dim])
     return (g,)
+
+
+def _repeats_added(g: Value, dim: int, before: int, after: int, mode: str) -> Value:
+    """Sums over the copies of each entry; in a long line as if all entries had an equal share of the margin."""
+    size = g.shape[dim] - before - after
+    if size <= LONG:
+        return filter_dim(g, dim, padding(size, before, after, mode).T)
+    middle = take(g, dim, before, before + size)
+    margin = [take(g, dim, 0, before)] * (before > 0) + [take(g, dim, before + size, g.shape[dim])] * (after > 0)
+    added = sum(part.second_moment * part.shape[dim] for part in margin)
+    return affine(middle, (1.0 + added / (size * middle.second_moment)) ** 0.5) if middle.second_moment > 0.0 else middle
 
 
 @backward(aten.broadcast_tensors.default)
