@@ -104,6 +104,23 @@ def test_integers_among_numbers_count_as_numbers():
     assert trace.modules[""][0].second_moment == pytest.approx(expected / 2, rel=0.06)
 
 
+class Places(nn.Linear):
+    """A mask that becomes a number by the type of a tensor, and a condition on data into which places are written."""
+
+    def forward(self, x):
+        h, mask = super().forward(x), torch.arange(WIDTH) > 31
+        loud = h.abs() > 0.1
+        loud[torch.where(loud.sum(-1) == WIDTH)] = False
+        return torch.where(loud, h * (1 - mask.type_as(h)), 0.0)
+
+
+def test_masks_are_numbers_where_the_model_has_them_as_numbers_and_conditions_stay_conditions():
+    torch.manual_seed(0)
+    model, given = Places(WIDTH, WIDTH), x()
+    measured = float(model(given).detach().square().mean())
+    assert gs.inspect(model, (given,)).modules[""][0].second_moment == pytest.approx(measured, rel=0.1)
+
+
 @torch.library.custom_op("gainstage_tests::half", mutates_args=())
 def half(x: torch.Tensor) -> torch.Tensor:
     return 0.5 * x

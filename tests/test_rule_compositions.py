@@ -1,10 +1,13 @@
 """Several rules in a row: what two results of one tensor have in common is kept, or seen to be."""
 
+from dataclasses import replace
+
+import numpy as np
 import pytest
 import torch
 
 from gainstage.rules.reduction import total
-from gainstage.signal import affine, apply, combine, join, known, mixture, reshape, take
+from gainstage.signal import affine, apply, combine, join, known, max_over, mixture, reshape, take
 from gainstage.testing import RuleCase, assert_rule, correlated
 
 X = correlated((4, 6, 8), mean=0.3, shares={(0, 1): 0.3, (2,): 0.15})
@@ -95,6 +98,13 @@ def test_a_concatenation_that_gained_a_dimension_is_taken_apart():
     part = take(reshape(whole, (4, 1, 12, 8, 1)), 2, 8, 11)
     assert part.shape == (4, 1, 3, 8, 1)
     assert part.second_moment == pytest.approx(4.0 * X.second_moment)
+
+
+@pytest.mark.parametrize("number", [0.0, 0.75, -2.0])
+def test_the_largest_of_equal_numbers_is_that_number(number):
+    same = known(torch.full((2, 6, 8), number, dtype=torch.float64))
+    pooled = max_over(replace(same, constant=None), [1, 2], [np.arange(6)[None, :], np.arange(8)[None, :]])
+    assert (pooled.mean, pooled.second_moment) == pytest.approx((number, number**2))
 
 
 def test_an_axis_that_meets_itself_in_another_dimension_stands_there_once():

@@ -54,7 +54,8 @@ def test_beyond_the_steps_that_are_followed_the_process_is_stationary() -> None:
 @pytest.mark.parametrize("step", [tanh_step, relu_step])
 def test_of_nothing_nothing_comes(step) -> None:
     life = simulate([Gate(driven=white(8, 0.0), hidden_gain=1.0)], step, (NOTHING, NOTHING), 8)
-    assert not life.hidden.within.any() and not life.entries.any()
+    assert not life.hidden.within.any()
+    assert not life.entries.any()
 
 
 LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {

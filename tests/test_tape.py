@@ -21,6 +21,7 @@ from gainstage.capture.capture import RUNGS
 from gainstage.graph import Graph, NodeKind
 
 STAGE = importlib.import_module("gainstage.capture.capture")
+RUN = importlib.import_module("gainstage.capture.run")
 
 
 def on_tape(monkeypatch) -> None:
@@ -170,6 +171,19 @@ def test_one_path_seen_names_the_line():
 def test_of_the_ways_that_random_numbers_choose_the_one_through_most_parameters_is_taken():
     graph = capture(Scripted(dropped_layers, *(square() for _ in range(4))), (x(),))
     assert sum(node.kind is NodeKind.PARAMETER for node in graph.nodes) == 8
+
+
+def test_what_dropout_left_of_data_is_looked_at_once(monkeypatch):
+    """There is a parameter that no run reaches; that a draw was mixed into the value that is looked at changes nothing."""
+
+    def guarded(s, x):
+        h = nn.functional.dropout(s.m[0](x))
+        return h.clamp(-1e4, 1e4) if h.isinf().any() else h
+
+    runs = []
+    monkeypatch.setattr(RUN, "_run", lambda *args, run=RUN._run: runs.append(args) or run(*args))
+    capture(Scripted(guarded, square(), square()), (x(),))
+    assert len(runs) == 1
 
 
 class Restless(nn.Module):

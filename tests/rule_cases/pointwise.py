@@ -78,6 +78,7 @@ OF_ONE_POSITIVE = {
     aten.log.default: (),
     aten.log1p.default: (),
     aten.log2.default: (),
+    aten.lgamma.default: (),
     aten.sqrt.default: (),
     aten.rsqrt.default: (),
     aten.reciprocal.default: (),
@@ -150,6 +151,11 @@ CASES = [
     RuleCase(op=aten.masked_fill.Tensor, args=(TOKENS, constant(MASK), constant(torch.tensor(-0.5)))),
     RuleCase(op=aten.where.self, args=(constant(MASK), TOKENS, MORE_TOKENS)),
     RuleCase(op=aten.where.self, args=(constant(MASK), TOKENS, constant(torch.tensor(0.0)))),
+    RuleCase(
+        op=aten.where.self,
+        args=(apply(lambda t: (t > 1e6).double(), TOKENS), RECTIFIED, MORE_TOKENS),
+        stand_in=lambda c, x, y: torch.where(c > 0.5, x, y),
+    ),
     RuleCase(op=aten.where.ScalarOther, args=(constant(MASK), TOKENS, 0.0)),
     RuleCase(op=aten.where.ScalarSelf, args=(constant(MASK), 1.0, RECTIFIED)),
 ]

@@ -65,6 +65,8 @@ CASES = [
     RuleCase(op=aten.upsample_linear1d.vec, args=(LINE, [15], False, None)),
     RuleCase(op=aten.upsample_bilinear2d.vec, args=(MAP, [10, 4], True, None)),
     RuleCase(op=aten.upsample_bicubic2d.vec, args=(MAP, [10, 9], False, None)),
+    RuleCase(op=aten._upsample_bicubic2d_aa.vec, args=(MAP, [3, 9], False, None)),
+    RuleCase(op=aten._upsample_bilinear2d_aa.vec, args=(MAP, [3, 9], False, None)),
     RuleCase(op=aten.cumsum.default, args=(TOKENS, 1), shape_error=0.1, reason=GROWS),
     RuleCase(op=aten.linalg_vector_norm.default, args=(WIDE, 2, [-1], True), model_error=0.02, shape_error=0.1, reason=STRAYS),
     RuleCase(op=aten.linalg_vector_norm.default, args=(PLAIN, 2, [-1])),

@@ -22,6 +22,7 @@ from gainstage.capture.refusal import refusal
 from gainstage.capture.surroundings import Request, copied, hookable, marked_calls, on_device_of, plain_modules, quiet, seeded
 from gainstage.capture.tape import Read, Tape
 from gainstage.errors import GainstageError
+from gainstage.graph import NodeKind
 from gainstage.graph.flatten import tensor_leaves
 
 _DRAWS = 8  # runs at most, where random numbers decide which way a run goes
@@ -122,10 +123,13 @@ def _with_gradient(outputs: list[torch.Tensor]) -> set[int]:
 
 
 def _is_decided_by_draws(made: Recording) -> bool:
-    """Whether the run looked at a value that random numbers were drawn for."""
+    """Whether the run looked at random numbers: not at data that these were mixed with, such as what dropout left of it."""
     random_: set[str] = set()
+    data: set[str] = set()
     for node in made.lowered.nodes:
-        if node.may_draw or any(name in random_ for name in node.operands()):
+        if node.kind in (NodeKind.PARAMETER, NodeKind.INPUT) or any(name in data for name in node.operands()):
+            data.add(node.name)
+        elif node.may_draw or any(name in random_ for name in node.operands()):
             random_.add(node.name)
     return any(read.name in random_ for read in made.reads)
 

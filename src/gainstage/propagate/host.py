@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch._ops import OpOverload
 
-from gainstage.graph import Node, TensorMeta
+from gainstage.graph import Node, TensorMeta, tensor_leaves
 
 
 def run_on_host(node: Node, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
@@ -18,7 +18,7 @@ def run_on_host(node: Node, args: Sequence[Any], kwargs: Mapping[str, Any]) -> A
     What the CPU can do with floating-point numbers only (count integers in bins) is done with these, and is cast back.
     """
     assert node.op is not None
-    placed = _mapped(with_conditions(node.op, args), _on_host)
+    placed = _mapped(with_conditions(node, args), _on_host)
     named = {name: _mapped(argument, _on_host) for name, argument in kwargs.items()}
     try:
         return node.op(*placed, **named)
@@ -27,13 +27,23 @@ def run_on_host(node: Node, args: Sequence[Any], kwargs: Mapping[str, Any]) -> A
         return _cast(node.op(*wide, **named), node.meta)
 
 
-def with_conditions(op: Any, args: Sequence[Any]) -> list[Any]:
-    """Arguments with what was drawn of a mask or a condition, numbers 0 and 1, as the booleans that the operation asks for."""
+def with_conditions(node: Node, args: Sequence[Any]) -> list[Any]:
+    """Arguments with what was drawn of conditions, numbers 0 and 1, as booleans: masks, and all that meets booleans in one."""
+    op, meta = node.op, node.meta
     names = [argument.name for argument in op._schema.arguments] if isinstance(op, OpOverload) else []
+    is_logical = isinstance(meta, TensorMeta) and meta.dtype is torch.bool and any(map(_is_boolean, tensor_leaves(args)))
     return [
-        given > 0.5 if name in ("mask", "condition") and isinstance(given, torch.Tensor) and given.is_floating_point() else given
+        _mapped(given, _as_condition) if is_logical or name in ("mask", "condition") else given
         for name, given in zip_longest(names[: len(args)], args)
     ]
+
+
+def _is_boolean(tensor: torch.Tensor) -> bool:
+    return tensor.dtype is torch.bool
+
+
+def _as_condition(argument: Any) -> Any:
+    return argument > 0.5 if isinstance(argument, torch.Tensor) and argument.is_floating_point() else argument
 
 
 def _on_host(argument: Any) -> Any:

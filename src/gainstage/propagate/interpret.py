@@ -54,7 +54,13 @@ def evaluate(node: Node, values: Mapping[str, Result], parameter: ParameterValue
             f"{node.op_name} cannot be predicted, in {node.provenance}: {type(error).__name__}: {error}"
         ) from error
     _check(node, call, result)
-    return result
+    return _in_type(result, node.meta)
+
+
+def _in_type(result: Result, meta: Any) -> Result:
+    """Known integers that the model has as floating-point numbers here (``mask.type_as(x)``) as these."""
+    is_number = isinstance(meta, TensorMeta) and meta.dtype.is_floating_point
+    return as_numbers(result) if is_number else result
 
 
 def _unknown(node: Node, call: Call, args: list[Any], kwargs: dict[str, Any]) -> Result:

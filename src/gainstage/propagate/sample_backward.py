@@ -30,7 +30,7 @@ def sample_backward(node: Node, g: Any, args: Sequence[Any], kwargs: Mapping[str
         for _ in range(min(max(ENTRIES // max(entries, 1), FEWEST), MOST)):
             leaves = [_leaf(tensor) for tensor in draw(operands, generator)]
             drawn = iter(leaves)
-            actual = with_conditions(node.op, [filled(argument, drawn) for argument in args])
+            actual = with_conditions(node, [filled(argument, drawn) for argument in args])
             named = {name: filled(argument, drawn) for name, argument in kwargs.items()}
             assert node.op is not None
             result = node.op(*actual, **named)

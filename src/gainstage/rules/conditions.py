@@ -85,8 +85,9 @@ def where(call: Call, condition: Value, x: Any, y: Any) -> Value:
 def choose(condition: Value, x: Any, y: Any) -> Value:
     """``c x + (1 - c) y``: exact for conditions on the latent of x and y, and for those that are independent of both."""
     valid = None if condition.constant is None else condition.constant.bool()
-    if valid is None and condition.mean > 1.0 - 1e-9 and isinstance(x, Value) and x.shape == condition.shape:
-        return x  # for sure: where(isfinite(x), x, NaN)
+    for part, chance in ((x, condition.mean), (y, 1.0 - condition.mean)):
+        if valid is None and chance > 1.0 - 1e-9 and isinstance(part, Value) and part.shape == condition.shape:
+            return part  # for sure: where(isfinite(x), x, NaN), where(x == a number of padding, NaN, x)
     if valid is None and any(_only_number(part) < EXCLUDES for part in (x, y)):
         (sample,) = draw([condition], np.random.default_rng(condition.shape))
         valid = sample > 0.5  # a mask that depends on data is one realisation of itself

@@ -64,6 +64,7 @@ pointwise(
     aten.acos.default,
     aten.exp2.default,
     aten.log2.default,
+    aten.lgamma.default,
 )
 
 elementwise(torch.add, aten.add.Scalar)

@@ -224,24 +224,26 @@ def repeating(size: int, outputs: int) -> np.ndarray[Any, Any]:
     return np.asarray(np.eye(size)[np.minimum(np.arange(outputs) * size // outputs, size - 1)])
 
 
-@rule(aten.upsample_bilinear2d.vec, aten.upsample_bicubic2d.vec, aten.upsample_linear1d.vec)
+@rule(
+    aten.upsample_bilinear2d.vec, aten.upsample_bicubic2d.vec, aten.upsample_linear1d.vec, aten._upsample_bilinear2d_aa.vec,
+    aten._upsample_bicubic2d_aa.vec,
+)  # fmt: skip
 def upsample_smooth(call: Call, x: Value, output_size: Any, align_corners: bool, scale_factors: Any = None) -> Value:
     """Separable interpolation, with the coefficients of the op itself."""
     for d in range(2, len(x.dims)):
         size, outputs = x.shape[d], call.shape[d]
         if size != outputs:
-            cubic = call.op is aten.upsample_bicubic2d.vec
-            x = filter_dim(x, d, interpolating(size, outputs, cubic=cubic, align_corners=align_corners))
+            x = filter_dim(x, d, interpolating(size, outputs, str(call.op), align_corners=align_corners))
     return x
 
 
-def interpolating(size: int, outputs: int, *, cubic: bool, align_corners: bool) -> np.ndarray[Any, Any]:
-    """Coefficients [outputs, size] of smooth interpolation along one dimension, read off the op itself."""
-    image = torch.eye(size, dtype=torch.float64).reshape(1, size, size, 1)
-    image = image.expand(1, size, size, 2).contiguous() if cubic else image
+def interpolating(size: int, outputs: int, op: str, *, align_corners: bool) -> np.ndarray[Any, Any]:
+    """Coefficients [outputs, size] of smooth interpolation along one dimension, read off the op of this name itself."""
+    image = torch.eye(size, dtype=torch.float64).reshape(1, size, size, 1).expand(1, size, size, 2).contiguous()
     scaled = torch.nn.functional.interpolate(
-        image, (outputs, image.shape[-1]), mode="bicubic" if cubic else "bilinear", align_corners=align_corners
-    )
+        image, (outputs, 2), mode="bicubic" if "cubic" in op else "bilinear", align_corners=align_corners,
+        antialias="_aa" in op,
+    )  # fmt: skip
     return np.asarray(scaled[0, :, :, 0].T.contiguous().numpy())
 
 

@@ -33,7 +33,7 @@ from gainstage.signal.value import Largest, Value
 def largest(count: float) -> Array:
     """Values, at the points of the coarse rule, of the largest of ``count`` independent standard normals: ``Phi(t)^count``."""
     below = torch.special.ndtr(torch.from_numpy(coarse()[0])).numpy()
-    level = np.clip(below, 1e-300, 1.0 - 1e-16) ** (1.0 / count)
+    level = np.minimum(np.maximum(below, 1e-300) ** (1.0 / count), 1.0 - 1e-16)
     return np.asarray(torch.special.ndtri(torch.from_numpy(level)).numpy())
 
 
@@ -143,7 +143,7 @@ def _louder(x: Value, read: Sequence[tuple[int, Places]], window: _Window) -> li
         others = float(np.prod([p.shape[1] for e, p in read if e != d]))
         rows = np.round(np.sort(levels.read(x.levels, x.axes.index(x.dims[d][0]), place), axis=1), 2)
         kinds, which = np.unique(rows, axis=0, return_inverse=True)
-        full = window.second_moment(np.ones(1), others * place.shape[1])
+        full = window.second_moment(np.ones(1), others * place.shape[1]) or 1.0  # of zeros the largest is zero
         ratio = [window.second_moment(kind[kind > 0.0], others) / full if (kind > 0.0).any() else 0.0 for kind in kinds]
         found.append(np.array(ratio)[which.reshape(-1)])
     return found

@@ -238,15 +238,17 @@ def upsample_nearest(call: BackwardCall, g: Value, x: Value, *args: Any) -> tupl
     return (g,)
 
 
-@backward(aten.upsample_bilinear2d.vec, aten.upsample_bicubic2d.vec, aten.upsample_linear1d.vec)
+@backward(
+    aten.upsample_bilinear2d.vec, aten.upsample_bicubic2d.vec, aten.upsample_linear1d.vec, aten._upsample_bilinear2d_aa.vec,
+    aten._upsample_bicubic2d_aa.vec,
+)  # fmt: skip
 def upsample_smooth(
     call: BackwardCall, g: Value, x: Value, output_size: Any, align_corners: bool, scale_factors: Any = None
 ) -> tuple[Gradient, ...]:
     """The transposed interpolation."""
-    cubic = call.op is aten.upsample_bicubic2d.vec
     for d in range(2, len(x.dims)):
         if x.shape[d] != g.shape[d]:
-            g = filter_dim(g, d, interpolating(x.shape[d], g.shape[d], cubic=cubic, align_corners=align_corners).T)
+            g = filter_dim(g, d, interpolating(x.shape[d], g.shape[d], str(call.op), align_corners=align_corners).T)
     return (g,)
 
 
