@@ -65,6 +65,36 @@ def test_attention_leans_towards_what_keys_and_values_share(variance: float) -> 
     assert abs(math.log(trace.calls[-1].outputs[0].second_moment / mean)) < 0.03 + 4.0 * error
 
 
+class OnMap(nn.Module):
+    """Tokens that were laid out on a map when a kernel made them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.attend = nn.Conv2d(16, 64, 4, stride=4, bias=False), SelfAttention(64, 1.0)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.embed(x)
+        return self.attend((y / y.square().mean(1, keepdim=True).sqrt()).flatten(2).transpose(1, 2))
+
+
+class NormedTwice(SelfAttention):
+    """Keys and values each have the norm of the same tokens to themselves, as in the Perceiver."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for_keys, for_values = (F.layer_norm(x, x.shape[-1:]) for _ in range(2))
+        return F.scaled_dot_product_attention(self.query(for_keys), self.key(for_keys), self.value(for_values))
+
+
+@pytest.mark.parametrize(("make", "shape"), [(OnMap, (2, 16, 32, 48)), (lambda: NormedTwice(64, 1.0), (2, 96, 64))])
+def test_attention_leans_wherever_keys_and_values_come_from_the_same_tokens(make: object, shape: tuple[int, ...]) -> None:
+    """As above: 96 tokens of 64 channels."""
+    assert callable(make)
+    torch.manual_seed(0)
+    trace = inspect(make(), (torch.randn(shape),))
+    mean, error = second_moment_over_draws(make, shape, 60)
+    assert abs(math.log(trace.calls[-1].outputs[0].second_moment / mean)) < 0.03 + 4.0 * error
+
+
 def log_weights(mask: torch.Tensor) -> torch.Tensor:
     """Nothing known but what is excluded."""
     return torch.zeros(mask.shape, dtype=torch.float64).masked_fill(~mask, -math.inf)

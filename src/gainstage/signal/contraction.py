@@ -33,6 +33,9 @@ Places = NDArray[np.int64]
 
 def contract(a: Value, b: Value, labels_a: str, labels_b: str, labels_out: str) -> Value:
     """Sum of products over the labels that are not in ``labels_out``; one letter for each dimension, as in einsum."""
+    if a.tilt is not None:  # what is summed over are keys, whatever map they were laid out on before
+        for d, label in enumerate(labels_b):
+            b = b if label in labels_out else merge_dim(b, d)
     a, b = match(a, b, labels_a, labels_b)
     numbers = Subscripts()
     index_a = [n for label, dim in zip(labels_a, a.dims, strict=True) for n in numbers.of(label, dim)]
@@ -98,10 +101,13 @@ def _strayed(y: Value, x: Value, weight: Value, labels: tuple[str, str, str]) ->
     along = {label: range(starts[d], starts[d + 1]) for d, label in enumerate(read)}
     terms = {p: float(x.axes[p].size) for label in read if label not in out for p in along[label]}
     alone = [p for label in read if label in out and label in own for p in along[label]]
-    read_by = (
-        frozenset({(x.marginal.latent, frozenset(x.axes))}) if weight.lineage.bit_count() == 1 else x.read
-    )  # or a learned query's keys
+    read_by = _names(x) if weight.lineage.bit_count() == 1 else x.read  # or a learned query's keys
     return replace(weighted(y, x, weight, terms, alone=alone), read=read_by)
+
+
+def _names(x: Value) -> frozenset[tuple[object, frozenset[Axis]]]:
+    """What a tensor is known by to all that read it: its latent, and, as a norm called twice on it has two, its source."""
+    return frozenset((name, frozenset(x.axes)) for name in (x.marginal.latent, x.source) if name is not None)
 
 
 class Subscripts:
