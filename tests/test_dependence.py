@@ -294,6 +294,27 @@ def test_predictions_are_those_of_draws(name):
     assert not worst, worst
 
 
+def by_variance(h):
+    return (h - h.mean(-1, keepdim=True)) * torch.rsqrt(h.var(-1, keepdim=True, unbiased=False))
+
+
+def by_squares(h):
+    centred = h - h.mean(-1, keepdim=True)
+    return centred / centred.square().mean(-1, keepdim=True).sqrt()
+
+
+def by_heads(h):
+    """Of vectors of 16 entries, which have levels of their own."""
+    h = torch.cat([h, 3.0 * h], 1).unflatten(-1, (-1, 16))
+    return by_variance(h).flatten(-2)
+
+
+@pytest.mark.parametrize("norm", [by_variance, by_squares, by_heads])
+def test_what_a_norm_by_hand_leaves_has_mean_square_one(norm):
+    trace = gs.inspect(Scripted(lambda m, x: norm(m[0](x)), linear()), (torch.randn(4, 6, WIDTH),))
+    assert trace.nodes[trace.graph.outputs[0]].second_moment == pytest.approx(1.0, rel=1e-4)
+
+
 def steps(count: int) -> nn.Module:
     """``x + w x`` over and over, with one w."""
 

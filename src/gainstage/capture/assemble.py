@@ -18,6 +18,7 @@ from gainstage.capture.picks import fuse_picks, resized, unsized
 from gainstage.capture.regions import fuse_complex, fuse_decays, fuse_parametrizations
 from gainstage.capture.rows import choose_rows
 from gainstage.capture.softmaxes import name_softmaxes
+from gainstage.capture.stabilised import fuse_stabilised
 from gainstage.errors import CaptureError, NonFiniteError, NoSignalError
 from gainstage.graph import FOLLOWED, Graph, Node, NodeKind, ParameterInfo, Ref, Region, TensorMeta, repeated_uses, used_on_own
 
@@ -102,6 +103,7 @@ def _fused(functional: Lowered, live: Collection[str]) -> tuple[list[Node], Lowe
     nodes, guesses = fold(nodes, functional.outputs, unsized(nodes) if live else ())
     nodes = reachable(name_softmaxes(choose_rows(nodes)), functional)
     nodes = reachable(fuse_parametrizations(nodes), functional)
+    nodes = fuse_stabilised(nodes, functional.outputs, functional.marks)
     nodes = fuse_decays(nodes, functional.outputs, functional.marks)
     nodes = fuse_exponentials(nodes, functional.outputs, functional.marks)
     nodes, names = fuse_complex(nodes, functional.outputs, functional.marks)

@@ -157,6 +157,11 @@ def _regions(nodes: Sequence[Node]) -> list[set[str]]:
         if node.kind is NodeKind.OP and (read or node.name in is_complex):
             joined = [region for region in regions if region & read]
             regions = [region for region in regions if not region & read] + [set().union({node.name}, *joined)]
+    return closed(nodes, regions)
+
+
+def closed(nodes: Sequence[Node], regions: list[set[str]]) -> list[set[str]]:
+    """The regions, each with all on the way from one of its operations to another; those that meet are one."""
     while True:
         grown = [region | between(nodes, region) for region in regions]
         merged: list[set[str]] = []

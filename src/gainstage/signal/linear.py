@@ -91,7 +91,9 @@ def mean_over(x: Value, axes: Sequence[Axis]) -> Value:
     if profile is None:
         result = replace(result, marginal=_of_its_sign(x, result))
     is_number = result.mean**2 >= LEAST_CENTRE * result.second_moment
-    return replace(result, statistic=Statistic(latents, centre) if is_number else None)
+    return replace(
+        result, statistic=Statistic(latents, centre) if is_number else None, source=x.source, amplitude=amplitude_of(x)[index]
+    )
 
 
 def _of_its_sign(x: Value, result: Value) -> Marginal:

@@ -198,12 +198,12 @@ class Value:
     places of a map that lie near each other share beyond the table's average. ``gram``: how the table's average over two
     positions of a sequence is spread over pairs of them. ``prior``: the known part of logits, apart from the table: minus
     infinity where a mask excludes. ``tilt``: of the weights that a softmax makes, the table of covariances of its logits.
-    ``read``: the tensors (latent or source, axes) that weights were multiplied with to make this one, where known. ``logits``, ``largest``:
-    what the tensor is the softmax or the maximum of. ``added``: a known tensor that the table includes. ``given``: what a
-    gradient knows of the tensor that it belongs to. ``uneven``: how the variances of channels differ. ``flatness``: kurtosis of
-    what the entries of a vector that was divided by its norm have in common, and of products of two such vectors along either of
-    their axes. ``origin``, ``sum``: how it came about, and the terms of a sum, in networks that use weights more than once.
-    ``unrolled``: the steps of a recurrent cell that it is the state of.
+    ``read``: the tensors (latent or source, axes) that weights were multiplied with to make this one, where known. ``logits``,
+    ``largest``: what the tensor is the softmax or the maximum of. ``added``: a known tensor that the table includes. ``given``:
+    what a gradient knows of the tensor that it belongs to. ``uneven``: how the variances of channels differ. ``flatness``:
+    kurtosis of what the entries of a vector that was divided by its norm have in common, and of products of two such vectors
+    along either of their axes. ``origin``, ``sum``: how it came about, and the terms of a sum, in networks that use weights more
+    than once. ``unrolled``: the steps of a recurrent cell that it is the state of.
     """
 
     dims: tuple[Dim, ...]
