@@ -24,6 +24,7 @@ from rich.progress import track
 from rich.table import Table
 
 import gainstage as gs
+from gainstage.api.operations import operations
 from gainstage.capture import capture
 from gainstage.report.ops import count_ops
 
@@ -94,7 +95,8 @@ def main() -> None:
         start = time.perf_counter()
         graph = capture(example.model, example.args, example.kwargs)
         seconds = time.perf_counter() - start
-        treated = {kind: sum(row.count for row in count_ops(graph) if row.treatment == kind) for kind in ("ruled", "sampled")}
+        rows = count_ops(graph, operations(example.model, example.args, example.kwargs).sampled)
+        treated = {kind: sum(row.count for row in rows if row.treatment == kind) for kind in ("ruled", "sampled")}
         outputs = compare(name, options.draws)
         errors = [output.error for output in outputs]
         stray = max(output.standard_error for output in outputs)

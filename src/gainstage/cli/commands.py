@@ -225,16 +225,16 @@ def verify(choice: ModelChoice, *, plan: Path | None, weights: Path | None, as_j
 @model_options(meta=True)
 def ops(choice: ModelChoice, *, as_json: bool) -> None:
     """List the operations of a model, and how each is predicted."""
-    from gainstage.capture import capture
+    from gainstage.api.operations import operations
     from gainstage.report.ops import count_ops, ops_report
 
     loaded = choice.load()
-    graph = capture(loaded.model, loaded.args, loaded.kwargs)
+    found = operations(loaded.model, loaded.args, loaded.kwargs)
     if as_json:
-        rows = [{"op": row.op, "count": row.count, "treatment": row.treatment} for row in count_ops(graph)]
-        _write_json({"rung": graph.rung, "assumptions": list(graph.assumptions), "operations": rows})
+        rows = [{"op": row.op, "count": row.count, "treatment": row.treatment} for row in count_ops(found.graph, found.sampled)]
+        _write_json({"rung": found.graph.rung, "assumptions": list(found.remarks), "operations": rows})
     else:
-        console().print(ops_report(graph))
+        console().print(ops_report(found.graph, found.sampled, found.remarks))
 
 
 @main.command()

@@ -1,7 +1,7 @@
 """From a graph to the statistics of every tensor in it."""
 
 from gainstage.propagate.backward import Backward, propagate_back_along, propagate_backward
-from gainstage.propagate.build import build_trace
+from gainstage.propagate.build import build_trace, given_up, sampled_nodes
 from gainstage.propagate.interpret import evaluate, has_rule, propagate
 from gainstage.propagate.sample import constant_value
 from gainstage.propagate.statistics import (
@@ -26,6 +26,7 @@ __all__ = [
     "check_initialised",
     "constant_value",
     "evaluate",
+    "given_up",
     "has_rule",
     "input_value",
     "kurtosis",
@@ -35,5 +36,6 @@ __all__ = [
     "propagate",
     "propagate_back_along",
     "propagate_backward",
+    "sampled_nodes",
     "table_value",
 ]

@@ -10,7 +10,7 @@ from gainstage.graph import Graph, Node, NodeKind
 from gainstage.propagate.backward import Backward
 from gainstage.propagate.interpret import has_rule
 from gainstage.propagate.path import main_path
-from gainstage.propagate.sample import samplings
+from gainstage.propagate.sample import Sampled, samplings
 from gainstage.propagate.trace import CallSignals, ParameterStatistics, Signal, Trace
 from gainstage.rules import is_free
 from gainstage.signal import Value
@@ -33,26 +33,46 @@ def build_trace(graph: Graph, values: Mapping[str, Any], backward: Backward | No
         for node in graph.nodes
         if node.kind is NodeKind.PARAMETER and node.parameter is not None and isinstance(values.get(node.name), Value)
     }
-    sampled = tuple(node.name for node in graph.nodes if _was_sampled(node, values))
     return Trace(
         graph=graph,
         nodes=signals,
         calls=calls,
         parameters=parameters,
-        sampled=sampled,
+        sampled=sampled_nodes(graph, values),
         sampled_backward=() if backward is None else backward.sampled,
-        assumptions=graph.assumptions,
+        assumptions=(*graph.assumptions, *given_up(graph, values)),
         depth=None if backward is None else main_path(graph, signals),
     )
 
 
-def _was_sampled(node: Node, values: Mapping[str, Any]) -> bool:
-    """Whether a node was run on samples: real results say so, realised integers do not."""
+def sampled_nodes(graph: Graph, values: Mapping[str, Any]) -> tuple[str, ...]:
+    """Nodes that were run on samples, for want of a rule or of one that covers the call."""
+    return tuple(node.name for node in graph.nodes if _new_samplings(node, values) or _has_no_rule(node))
+
+
+def given_up(graph: Graph, values: Mapping[str, Any]) -> tuple[str, ...]:
+    """A sentence for each rule, and each reason, that left nodes to samples."""
+    places: dict[tuple[str, str], list[Node]] = {}
+    for node in graph.nodes:
+        for reason in {origin.reason for origin in _new_samplings(node, values) if origin.reason}:
+            places.setdefault((node.op_name, reason), []).append(node)
+    return tuple(
+        f"Run on samples, as the rule of {op} does not cover the call ({reason}): {nodes[0].name} in {nodes[0].provenance}"
+        + (f", and {len(nodes) - 1} more." if len(nodes) > 1 else ".")
+        for (op, reason), nodes in places.items()
+    )
+
+
+def _new_samplings(node: Node, values: Mapping[str, Any]) -> set[Sampled]:
+    """Samplings that a node did itself."""
     if node.kind is not NodeKind.OP or node.op is operator.getitem:
-        return False
-    assert node.op is not None
+        return set()
     seen = set().union(*(samplings(values.get(name)) for name in node.operands()))
-    return bool(samplings(values.get(node.name)) - seen) or not (has_rule(node) or is_free(node.op))
+    return samplings(values.get(node.name)) - seen
+
+
+def _has_no_rule(node: Node) -> bool:
+    return node.kind is NodeKind.OP and node.op is not None and not (has_rule(node) or is_free(node.op))
 
 
 def _moment(gradient: Signal | None) -> float | None:

@@ -71,8 +71,10 @@ def _unknown(node: Node, call: Call, args: list[Any], kwargs: dict[str, Any]) ->
         return _by_rule(node, call, args, kwargs)
     except GainstageError:
         raise
-    except Exception:  # noqa: BLE001  (the rule does not cover this call, whether it knew so or not)
-        return sample_node(node, call, args, kwargs)
+    except NotImplementedError as error:  # the rule does not cover this call, and knows it
+        return sample_node(node, call, args, kwargs, str(error))
+    except Exception as error:  # noqa: BLE001  (it does not, or has a mistake)
+        return sample_node(node, call, args, kwargs, f"{type(error).__name__}: {error}")
 
 
 def _by_rule(node: Node, call: Call, args: list[Any], kwargs: dict[str, Any]) -> Result:

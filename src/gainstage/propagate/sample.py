@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -28,8 +29,8 @@ ENTRIES = 2**20  # stop when the draws have this many entries together, of opera
 MOST, FEWEST = 32, 4
 
 
-def sample_node(node: Node, call: Call, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-    """Result of an op from draws of its operands; the same for the same node name."""
+def sample_node(node: Node, call: Call, args: Sequence[Any], kwargs: Mapping[str, Any], reason: str = "") -> Any:
+    """Result of an op from draws of its operands; the same for the same node name. ``reason``: why its rule was not followed."""
     operands = list(operands_of(args)) + list(operands_of(list(kwargs.values())))
     lineage = 0
     for value in operands:
@@ -53,7 +54,8 @@ def sample_node(node: Node, call: Call, args: Sequence[Any], kwargs: Mapping[str
                 ) from error
             outputs.append(list(result) if isinstance(result, (tuple, list)) else [result])
     stray = max((value.log_variance for value in operands), default=0.0)
-    found = [pooled_value(list(draws), lineage, stray) for draws in zip(*outputs, strict=True)]
+    origin = Sampled(reason)
+    found = [pooled_value(list(draws), lineage, stray, origin) for draws in zip(*outputs, strict=True)]
     return tuple(found) if isinstance(node.meta, tuple) else found[0]
 
 
@@ -75,10 +77,11 @@ def as_numbers(argument: Any) -> Any:
     return argument
 
 
+@dataclass(frozen=True, slots=True, eq=False)
 class Sampled:
-    """Where a value comes from that was measured on samples."""
+    """Where a value comes from that was measured on samples; ``reason``: why not by the rule that there is."""
 
-    __slots__ = ()
+    reason: str = ""
 
 
 def samplings(result: Any) -> set[Sampled]:
@@ -132,12 +135,12 @@ def filled(argument: Any, drawn: Any) -> Any:
     return argument
 
 
-def pooled_value(draws: list[Any], lineage: int, stray: float) -> Value | None:
+def pooled_value(draws: list[Any], lineage: int, stray: float, origin: Sampled) -> Value | None:
     """Value of a tensor from draws of it; what the mean over the draws strays by is added to the log variance ``stray``."""
     if not isinstance(draws[0], torch.Tensor):
         return None
     if not draws[0].is_floating_point():
-        return constant_value(draws[0])
+        return replace(constant_value(draws[0]), source=origin)
     draws = [sample.clamp(-LARGE, LARGE) for sample in draws]
     mean, table = pooled(draws)
     dims = new_dims(tuple(draws[0].shape))
@@ -154,6 +157,6 @@ def pooled_value(draws: list[Any], lineage: int, stray: float) -> Value | None:
         alike = entries[along > 0.0] / along[along > 0.0]
         marginal = Marginal(marginal.latent, lambda: np.quantile(entries, cumulative()), lambda: np.quantile(alike, cumulative()))
     return Value(
-        dims=dims, mean=mean, table=table, marginal=marginal, source=Sampled(), lineage=lineage, log_variance=stray,
+        dims=dims, mean=mean, table=table, marginal=marginal, source=origin, lineage=lineage, log_variance=stray,
         levels=profile,
     )  # fmt: skip

@@ -12,7 +12,7 @@ import torch
 from gainstage.errors import UnsupportedOpError
 from gainstage.graph import Node
 from gainstage.propagate.host import with_conditions
-from gainstage.propagate.sample import ENTRIES, FEWEST, MOST, filled, operands_of, pooled_value
+from gainstage.propagate.sample import ENTRIES, FEWEST, MOST, Sampled, filled, operands_of, pooled_value
 from gainstage.signal import Value
 from gainstage.signal.sampling import draw
 
@@ -68,7 +68,7 @@ def _leaf(tensor: torch.Tensor) -> torch.Tensor:
 
 def _pooled_gradient(draws: list[torch.Tensor | None]) -> Value | None:
     present = [draw for draw in draws if draw is not None]
-    return pooled_value(present, 0, 0.0) if present else None
+    return pooled_value(present, 0, 0.0, Sampled()) if present else None
 
 
 def _fill_gradients(argument: Any, found: Any) -> Any:

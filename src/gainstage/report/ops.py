@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from rich.text import Text
@@ -15,10 +16,7 @@ from gainstage.rules import Rule, is_free, rules
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OpRow:
-    """One operation of a model: how often it occurs, and whether it is ruled, sampled or free of statistics.
-
-    A rule that does not cover a call leaves it to sampling; only a trace says so, in ``trace.sampled``.
-    """
+    """One operation of a model: how often it occurs, and whether it is ruled, sampled or free of statistics."""
 
     op: str
     count: int
@@ -34,25 +32,25 @@ class RuleRow:
     formula: str
 
 
-def count_ops(graph: Graph) -> list[OpRow]:
-    """The operations of a captured model, most frequent first."""
-    counts = Counter((node.op_name, _treatment(node)) for node in graph.nodes if node.kind is NodeKind.OP)
+def count_ops(graph: Graph, sampled: Collection[str] = ()) -> list[OpRow]:
+    """The operations of a captured model, most frequent first; ``sampled``: nodes that no rule covers, where known."""
+    counts = Counter((node.op_name, _treatment(node, sampled)) for node in graph.nodes if node.kind is NodeKind.OP)
     return [
         OpRow(op=op, count=count, treatment=treatment)
         for (op, treatment), count in sorted(counts.items(), key=lambda item: (-item[1], item[0]))
     ]
 
 
-def _treatment(node: Node) -> str:
+def _treatment(node: Node, sampled: Collection[str]) -> str:
     assert node.op is not None
     if is_free(node.op):
         return "free"
-    return "ruled" if has_rule(node) else "sampled"
+    return "ruled" if has_rule(node) and node.name not in sampled else "sampled"
 
 
-def ops_report(graph: Graph) -> Report[OpRow]:
-    """The operations of a captured model, how it was captured, and what had to be assumed."""
-    rows = count_ops(graph)
+def ops_report(graph: Graph, sampled: Collection[str], remarks: Sequence[str]) -> Report[OpRow]:
+    """The operations of a captured model, how it was captured, what had to be assumed, and which rules gave up."""
+    rows = count_ops(graph, sampled)
     by_treatment: Counter[str] = Counter()
     for row in rows:
         by_treatment[row.treatment] += row.count
@@ -65,7 +63,7 @@ def ops_report(graph: Graph) -> Report[OpRow]:
             Column(heading="statistics", cell=lambda row: row.treatment),
         ),
         rows=rows,
-        remarks=[Text(assumption) for assumption in graph.assumptions],
+        remarks=[Text(remark) for remark in remarks],
     )
 
 

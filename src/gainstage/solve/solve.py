@@ -12,7 +12,7 @@ from gainstage.graph import Graph, Node, fingerprint
 from gainstage.inputs import InputStatistics
 from gainstage.plan import ActivationPlan, Block, Distribution, Family, ParameterPlan, Plan
 from gainstage.policies import Level, Policy, UnitGates
-from gainstage.propagate import Signal
+from gainstage.propagate import Signal, given_up
 from gainstage.roles import Role, Roles, Use
 from gainstage.signal import Value
 from gainstage.solve.constraint import is_contraction
@@ -92,7 +92,7 @@ def solve(
         balance=balance.value,
         predictions=predictions,
         spreads=spreads,
-        notes=(*_notes(policy, explainer), *first.notes, *remarks),
+        notes=(*_notes(policy, explainer), *given_up(graph, solution.values), *first.notes, *remarks),
         activations=activations,
     )
 
