@@ -47,8 +47,8 @@ def fuse_stabilised(nodes: Sequence[Node], outputs: Sequence[str], marked: Colle
 
 def _is_stabilised(node: Node, by_name: dict[str, Node]) -> bool:
     """Whether an exponential is one of a difference from an entrywise maximum of what the first term is made of."""
-    difference = _before_moves(next(node.operands()), by_name)
-    names = list(difference.operands())
+    difference = _before_moves(node.operands()[0], by_name)
+    names = difference.operands()
     if packet_name(difference.op) != "sub" or len(names) != 2:
         return False
     first, largest = (_before_moves(name, by_name) for name in names)
@@ -103,7 +103,7 @@ def _behind(ends: Iterable[str], by_name: dict[str, Node], is_inside: Callable[[
 def _before_moves(name: str, by_name: dict[str, Node]) -> Node:
     node = by_name[name]
     while _is_move(node):
-        node = by_name[next(node.operands())]
+        node = by_name[node.operands()[0]]
     return node
 
 
