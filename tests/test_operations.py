@@ -122,6 +122,18 @@ def test_masks_are_numbers_where_the_model_has_them_as_numbers_and_conditions_st
     assert gs.inspect(model, (given,)).modules[""][0].second_moment == pytest.approx(measured, rel=0.1)
 
 
+def test_picks_of_nothing_change_nothing():
+    class Nothing(nn.Linear):
+        def forward(self, x):
+            h, none = super().forward(x), torch.arange(0)
+            return h.index_put((none,), torch.tanh(h[none]))
+
+    trace = gs.inspect(Nothing(WIDTH, WIDTH), (x(),))
+    before = next(signal for name, signal in trace.nodes.items() if name.startswith("linear"))
+    assert not trace.sampled
+    assert trace.modules[""][0].second_moment == before.second_moment
+
+
 @torch.library.custom_op("gainstage_tests::half", mutates_args=())
 def half(x: torch.Tensor) -> torch.Tensor:
     return 0.5 * x

@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
+import torch
+
 from gainstage.errors import GainstageError, UnsupportedOpError
 from gainstage.graph import Graph, Node, NodeKind, ParameterInfo, Ref, TensorMeta
 from gainstage.propagate.kinship import Operation, known_origin, with_origin
@@ -65,6 +67,8 @@ def _in_type(result: Result, meta: Any) -> Result:
 
 def _unknown(node: Node, call: Call, args: list[Any], kwargs: dict[str, Any]) -> Result:
     """Result of an op on what is not known: by its rule, or by sampling where there is none or it does not cover the call."""
+    if isinstance(node.meta, TensorMeta) and 0 in node.meta.shape:
+        return constant_value(torch.zeros(node.meta.shape, dtype=node.meta.dtype))  # nothing was picked
     if rule_of(node.op) is None:
         return sample_node(node, call, args, kwargs)
     try:

@@ -25,6 +25,8 @@ def places_replaced(call: Call, x: Value, indices: Sequence[Value | None], value
     if dims != list(range(dims[0], dims[0] + len(dims))):
         raise NotImplementedError("places along dimensions that are apart")
     first, count, shape = dims[0], len(dims), tensors[0].shape
+    if not shape.numel():
+        return x
     rows = expand(values, (*x.shape[:first], *shape, *x.shape[first + count :]))
     rows = reshape(rows, (*x.shape[:first], shape.numel(), *x.shape[first + count :]))
     flat = [index.reshape(-1) for index in tensors]
