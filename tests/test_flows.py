@@ -69,7 +69,7 @@ def determinants(model, plan, *, seeds, calibrated, features=FEATURES):
     for seed in range(seeds):
         gs.apply(model, plan, seed=seed)
         if calibrated:
-            gs.calibrate(model, plan, (torch.randn(256, FEATURES),))
+            gs.calibrate(model, plan, (torch.randn(256, features),))
         with torch.no_grad():
             found.append(model(torch.randn(512, features))[1])
     return torch.stack(found)
@@ -130,6 +130,25 @@ def test_couplings_that_only_add():
     assert torch.equal(model(x)[0], x)
 
 
+def test_continuous_flows():
+    """To first order in the velocity; zuko's own solver, and the trace that it differentiates for, are the judge."""
+    flows = pytest.importorskip("zuko").flows
+    torch.manual_seed(0)
+    flow = flows.CNF(FEATURES, hidden_features=(64, 64))
+    model, x = gs.Flow(flow).eval(), torch.randn(256, FEATURES)
+    plan = gs.plan(model, (x,), logdet_std=0.1)
+    assert "Var(log det) = 0.01" in plan.explain("flow.transform.ode.4.weight")
+    drawn = determinants(model, plan, seeds=32, calibrated=False)
+    assert 0.08 < drawn.std() < 0.12
+    assert abs(drawn.mean()) < 0.05
+    with torch.no_grad():
+        (z, determinant), (exact_z, exact) = model(x), flow().transform.call_and_ladj(x)
+    assert (determinant - exact).std() < 0.1 * exact.std()
+    assert (z - exact_z).square().mean() < 0.02 * (exact_z - x).square().mean()
+    with pytest.raises(InputError, match="LayerNorm in the network of a continuous flow"):
+        gs.Flow(flows.CNF(FEATURES, normalize=True))(x)
+
+
 def test_twice_the_deviation():
     torch.manual_seed(0)
     model = gs.Flow(zuko_maf()).eval()
@@ -150,6 +169,21 @@ def test_a_start_at_the_identity(build):
     assert z.square().mean().item() == pytest.approx(x.square().mean().item(), rel=1e-4)
 
 
+class Resting(nn.Module):
+    """A coupling whose log-scales are a function of what its network puts out, packed with its shifts."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(4, 64), nn.ReLU(), nn.Linear(64, 16))
+        self.function = function
+
+    def forward(self, x):
+        kept, moved = x.split([4, 8], -1)
+        parts = self.net(kept).unflatten(-1, (8, 2))
+        logs = self.function(parts[..., 0])
+        return torch.cat([kept, moved * logs.exp() + parts[..., 1]], -1), logs.sum(-1)
+
+
 @pytest.mark.parametrize(
     ("function", "rest"),
     [
@@ -161,20 +195,8 @@ def test_a_start_at_the_identity(build):
     ],
 )
 def test_where_a_scale_is_at_rest(function, rest):
-    """A flow whose scales are a function of what its network puts out: the bias at which they are 1."""
-
-    class Coupling(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.net = nn.Sequential(nn.Linear(4, 64), nn.Tanh(), nn.Linear(64, 16))
-
-        def forward(self, x):
-            kept, moved = x.split([4, 8], -1)
-            parts = self.net(kept).unflatten(-1, (8, 2))
-            logs = function(parts[..., 0])
-            return torch.cat([kept, moved * logs.exp() + parts[..., 1]], -1), logs.sum(-1)
-
-    model, x = Coupling(), torch.randn(512, 12)
+    """The bias at which scales are 1; shifts beside them in one weight have none."""
+    model, x = Resting(function), torch.randn(512, 12)
     plan = gs.plan(model, (x,), logdet_std=0.1)
     gs.apply(model, plan, seed=0)
     scales, shifts = model.net[2].bias.unflatten(0, (8, 2)).unbind(-1)
@@ -184,6 +206,21 @@ def test_where_a_scale_is_at_rest(function, rest):
         found = determinants(model, plan, seeds=24, calibrated=False, features=12)
         assert found.std() == pytest.approx(0.1, rel=0.2)
         assert abs(found.mean()) < 0.05
+
+
+def test_scales_at_rest_are_calibrated_apart_from_their_bias():
+    """The square of the bias is 600 times what the weight adds to it: what both share in one draw would drown that."""
+    torch.manual_seed(0)
+    model = Resting(lambda c: nn.functional.softplus(c).log())
+    plan = gs.plan(model, (torch.randn(512, 12),), logdet_std=0.05)
+    for seed in range(4):
+        gs.apply(model, plan, seed=seed)
+        x = torch.randn(256, 12)
+        calibration = gs.calibrate(model, plan, (x,))
+        assert not calibration.missed
+        with torch.no_grad():
+            moved = (model.net(x[:, :4]) - model.net[2].bias).square().mean().item()
+        assert 8 * 0.63**2 * moved == pytest.approx(0.05**2, rel=0.05)  # the log of softplus has the slope .63 at its rest
 
 
 def test_a_flow_of_your_own():

@@ -15,6 +15,7 @@ from torch import nn
 
 import gainstage as gs
 from gainstage.optim import LAWS, Start
+from gainstage.optim.first import ROUNDING
 
 ROOT = Path(__file__).parents[1]
 REQUEST = 1e-2
@@ -121,7 +122,7 @@ def realised(model, plan, groups, gradients):
     for name, update in updates.items():
         sizes = gradients[name].abs()
         whole = made_by[name] in {"sgd", "radam", "muon"} or (made_by[name] == "adafactor" and update.dim() > 1)
-        found[name] = rms(update if whole else update[sizes > 1e-6 * sizes.max()]) / planned_size(name, plan)
+        found[name] = rms(update if whole else update[sizes > ROUNDING * sizes.max()]) / planned_size(name, plan)
     return found
 
 

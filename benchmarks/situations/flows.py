@@ -53,6 +53,14 @@ def zuko_flow(kind: str, layers: int) -> Callable[[], nn.Module]:
     return build
 
 
+def zuko_continuous() -> nn.Module:
+    """A continuous flow of zuko."""
+    import zuko
+
+    made: nn.Module = zuko.flows.CNF(FEATURES, hidden_features=(HIDDEN, HIDDEN))
+    return made
+
+
 def nflows_flow(kind: str, layers: int) -> Callable[[], nn.Module]:
     """A flow of nflows, with residual networks."""
 
@@ -116,6 +124,7 @@ FLOWS: tuple[tuple[str, str, Callable[[], nn.Module]], ...] = (
     ("zuko", "MAF, 3 layers", zuko_flow("MAF", 3)),
     ("zuko", "RealNVP, 4 layers", zuko_flow("RealNVP", 4)),
     ("zuko", "NSF, 3 layers", zuko_flow("NSF", 3)),
+    ("zuko", "CNF, to first order", zuko_continuous),
     ("nflows", "RealNVP, 4 layers", nflows_flow("SimpleRealNVP", 4)),
     ("nflows", "MAF, 3 layers", nflows_flow("MaskedAutoregressiveFlow", 3)),
     ("nflows", "spline couplings, 3 layers", nflows_spline),

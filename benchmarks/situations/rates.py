@@ -20,6 +20,7 @@ from torch import nn
 
 import gainstage as gs
 from gainstage.graph import tensor_leaves
+from gainstage.optim.first import ROUNDING
 
 REQUEST = 1e-3
 LEAST = 4096  # entries: the rms of one draw is then known to about 1 %, and 8 draws to half a percent
@@ -87,7 +88,7 @@ def realised(example: Example, plan: gs.Plan, seed: int, optimizer: str) -> dict
             update = (parameter.detach() - before[name]).double()
             sizes = gradients[name].abs()
             whole = optimizer in ("sgd", "radam", "adafactor")
-            moved = update if whole else update[sizes > 1e-6 * sizes.max()]
+            moved = update if whole else update[sizes > ROUNDING * sizes.max()]
             found[name] = float(moved.square().mean().sqrt() / before[name].double().square().mean().sqrt())
     return found
 

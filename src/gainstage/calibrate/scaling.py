@@ -140,6 +140,10 @@ class Scaling:
         open_blocks = any(not self._obstacle(site, block, row) for block, row in blocks)
         rest = self._rest(site, node, offset) if open_blocks and not site.is_tied else None
         parts = _Output(output, rest, channel_dim(node, output.dim()))
+        apart: torch.Tensor | float = 0.0  # what levels are measured without
+        if rest is not None and _is_rest([(row, parts.channels(block)[1]) for block, row in blocks]):
+            blocks, apart = [(block, _without_rest(row, *parts.channels(block))) for block, row in blocks], rest
+            parts = _Output(output - rest, None, parts.dim)
         rows = [self._decide(site, block, row, parts) for block, row in blocks]
         if all(row.factor == 1.0 for row in rows):
             return output, rows
@@ -147,7 +151,7 @@ class Scaling:
         factors = spread_out(before.shape, site.dim, [(b.rows, r.factor) for (b, _), r in zip(blocks, rows, strict=True)], before)
         self.tensors[site.parameter] = ((before + offset) * factors - offset).to(before.dtype)
         now = self._scaled(site, node, output, rest, [(b, r) for (b, _), r in zip(blocks, rows, strict=True)])
-        found = [replace(row, after=self._level(node, now, block)) for (block, _), row in zip(blocks, rows, strict=True)]
+        found = [replace(row, after=self._level(node, now - apart, block)) for (block, _), row in zip(blocks, rows, strict=True)]
         if any(not row.is_met and not row.note for row in found):
             self.tensors[site.parameter] = before
             return output, [replace(row, factor=1.0, note=row.note or "its scale cancels on the way here") for row in rows]
@@ -226,6 +230,19 @@ class Scaling:
         rest = self.execution.compute(node, {site.parameter: silent})
         assert isinstance(rest, torch.Tensor)
         return rest
+
+
+def _is_rest(blocks: Sequence[tuple[CalibrationRow, torch.Tensor | None]]) -> bool:
+    """Whether most of a planned level is a bias: what the weight adds to it shows in the deviations from the bias alone."""
+    shares = [level(rest) / row.planned if rest is not None and row.planned > 0.0 else 1.0 for row, rest in blocks]
+    return all(share < 1.0 for share in shares) and any(share > 0.5 for share in shares)
+
+
+def _without_rest(row: CalibrationRow, output: torch.Tensor, rest: torch.Tensor | None) -> CalibrationRow:
+    """Levels less the bias, with which a fresh weight has nothing in common."""
+    assert rest is not None
+    found = level(output - rest)
+    return replace(row, before=found, after=found, planned=row.planned - level(rest))
 
 
 def _matrices_whole(planned: ParameterPlan, groups: Sequence[Ranges]) -> list[Ranges]:

@@ -25,9 +25,12 @@ def with_bias(y: Value, bias: Value | None, dim: int) -> Value:
     shape = [1] * len(y.dims)
     shape[dim] = -1
     total = combine(torch.add, y, reshape(bias, shape))
-    if bias.constant is None or not bias.constant.is_floating_point():
+    known = bias.constant
+    if known is None and bias.mean != 0.0 and bias.variance <= 0.0:
+        known = torch.full(bias.shape, bias.mean, dtype=torch.float64)
+    if known is None or not known.is_floating_point():
         return total
-    return replace(total, added=Added(total.table, y, bias.constant.to("cpu", torch.float64).reshape(shape)))
+    return replace(total, added=Added(total.table, y, known.to("cpu", torch.float64).reshape(shape)))
 
 
 @rule(aten.linear.default)

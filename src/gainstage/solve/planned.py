@@ -12,6 +12,7 @@ from gainstage.plan import Distribution, Family, ParameterPlan, Plan
 from gainstage.propagate import evaluate, parameter_value, table_value
 from gainstage.roles import Role, is_data
 from gainstage.signal import Value, affine
+from gainstage.solve.priors import constants_of, constants_value
 
 _SAME = 1e-9  # relative: rounding
 
@@ -77,6 +78,8 @@ def _at_level(value: Any, recorded: tuple[float, ...] | None) -> Any:
 
 def planned_value(info: ParameterInfo, index: int, planned: ParameterPlan) -> Value:
     """Independent entries: ``sum_b n_b (mean_b, std_b^2) / n`` over blocks b of n_b coordinates, and their levels."""
+    if numbers := constants_of(planned):
+        return constants_value(numbers)
     spans = list(_spans(planned))
     if any(part.mixing is not None and part.mixing.stream != planned.name for _, _, part in spans):
         return parameter_value(info, index, 0.0, 0.0)  # a bias that takes off a mean: on average over draws nothing is added

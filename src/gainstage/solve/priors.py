@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from itertools import groupby
@@ -13,8 +13,10 @@ import numpy as np
 import torch
 
 from gainstage.errors import InputError, UnknownNameError, nearest
-from gainstage.plan import Block, Distribution, Family
+from gainstage.plan import Block, Distribution, Family, ParameterPlan
+from gainstage.propagate import constant_value
 from gainstage.roles import Role, Roles
+from gainstage.signal import Value, levels
 from gainstage.signal.quadrature import Array
 from gainstage.solve.setting import Setting
 
@@ -107,6 +109,23 @@ def _counted(name: str, labels: torch.Tensor, count: int) -> tuple[Array, bool]:
         raise InputError(f"priors: labels for {name} lie from 0 to {classes - 1}")
     shares = (np.bincount(used.numpy(), minlength=classes) + 1.0) / (used.numel() + classes)
     return (shares, True) if count > 1 else (shares[1:], False)
+
+
+def constants_of(planned: ParameterPlan) -> tuple[float, ...]:
+    """The constant for each output that a bias is planned to hold; none where it is drawn, or the same everywhere."""
+    parts = (planned.distribution, *(block.distribution for block in planned.blocks))
+    if len(planned.shape) != 1 or not planned.blocks or any(part.family is not Family.CONSTANT for part in parts):
+        return ()
+    numbers = [planned.distribution.mean] * planned.shape[0]
+    for block in planned.blocks:
+        numbers[block.start : block.stop] = [block.distribution.mean] * (block.stop - block.start)
+    return tuple(numbers)
+
+
+def constants_value(numbers: Sequence[float]) -> Value:
+    """Known numbers, and the levels of their coordinates."""
+    known = torch.tensor(numbers, dtype=torch.float64)
+    return replace(constant_value(known), levels=levels.normalised(np.abs(known.numpy())))
 
 
 def prior_blocks(prior: tuple[float, ...]) -> tuple[Distribution, tuple[Block, ...]]:

@@ -20,13 +20,13 @@ import numpy as np
 import torch
 
 from gainstage.graph import Graph, Node, NodeKind
-from gainstage.propagate import constant_value
 from gainstage.propagate.host import run_on_host
 from gainstage.propagate.interpret import resolve
 from gainstage.roles import Role, Roles, Setter
 from gainstage.signal import Value
 from gainstage.signal.sampling import draw
 from gainstage.solve.constraint import CONTRACTIONS
+from gainstage.solve.priors import constants_value
 from gainstage.solve.setting import Setting
 
 _SILENT = 1e-4  # rms of a term that is as good as 0: rounding
@@ -216,4 +216,5 @@ def _resting(setting: Setting, rows: torch.Tensor, c: float) -> Setting:
         return replace(setting.with_all(mean=c, variance=0.0), is_fixed=True, lines=(*setting.lines, line))
     known = c * rows.double()
     start = setting.with_all(mean=float(known.mean()), variance=float(known.var(correction=0)))
-    return replace(start, is_fixed=True, prior=tuple(known.tolist()), table=constant_value(known), lines=(*setting.lines, line))
+    numbers = tuple(known.tolist())
+    return replace(start, is_fixed=True, prior=numbers, table=constants_value(numbers), lines=(*setting.lines, line))

@@ -241,8 +241,10 @@ def value_of(setting: Setting) -> Value:
 
 
 def output_gain(own: Own, values: Mapping[str, Any], setting: Setting) -> float:
-    """Second moment of the contraction's output for each unit of the parameter's variance."""
-    return float(values[own.use.node].second_moment) / setting.variance
+    """Second moment of the contraction's output for each unit of the parameter's variance; a known bias apart."""
+    output: Value = values[own.use.node]
+    is_apart = output.added is not None and output.added.table is output.table
+    return (output.added.of if output.added is not None and is_apart else output).second_moment / setting.variance
 
 
 def wanted_variance(own: Own, graph: Graph, values: Mapping[str, Any], setting: Setting) -> float:
