@@ -56,7 +56,7 @@ def nflows_spline():
             transforms.PiecewiseRationalQuadraticCouplingTransform(
                 (torch.arange(FEATURES) + i) % 2, lambda i, o: residual(i, o, 64, num_blocks=1), tails="linear", tail_bound=3.0
             )
-            for i in range(2)
+            for i in range(3)
         ]
     )
 
@@ -75,7 +75,7 @@ def determinants(model, plan, *, seeds, calibrated, features=FEATURES):
     return torch.stack(found)
 
 
-LAYERS = {zuko_maf: 3, zuko_coupling: 4, zuko_spline: 2, nflows_maf: 2, nflows_spline: 2}
+LAYERS = {zuko_maf: 3, zuko_coupling: 4, zuko_spline: 2, nflows_maf: 2, nflows_spline: 3}
 
 
 @pytest.mark.parametrize("build", LAYERS)
