@@ -423,7 +423,7 @@ def test_a_tied_head_decides_for_the_embedding(policy):
     if policy == "he":
         assert found == pytest.approx(2 / 64, rel=1e-3)
         return
-    # The norm leaves of the stream, which is the embedding, what its eps does not take; each token's own logit is that of its row.
+    # The norm leaves of the stream, the embedding, what its eps does not take; each token's own logit is that of its row.
     level = found**2 / (found + 1e-5)
     own = 64 * level**0.5
     cost = 64 * level + 2 * (math.log1p(math.expm1(own) / 500) - own / 500)
