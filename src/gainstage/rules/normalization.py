@@ -48,7 +48,7 @@ def batch_norm(
     shape = [x.shape[1] if d == 1 else 1 for d in range(len(x.dims))]
     if training or running_mean is None or running_var is None:
         axes = [axis for d, dim in enumerate(x.dims) for axis in dim if d != 1]
-        return _scaled(normalise(x, axes, eps), weight, bias, shape)
+        return _scaled(normalise(x, axes, eps, over_places=True), weight, bias, shape)
     centred = combine(torch.sub, x, reshape(running_mean, shape))
     factor = apply(lambda t: (t + eps).rsqrt(), reshape(running_var, shape))
     return _scaled(combine(torch.mul, centred, factor), weight, bias, shape)

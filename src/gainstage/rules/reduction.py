@@ -13,8 +13,8 @@ import torch
 from gainstage.rules.linear import per_dim, windows
 from gainstage.rules.registry import Call, rule
 from gainstage.signal import Value, affine, apply, filter_dim, known, max_over, mean_over, normalise, reshape, softmax
+from gainstage.signal.alike import averaged
 from gainstage.signal.contraction import Places
-from gainstage.signal.linear import averaged
 from gainstage.signal.sampling import draw
 
 aten = torch.ops.aten

@@ -2,6 +2,7 @@
 
 from gainstage.signal.adjoint import (
     accumulated,
+    across_rows,
     along_weight,
     lookup_gradient,
     normalise_gradient,
@@ -10,6 +11,7 @@ from gainstage.signal.adjoint import (
     times_own,
     to_reader,
     to_summand,
+    turned_by,
 )
 from gainstage.signal.adjoint_maxima import largest_gradient
 from gainstage.signal.attention import participation, softmax
@@ -32,6 +34,7 @@ __all__ = [
     "Added",
     "Value",
     "accumulated",
+    "across_rows",
     "affine",
     "along_weight",
     "apply",
@@ -73,4 +76,5 @@ __all__ = [
     "times_own",
     "to_reader",
     "to_summand",
+    "turned_by",
 ]

@@ -10,11 +10,12 @@ import numpy as np
 import torch
 
 from gainstage.signal import levels
+from gainstage.signal.alike import averaged, border, centred, mean_square
 from gainstage.signal.axes import Axis
 from gainstage.signal.filters import normalise
 from gainstage.signal.gather import same_index_table
 from gainstage.signal.joining import join
-from gainstage.signal.linear import affine, averaged, multiply
+from gainstage.signal.linear import affine, multiply
 from gainstage.signal.movement import merge_dim, parts_along, refine, take, with_axes
 from gainstage.signal.neighbours import Neighbours, made, through
 from gainstage.signal.pointwise import align, combine
@@ -22,6 +23,7 @@ from gainstage.signal.quadrature import (
     Array,
     evaluate_series,
     expectation,
+    few_points,
     invert_series,
     nodes,
     power_series,
@@ -29,6 +31,8 @@ from gainstage.signal.quadrature import (
 )
 from gainstage.signal.uneven import is_centred
 from gainstage.signal.value import Given, Value, gaussian
+
+LARGEST = 0.05  # of a variance: one component that is no more than this is as good as many
 
 
 def averaged_over(table: Array, value: Value, reduced: Sequence[Axis]) -> Array:
@@ -64,30 +68,42 @@ def normalise_gradient(g: Value, x: Value, dims: Sequence[int], eps: float, *, c
     x, g = together(x, g)
     x_axes = [axis for d in dims for axis in x.dims[d]]
     axes = [axis for d in dims for axis in g.dims[d]]
-    centred = x.table - averaged_over(x.table, x, x_axes) if centre else x.table
-    level = max(float(centred[(1,) * x.table.ndim]), 0.0) + eps
-    stray = averaged_over(2.0 * (centred / level) ** 2, x, x_axes)[(-1,) * x.table.ndim] if level > 0.0 else 0.0
+    at = [x.axes.index(axis) for axis in x_axes]
+    rest = centred(x, at) if centre else x.table
+    level = max(float(rest[(1,) * x.table.ndim]), 0.0) + eps
+    stray = 2.0 * float(mean_square(x, rest, at)[(-1,) * x.table.ndim]) / level**2 if level > 0.0 else 0.0
     if x.uneven is not None and not any(axis in x_axes for axis in x.uneven.axes):
-        stray += x.uneven.variance
+        stray += x.uneven.centred if centre else x.uneven.variance
     xhat = normalise(x, x_axes, eps, centre=centre)
     along = averaged_over(times_own(g, xhat).table, g, axes)
     common = averaged_over(g.table, g, axes) if centre else np.zeros_like(along)
-    inverse_factor, kept_along = _stray_inverse(stray, eps / level if level > 0.0 else 0.0)  # level has eps in it
+    largest = float(border(x, at)[(-1,) * x.table.ndim]) / level if centre and level > 0.0 else 0.0
+    inverse_factor, kept_along = _stray_inverse(stray, eps / level if level > 0.0 else 0.0, largest)  # level has eps in it
     table = g.table - xhat.table * along * (1.0 - kept_along) - common
     inverse, profile = _divided_levels(g, x, [x.axes.index(axis) for axis in x_axes], level - eps, eps)
     full = (1,) * table.ndim
     table[full] = max(float(table[full]), 0.0)
     near = _projected_neighbours(g, xhat, float(along[(-1,) * table.ndim]), float(common[(-1,) * table.ndim]))
     extra = {"lineage": g.lineage | x.lineage, "log_variance": g.log_variance, "near": near, "uneven": x.uneven}
-    return gaussian(g.dims, 0.0, table * (inverse_factor * inverse), profile, **extra), xhat
+    to_x = gaussian(g.dims, 0.0, table * (inverse_factor * inverse), profile, **extra)
+    return replace(to_x, against=g.against), xhat
 
 
-def _stray_inverse(stray: float, eps: float) -> tuple[float, float]:
+def _stray_inverse(stray: float, eps: float, largest: float = 0.0) -> tuple[float, float]:
     """``E[1 / v]`` for a variance v of mean 1 that strays by a relative variance, and ``E[(eps / v)^2 / v] / E[1 / v]``.
 
     ``eps``: the part of v that does not stray. What strays is chi-square with ``2 / stray`` degrees of freedom, which for a norm
     over two entries is 1: then eps decides. ``eps / v`` is what a norm leaves of its input's part along the output.
+    ``largest``: a part of v that is the square of one Gaussian component.
     """
+    if largest > LARGEST:
+        largest = min(largest, (stray / 2.0) ** 0.5, 1.0 - eps)
+        points, mass = few_points()
+        rest = max(stray - 2.0 * largest**2, 0.0) / max(1.0 - largest - eps, 1e-9) ** 2
+        sizes = 1.0 - largest + largest * points**2
+        fixed = (eps + largest * points**2) / sizes
+        each = [_stray_inverse(rest, part)[0] / size for part, size in zip(fixed, sizes, strict=True)]
+        return float(mass @ each), eps**2
     if stray < 0.02:
         return 1.0 + stray, eps**2
     shape = 1.0 / stray
@@ -98,15 +114,49 @@ def _stray_inverse(stray: float, eps: float) -> tuple[float, float]:
     return inverse, float((mass * eps**2 / variance**3).sum() / mass.sum()) / inverse
 
 
-def to_reader(g: Value, of: Value, weight: Value, terms: float, found: Value) -> Value:
+def to_reader(g: Value, of: Value, weight: Value, found: Value, *, terms: float, groups: float = 1.0) -> Value:
     """What goes on to the input of ``of = W x``, n terms each: W^T g, where g was divided by the deviations of its own channels.
 
     A long row of weights makes its channel loud, and its gradient quiet: ``E[|w|^2 / s^2] = (1 - V) E[|w|^2] E[1 / s^2]``, with
-    ``V = (kurtosis of w - 1) / n`` the variance of ``|w|^2`` relative to its mean.
+    ``V = (kurtosis of w - 1) / n`` the variance of ``|w|^2`` relative to its mean. And ``E[w w^T / w' C w]`` lacks
+    ``2 C / tr C`` of its unit matrix, C the covariance of x over places: what goes on is turned away from what x varies by, see
+    :attr:`Value.against`. Where g was, in m channels, ``E[w_c w_d^T (w_c' C w_d)] = C`` takes ``(m - 1) against / n`` off.
     """
-    if g.uneven is None or g.uneven is not of.uneven or is_centred(weight):
+    turned = g.against * (weight.shape[0] / groups - 1.0) / terms
+    lost = turned
+    if is_normalised(g, of, weight):
+        lost += (weight.marginal.kurtosis - 1.0) / terms
+        turned += 2.0 / terms
+    return replace(affine(found, max(1.0 - lost, 0.0) ** 0.5), against=turned / groups)
+
+
+def is_normalised(g: Value, of: Value, weight: Value) -> bool:
+    """Whether each channel of g was divided by the deviation of that channel of ``of = W x``, rows of W independent."""
+    return g.uneven is not None and g.uneven is of.uneven and not is_centred(weight)
+
+
+def across_rows(g: Value, of: Value, weight: Value, found: Value) -> Value:
+    """Gradient of the rows w of ``of = W x`` where each channel was divided by its own deviation: nothing of it lies along w.
+
+    The norm took from g its part along the output, ``w' x``. Of ``sum g x`` this is the share ``tr(C^2) / tr(C)^2``, C the
+    covariance of x over places; what a table shows of it is gone from g by now, but not what cosines stray by.
+    """
+    if not is_normalised(g, of, weight):
         return found
-    return affine(found, max(1.0 - (weight.marginal.kurtosis - 1.0) / terms, 0.0) ** 0.5)
+    assert g.uneven is not None
+    alike = (g.uneven.centred - (weight.marginal.kurtosis - 3.0) * weight.shape[0] / float(np.prod(weight.shape))) / 2.0
+    return affine(found, max(1.0 - alike, 0.0) ** 0.5)
+
+
+def turned_by(g: Value, x: Value, y: Value, slopes: Array) -> float:
+    """How far ``g f'(x)`` is turned away from x, where g is from ``y = f(x)``: two channels of small correlation rho have
+
+    ``E[f']^2 Var(x) rho`` in common of y, and ``E[f']^2`` of the slopes.
+    """
+    if g.against == 0.0 or y.variance <= 0.0:
+        return 0.0
+    square = expectation(slopes**2)
+    return g.against * expectation(slopes) ** 4 * x.variance / (y.variance * square) if square > 0.0 else 0.0
 
 
 def _projected_neighbours(g: Value, xhat: Value, along: float, common: float) -> Neighbours | None:
@@ -178,9 +228,12 @@ def lookup_gradient(g: Value, index: torch.Tensor, rows: int) -> Value:
     return gaussian((rows_dim, *g.dims[rank:]), 0.0, np.asarray(table), lineage=g.lineage, log_variance=g.log_variance)
 
 
-def through_slope(g: Value, steepness: Value) -> Value:
-    """``g f'(u)`` for the slope f'(u) of an activation: what g knows of u and what the slope knows of it are not independent."""
-    made = multiply(*align(g, steepness))
+def through_slope(g: Value, steepness: Value, against: float = 0.0) -> Value:
+    """``g f'(u)`` for the slope f'(u) of an activation: what g knows of u and what the slope knows of it are not independent.
+
+    ``against``: of the result, see :func:`turned_by`.
+    """
+    made = replace(multiply(*align(g, steepness)), against=against)
     slopes = steepness.marginal.values
     if g.given is None:
         return replace(made, given=Given(slopes, slopes**2, g).scaled())
@@ -208,6 +261,7 @@ def _weighted(x: Value, own: float, pairs: float) -> Value:
 
 def to_summand(g: Value, total: Value, x: Value, y: Value, sign: float) -> Value:
     """Gradient of x from that of ``x + sign y``: ``E[h(x + sign y) | x]`` of what it knows of the sum."""
+    g = replace(g, against=g.against * min(x.variance / total.variance, 1.0) if total.variance > 0.0 else 0.0)
     if g.given is None:
         return g
     order = np.argsort(total.marginal.values, kind="stable")
@@ -225,6 +279,8 @@ def accumulated(first: Value, second: Value) -> Value:
         if parts is not None:
             return join([accumulated(part, piece) for part, piece in zip(parts[1], slices(other, *parts), strict=True)], parts[0])
     total = combine(torch.add, first, second)
+    shares = [value.against * value.second_moment for value in (first, second)]
+    total = replace(total, against=sum(shares) / total.second_moment if total.second_moment > 0.0 else 0.0)
     if (first.given is None and second.given is None) or total.second_moment <= 0.0:
         return total
     even = Given(np.ones(nodes().shape), np.ones(nodes().shape))

@@ -8,13 +8,15 @@ from dataclasses import replace
 import numpy as np
 
 from gainstage.signal import levels
+from gainstage.signal.alike import averaged
 from gainstage.signal.axes import Axis
 from gainstage.signal.gram import Gram, modulated
 from gainstage.signal.joining import join
-from gainstage.signal.linear import averaged, without_common
+from gainstage.signal.linear import without_common
 from gainstage.signal.marginal import Marginal
 from gainstage.signal.movement import merge_dim, parts_along
 from gainstage.signal.neighbours import Neighbours, cut, far_of, filtered, made
+from gainstage.signal.overlap import NONE, Overlap
 from gainstage.signal.overlap import filtered as filtered_overlap
 from gainstage.signal.pairing import amplitude_of
 from gainstage.signal.quadrature import Array, nodes, standardised
@@ -161,16 +163,17 @@ def _filtered_marginal(x: Value, result: Value, matrix: Array) -> Marginal:
     return Marginal(object(), lambda: levels.mixture(profile, even(), result.mean, std), even)
 
 
-def normalise(x: Value, reduced: Sequence[Axis], eps: float, *, centre: bool = True) -> Value:
+def normalise(x: Value, reduced: Sequence[Axis], eps: float, *, centre: bool = True, over_places: bool = False) -> Value:
     """``(x - mean(x)) / sqrt(mean((x - mean(x))^2) + eps)`` over some axes; without ``centre`` the mean stays.
 
     Layer, instance, group and batch norm are this, over other axes. The mean square over the axes is read off the table.
-    Of a concatenation, each part by itself, unless the average runs over the parts.
+    Of a concatenation, each part by itself, unless the average runs over the parts. ``over_places``: the average of each channel
+    is over all samples and places.
     """
     reduced = [axis for axis in reduced if axis.size > 1]
     found = parts_along(x)
     if found is not None and x.dims[found[0]][0] not in reduced:
-        return join([normalise(part, reduced, eps, centre=centre) for part in found[1]], found[0])
+        return join([normalise(part, reduced, eps, centre=centre, over_places=over_places) for part in found[1]], found[0])
     positions = [x.axes.index(axis) for axis in reduced]
     common = averaged(x.table, positions, reduced) if centre else np.zeros_like(x.table)
     table = x.table - common
@@ -193,8 +196,14 @@ def normalise(x: Value, reduced: Sequence[Axis], eps: float, *, centre: bool = T
         uneven=shape_alone(x.uneven), mean=mean, table=table, marginal=marginal, rho=x.correlation() if keeps_latent else None,
         amplitude=amplitude, statistic=None, constant=None, prior=None, levels=profile, gram=gram,
         near=without_common(x) if centre else x.near,
+        overlap=_left_overlap(x.overlap.over(tuple(reduced)) if over_places else x.overlap.held(), x.second_moment, level),
     )  # fmt: skip
     return held(result, level * scale**2)
+
+
+def _left_overlap(overlap: Overlap, before: float, after: float) -> Overlap:
+    """What covariances stray by is what it was, over a second moment that is smaller."""
+    return overlap.times((before / after) ** 2) if after > 0.0 else NONE
 
 
 def _evened_pairs(x: Value, profile: Array | None, table: Array) -> tuple[Array, Gram | None]:

@@ -12,7 +12,7 @@ from gainstage.signal.axes import Axis, Dim, axes_of, new_dims
 from gainstage.signal.known import spread_pairs
 from gainstage.signal.marginal import Marginal
 from gainstage.signal.movement import expand, map_tables, merge_dim, reshape
-from gainstage.signal.overlap import Overlap
+from gainstage.signal.overlap import independent
 from gainstage.signal.quadrature import Array, cumulative
 from gainstage.signal.value import Value
 
@@ -127,7 +127,7 @@ def lookup(weight: Value, dim: int, index: torch.Tensor) -> Value:
         source=object(),
         lineage=weight.lineage,
         log_variance=weight.log_variance,
-        overlap=Overlap(_repetition(equal)),
+        overlap=independent(_repetition(equal)),
     )
     # Two look-ups of one row are equal, of two rows are not: on average over pairs that is more than a correlation shows.
     stray = rows.average(picked(weight.square_covariance())) - rows.fluctuation()

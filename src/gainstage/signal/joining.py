@@ -12,7 +12,7 @@ from gainstage.signal import levels, neighbours
 from gainstage.signal.axes import Axis, axes_of
 from gainstage.signal.marginal import Marginal
 from gainstage.signal.movement import full_prior, map_tables, merge_dim, refine, with_axes
-from gainstage.signal.overlap import mixed
+from gainstage.signal.overlap import Overlap, mixed
 from gainstage.signal.quadrature import Array, covariance_series, quantiles, weights
 from gainstage.signal.value import Joined, Value
 
@@ -63,12 +63,20 @@ def join(values: Sequence[Value], dim: int) -> Value:
         is_weight=all(part.is_weight for part in parts),
         levels=levels.of_parts([(part.levels, part.second_moment) for part in ordered], sizes, position, table.ndim),
         joined=Joined(table, new_axis, tuple(parts), dim),
-        overlap=mixed([(part.overlap, n / total) for part, n in zip(parts, sizes, strict=True)]),
+        overlap=_shared_overlap(parts, sizes, axes_of(dims)),
         near=neighbours.mixed(
             [(part.neighbours(), n * part.variance) for part, n in zip(parts, sizes, strict=True)], axes_of(dims)
         ),
         prior=_prior(values, dim),
     )
+
+
+def _shared_overlap(parts: Sequence[Value], sizes: Sequence[int], axes: Sequence[Axis]) -> Overlap:
+    """Cosines of what all parts hold: the average of those of the parts, by what each has of the second moment."""
+    amounts = [n * part.second_moment for part, n in zip(parts, sizes, strict=True)]
+    shares = [amount / max(sum(amounts), 1e-300) for amount in amounts]
+    named = [part.overlap if part.table.ndim != len(axes) else part.overlap.renamed(part.axes, axes) for part in parts]
+    return mixed([(overlap, share**2) for overlap, share in zip(named, shares, strict=True)])
 
 
 def _prior(values: Sequence[Value], dim: int) -> torch.Tensor | None:

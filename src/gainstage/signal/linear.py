@@ -9,6 +9,7 @@ from dataclasses import replace
 import numpy as np
 
 from gainstage.signal import levels
+from gainstage.signal.alike import averaged
 from gainstage.signal.axes import Axis
 from gainstage.signal.gram import Gram, factors_of, modulated
 from gainstage.signal.gram import of_sum as gram_of_sum
@@ -58,14 +59,6 @@ def affine(x: Value, scale: float, shift: float = 0.0) -> Value:
         return result
     parts = tuple(affine(part, scale, shift) for part in x.joined.parts)
     return replace(result, joined=replace(x.joined, table=result.table, parts=parts))
-
-
-def averaged(table: Array, positions: Sequence[int], axes: Sequence[Axis]) -> Array:
-    """Table of the mean over some axes, which stay with one entry: ``K[0] + (K[1] - K[0]) / n`` along each."""
-    for position, axis in zip(positions, axes, strict=True):
-        other, same = np.take(table, 0, axis=position), np.take(table, 1, axis=position)
-        table = np.expand_dims(other + (same - other) / axis.size, position)
-    return table
 
 
 def mean_over(x: Value, axes: Sequence[Axis]) -> Value:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 
@@ -16,6 +16,7 @@ from gainstage.signal.joining import join
 from gainstage.signal.marginal import Marginal
 from gainstage.signal.movement import merge_dim, parts_along
 from gainstage.signal.neighbours import REACH, Neighbours, lag_counts, made
+from gainstage.signal.overlap import NONE, Overlap, filtered
 from gainstage.signal.quadrature import (
     Array,
     coarse,
@@ -27,6 +28,8 @@ from gainstage.signal.quadrature import (
     standardised,
 )
 from gainstage.signal.value import Largest, Value
+
+STEP = 0.05  # of standard deviations, for a slope
 
 
 @cache
@@ -69,6 +72,13 @@ class _Window:
         points, mass = coarse()
         series = power_series(np.interp(nodes(), points, surface @ mass))
         return evaluate_series(series, np.clip(rho / max(self.shared, 1e-12), 0.0, 1.0))
+
+    def slope(self, count: float) -> float:
+        """``E[d max / d t]`` for ``z + t`` in the place of every z."""
+        points, mass = coarse()
+        z = np.sqrt(self.shared) * points[:, None] + np.sqrt(1.0 - self.shared) * largest(count)[None, :]
+        ahead, behind = (np.interp(z + step, nodes(), self.values) for step in (STEP, -STEP))
+        return float(mass @ (ahead - behind) @ mass) / (2.0 * STEP)
 
     def second_moment(self, sizes: Array, repeats: float) -> float:
         """``E max^2`` of places with levels s, each a number of times, by ``P(max < y | common) = prod P(s f < y | common)``."""
@@ -133,7 +143,21 @@ def _pooled(x: Value, read: Sequence[tuple[int, Places]], rho: Array, distant: f
     near = Neighbours(spans, excess[tuple(slice(None) if out[d] else 0 for d, _ in read)])
     if spans:
         result = result.with_neighbours(near, second, apart * second)
-    return replace(result, near=made(near.axes, near.excess), largest=Largest(result.table, x, tuple(read)))
+    overlap = _overlap(x, read, window, out).times((x.second_moment / second) ** 2 if second > 0.0 else 0.0)
+    return replace(result, near=made(near.axes, near.excess), largest=Largest(result.table, x, tuple(read)), overlap=overlap)
+
+
+def _overlap(x: Value, read: Sequence[tuple[int, Places]], window: _Window, out: Mapping[int, tuple[Axis, ...]]) -> Overlap:
+    """To first order ``Cov(max, max') = E[d max / d t]^2`` times the average of the correlations of places, as of an average."""
+    overlap, passed, taps = x.overlap, 1.0, 1.0
+    for d, place in read:
+        inside = place >= 0
+        matrix = np.zeros((len(place), x.shape[d]))
+        np.add.at(matrix, (np.nonzero(inside)[0], place[inside]), np.repeat(1.0 / inside.sum(1), inside.sum(1)))
+        overlap, factor = filtered(overlap, x.dims[d][0], matrix, out[d])
+        passed, taps = passed * factor, taps * place.shape[1]
+    before = float(x.marginal.even_series[1])
+    return overlap.times(passed * (window.slope(taps) ** 2 / before) ** 2) if before > 0.0 else NONE
 
 
 def _louder(x: Value, read: Sequence[tuple[int, Places]], window: _Window) -> list[Array]:

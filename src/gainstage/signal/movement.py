@@ -317,7 +317,8 @@ def with_axes(x: Value, dims: tuple[Dim, ...]) -> Value:
     near, lean = x.neighbours(), x.lean
     if lean is not None and lean.near is not None:
         lean = replace(lean, near=lean.near.renamed(x.axes, axes_of(dims)))
-    return replace(x, dims=dims, near=None if near is None else near.renamed(x.axes, axes_of(dims)), lean=lean)
+    near = None if near is None else near.renamed(x.axes, axes_of(dims))
+    return replace(x, dims=dims, near=near, lean=lean, overlap=x.overlap.renamed(x.axes, axes_of(dims)))
 
 
 def refine(x: Value, y: Value, dim_x: int, dim_y: int) -> tuple[Value, Value]:

@@ -71,6 +71,16 @@ class Neighbours:
                 part = part @ np.where(lags > 0, share, 0.0)
         return float(part)
 
+    def variance(self) -> float:
+        """Average over all pairs of places of the square of e, less that of its averages by the axes along which they differ."""
+        squares = Neighbours(self.axes, self.excess**2)
+        total = 0.0
+        for same in np.ndindex(*(2,) * len(self.axes)):
+            equal = [bool(s) for s in same]
+            shares = [(1.0 if one else axis.size - 1.0) / axis.size for axis, one in zip(self.axes, equal, strict=True)]
+            total += float(np.prod(shares)) * (squares.average(equal) - self.average(equal) ** 2)
+        return total
+
     def strided(self, axis: Axis, stride: int, out: tuple[Axis, ...]) -> Neighbours:
         """Every so many places along an axis; without it where one place is left."""
         if axis not in self.axes:

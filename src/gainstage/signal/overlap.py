@@ -7,8 +7,9 @@ so the squared covariances between channels are followed lag by lag.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -16,26 +17,83 @@ from gainstage.signal.axes import Axis
 from gainstage.signal.neighbours import REACH, pairs_by_lag
 from gainstage.signal.quadrature import Array
 
+MOST = 16  # causes kept apart
+
+
+@dataclass(frozen=True, slots=True)
+class Cause:
+    """What made places alike by chance: the entries of one tensor, for all that read it.
+
+    ``additive``: by how loud each place is, which centring over places removes. ``of``: what stands for the tensor, and how it is
+    read where that matters.
+    """
+
+    additive: bool = False
+    of: object = field(default_factory=object)
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Overlap:
-    """``variance`` over draws of the cosine between two places, beyond that of independent entries.
+    """How the cosine between two places strays over draws, beyond that of independent entries.
 
+    ``parts``: the standard deviation that comes of each cause; branches that read one tensor have causes in common.
     ``lags``: along axes of a map ``e(d)``, the squared covariances between channels of places at lag d, over those at lag 0; 1
-    along any other axis.
+    along any other axis. ``swell``: relative variance over places of the level that all channels of a place have in common;
+    ``places``: the axes that these lie along, once a norm holds the average over them; ``evened``: how much of the variance is
+    that between channels, which the norm took.
     """
 
-    variance: float = 0.0
+    parts: tuple[tuple[Cause, float], ...] = ()
     lags: tuple[tuple[Axis, Array], ...] = ()
+    swell: float = 0.0
+    places: tuple[Axis, ...] = ()
+    evened: float = 0.0
+
+    @property
+    def variance(self) -> float:
+        """Variance over draws of the cosine between two places."""
+        return float(sum(size**2 for _, size in self.parts))
+
+    def centred(self) -> Overlap:
+        """Once the mean over all places and samples is gone."""
+        return replace(self, parts=tuple((cause, size) for cause, size in self.parts if not cause.additive))
+
+    def over(self, places: tuple[Axis, ...]) -> Overlap:
+        """Centred, each channel divided by its deviation over all places along some axes."""
+        return replace(self.centred(), places=places)
+
+    def held(self) -> Overlap:
+        """Where each place was divided by its own level, or where nothing is known of that."""
+        return replace(self, swell=0.0, places=(), evened=0.0)
 
     def times(self, factor: float) -> Overlap:
         """The same with another variance."""
-        return replace(self, variance=self.variance * factor)
+        return replace(self, parts=tuple((cause, size * factor**0.5) for cause, size in self.parts))
+
+    def with_causes(self, fresh: Mapping[Cause, float]) -> Overlap:
+        """With variances that come of further causes; of many the smallest are taken as one."""
+        added = [(cause, variance**0.5) for cause, variance in fresh.items() if variance > 0.0]
+        parts = sorted([*self.parts, *added], key=lambda part: -part[1])
+        kept, rest = parts[:MOST], parts[MOST:]
+        for additive in (False, True):
+            left = sum(size**2 for cause, size in rest if cause.additive is additive)
+            kept += [(Cause(additive), left**0.5)] * (left > 0.0)
+        return replace(self, parts=tuple(kept))
+
+    def loosened(self, kept: float, of: object) -> Overlap:
+        """The same variance, of which a part has nothing to do any more with what was there before; ``kept``: the correlation."""
+        lost = 1.0 - min(kept, 1.0) ** 2
+        fresh = {
+            Cause(additive, of): lost * sum(size**2 for cause, size in self.parts if cause.additive is additive)
+            for additive in (False, True)
+        }
+        return self.times(1.0 - lost).with_causes(fresh)
 
     def renamed(self, before: Sequence[Axis], after: Sequence[Axis]) -> Overlap:
         """The same of a tensor whose axes have other names."""
         names = dict(zip(before, after, strict=True))
-        return replace(self, lags=tuple((names.get(axis, axis), e) for axis, e in self.lags))
+        lags = tuple((names.get(axis, axis), e) for axis, e in self.lags)
+        return replace(self, lags=lags, places=tuple(names.get(axis, axis) for axis in self.places))
 
     def along(self, axis: Axis, count: int) -> Array:
         """``e(d)`` for d = 0 ... count - 1; 1 where nothing is known."""
@@ -65,21 +123,46 @@ def patch_share(x: Overlap, taps: Mapping[Axis, Taps]) -> float:
     return share
 
 
-def after_kernel(x: Overlap, own: float, inherited: float, taps: Mapping[Axis, Taps]) -> Overlap:
-    """Of independent entries the taps that two windows have in common, of what is inherited all pairs of taps."""
-    found = []
+def after_kernel(x: Overlap, entries: object, fresh: tuple[float, float], inherited: float, taps: Mapping[Axis, Taps]) -> Overlap:
+    """Of independent entries the taps that two windows have in common, of what is inherited all pairs of taps.
+
+    Args:
+        x: of what is read.
+        entries: what stands for the tensor that is read.
+        fresh: variances that come of its independent entries: but for how loud places are, and of that.
+        inherited: variance that is inherited, all taps together.
+        taps: how a kernel runs along axes of a map.
+    """
+    found, own, counts = [], sum(fresh), tuple(tap.count for tap in taps.values())
     for axis, tap in taps.items():
         if tap.out is None or own + inherited <= 0.0:
             continue
         distance = np.arange(REACH) * tap.stride
-        fresh = np.maximum(tap.count - distance, 0) / tap.count
+        fresh_lags = np.maximum(tap.count - distance, 0) / tap.count
         wide = x.along(axis, REACH * tap.stride + tap.count)
         offsets = np.subtract.outer(np.arange(tap.count), np.arange(tap.count)).ravel()
         passed = wide[np.abs(distance[:, None] + offsets[None, :])].sum(1)
-        old = passed / passed[0] if passed[0] > 0.0 else fresh
-        found.append((tap.out, (own * fresh + inherited * old) / (own + inherited)))
-    kept = [] if taps else x.lags
-    return Overlap(own + inherited, tuple(found) or tuple(kept))
+        old = passed / passed[0] if passed[0] > 0.0 else fresh_lags
+        found.append((tap.out, (own * fresh_lags + inherited * old) / (own + inherited)))
+    lags = tuple(found) or (() if taps else x.lags)
+    passed_on = NONE
+    if x.variance > 0.0:
+        passed_on = x.times(inherited / x.variance).loosened(_in_step(x, taps), (entries, counts, "inherited"))
+    middle = 1.0 / math.prod(counts)  # of the patch, which has it in common with its middle
+    causes = {}
+    for additive, variance in zip((False, True), fresh, strict=True):
+        causes[Cause(additive, (entries,))] = variance * middle
+        causes[Cause(additive, (entries, counts))] = variance * (1.0 - middle)
+    return replace(passed_on.with_causes(causes), lags=lags, places=(), evened=0.0)
+
+
+def _in_step(x: Overlap, taps: Mapping[Axis, Taps]) -> float:
+    """Correlation between the cosine of two patches and that of the places in their middle."""
+    middle = 1.0
+    for axis, tap in taps.items():
+        middle *= float(x.along(axis, tap.count)[np.abs(np.arange(tap.count) - (tap.count - 1) // 2)].mean())
+    share = patch_share(x, taps)
+    return middle / share**0.5 if share > 0.0 else 0.0
 
 
 def filtered(x: Overlap, axis: Axis, matrix: Array, out: Sequence[Axis]) -> tuple[Overlap, float]:
@@ -95,7 +178,19 @@ def filtered(x: Overlap, axis: Axis, matrix: Array, out: Sequence[Axis]) -> tupl
     found = np.array([float(_products_by_lag(matrix, shift, len(e)) ** 2 @ np.append(e[:0:-1], e)) for shift in shifts])
     if known is not None and out and found[0] > 0.0:
         kept += ((out[0], found / found[0]),)
-    return Overlap(x.variance, kept), float(found[0])
+    passed = float(found[0])
+    return replace(x.loosened(_kept_in_step(matrix, e, passed), object()), lags=kept), passed
+
+
+def _kept_in_step(matrix: Array, e: Array, passed: float) -> float:
+    """Correlation between the cosine of two outputs of a linear map and that of the places in the middle of what they read."""
+    if passed <= 0.0:
+        return 0.0
+    size, reach = matrix.shape[1], len(e)
+    middle = np.rint(np.abs(matrix) @ np.arange(size) / np.maximum(np.abs(matrix).sum(1), 1e-300)).astype(int)
+    wide = np.pad(matrix, ((0, 0), (reach - 1, reach - 1)))
+    at = np.array([wide[row, start : start + 2 * reach - 1] for row, start in enumerate(middle)]).mean(0)
+    return float(at**2 @ np.append(e[:0:-1], e) / passed**0.5)
 
 
 def _products_by_lag(matrix: Array, shift: int, lags: int) -> Array:
@@ -108,11 +203,25 @@ def _products_by_lag(matrix: Array, shift: int, lags: int) -> Array:
 
 
 def mixed(terms: Sequence[tuple[Overlap, float]]) -> Overlap:
-    """Of independent tensors with these factors to their variances; lag by lag."""
+    """Of tensors with these factors to their variances, where one has nothing to do with another but for the causes of it.
+
+    What comes of one cause adds up as it is. Lag by lag.
+    """
     parts = [(overlap, overlap.variance * factor) for overlap, factor in terms if overlap.variance * factor > 0.0]
+    swell, evened = (sum(getattr(overlap, name) * factor for overlap, factor in terms) for name in ("swell", "evened"))
+    places = next((overlap.places for overlap, _ in terms if overlap.places), ())
     if not parts:
-        return NONE
+        return Overlap(swell=swell, places=places, evened=evened)
+    sizes: dict[Cause, float] = {}
+    for overlap, factor in terms:
+        for cause, size in overlap.parts:
+            sizes[cause] = sizes.get(cause, 0.0) + size * factor**0.5
     total = sum(variance for _, variance in parts)
     axes = list(dict.fromkeys(axis for overlap, _ in parts for axis, _ in overlap.lags))
-    lags = tuple((axis, sum((v / total) * overlap.along(axis, REACH) for overlap, v in parts)) for axis in axes)
-    return Overlap(total, tuple((axis, np.asarray(e)) for axis, e in lags))
+    lags = tuple((axis, np.asarray(sum((v / total) * overlap.along(axis, REACH) for overlap, v in parts))) for axis in axes)
+    return Overlap((), lags, swell, places, evened).with_causes({cause: size**2 for cause, size in sizes.items()})
+
+
+def independent(variance: float) -> Overlap:
+    """An overlap of a cause of its own."""
+    return NONE.with_causes({Cause(): variance})

@@ -21,6 +21,7 @@ from gainstage.signal.movement import expand, parts_along, refine, reshape, with
 from gainstage.signal.neighbours import through
 from gainstage.signal.overlap import NONE, Overlap
 from gainstage.signal.pairing import amplitude_of
+from gainstage.signal.places import over_places
 from gainstage.signal.quadrature import (
     Array,
     coarse,
@@ -140,7 +141,7 @@ def apply(function: Function, x: Value) -> Value:
     result = on_latent(x, values) if x.levels is None else _on_levels(x, values, on_grid)
     stray = stray_passed(x.marginal.values, values, x.log_variance) if x.log_variance else 0.0
     result = replace(result, log_variance=stray)
-    for differing in (with_means, with_shapes, over_draws):
+    for differing in (with_means, with_shapes, over_draws, over_places):
         result = differing(x, result, lambda grid: _within_domain(on_grid(grid)))
     statistic = None
     if x.statistic is not None:

@@ -13,10 +13,11 @@ from dataclasses import replace
 
 import numpy as np
 
+from gainstage.signal.alike import alike
 from gainstage.signal.axes import Axis
 from gainstage.signal.few import shaped
 from gainstage.signal.overlap import Overlap, Taps, after_kernel, mixed, patch_share
-from gainstage.signal.quadrature import stray_passed
+from gainstage.signal.quadrature import kurtosis, stray_passed
 from gainstage.signal.uneven import is_centred, of_weights
 from gainstage.signal.value import Value
 
@@ -47,15 +48,27 @@ def weighted(
     mean, entry = (0.0, x.variance) if is_centred(weight) else (x.mean, x.second_moment)  # rows that sum to 0 see no mean
     if entry <= 0.0:
         return y
-    own = _dot_variance(x, mean, terms, alone, places) / (number * entry) ** 2 * (1.0 + _unevenness(x, terms))
-    inherited = apart * x.overlap.variance * (x.second_moment / entry) ** 2 * patch_share(x.overlap, taps or {})
+    loud = 1.0 + _unevenness(x, terms)
+    own = _dot_variance(x, mean, terms, alone, places) / (number * entry) ** 2 * loud
+    share = apart * patch_share(x.overlap, taps or {})
+    inherited = share * x.overlap.variance * (x.second_moment / entry) ** 2
     channels = math.prod(weight.shape) / number
     groups = math.prod(x.axes[p].size for p in alone)
+    every = {p: float(taps[x.axes[p]].count) if taps and x.axes[p] in taps else n for p, n in terms.items()}  # the border's too
+    chance, level = alike(x, every, [*free, *places], places, taps or {})
+    passed = share * x.overlap.centred().variance * (x.second_moment / level) ** 2 if level > 0.0 else 0.0
+    left = chance * loud + passed
+    fresh = min(chance * loud * (level / entry) ** 2, own) / groups
+    overlap = after_kernel(x.overlap, x.marginal.latent, (fresh, own / groups - fresh), inherited, taps or {})
+    flatness, rows = kurtosis(x.marginal.even), math.prod(every.values()) * groups
+    swell = (flatness - 1.0) / rows + x.overlap.swell * patch_share(x.overlap, taps or {})
+    evened = (flatness - 1.0 - (flatness - 3.0) * weight.marginal.kurtosis / 3.0) / rows + 2.0 * passed
+    overlap = replace(overlap, swell=swell, evened=evened)
     made = replace(
         y,
         log_variance=y.log_variance + (2.0 * (own + inherited) + (weight.marginal.kurtosis - 3.0) / number) / channels,
-        overlap=after_kernel(x.overlap, own / groups, inherited, taps or {}),
-        uneven=of_weights(y, weight, alike=own + inherited, number=number),
+        overlap=overlap,
+        uneven=of_weights(y, weight, alike=own + inherited, centred=left, number=number, every=math.prod(every.values())),
     )
     return shaped(made, x, terms)
 

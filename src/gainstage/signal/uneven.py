@@ -26,21 +26,23 @@ STEP = 0.01  # of deviations and means, for their derivatives
 MOST = 1.0
 
 
-def of_weights(y: Value, weight: Value, *, alike: float, number: float) -> Uneven | None:
+def of_weights(y: Value, weight: Value, *, alike: float, centred: float, number: float, every: float) -> Uneven | None:
     """Variance over rows of ``w' C w``; rows that were standardised have one length, and lose the part of independent entries.
 
     Args:
         y: the outputs.
         weight: its rows are the channels.
         alike: mean square cosine of what two outputs read.
-        number: of terms in each output.
+        centred: the same once the mean over all outputs is gone, see :mod:`gainstage.signal.alike`.
+        number: of terms in each output, on average.
+        every: of weights in each row, those that read padding somewhere among them.
     """
     rows = tuple(axis for axis in y.axes if axis in weight.axes)
     if not rows:
         return None
-    if is_centred(weight):
-        return Uneven(rows, 2.0 * max(alike - 1.0 / number, 0.0))
-    return Uneven(rows, max(2.0 * alike + (weight.marginal.kurtosis - 3.0) / number, 0.0))
+    excess = -2.0 if is_centred(weight) else weight.marginal.kurtosis - 3.0
+    variances = [max(2.0 * cosine + excess / terms, 0.0) for cosine, terms in ((alike, number), (centred, every))]
+    return Uneven(rows, variances[0], centred=variances[1])
 
 
 def is_centred(weight: Value) -> bool:
@@ -61,7 +63,8 @@ def of_product(x: Value, y: Value) -> Uneven | None:
         if axis not in uneven.axes:
             extra = float(shared[(*index[:position], 1, *index[position + 1 :])]) - common
             within.append((axis, max(extra, 0.0)))
-    return replace(uneven, variance=uneven.variance + common, within=_joined(uneven.within, within))
+    variance, centred = uneven.variance + common, uneven.centred + common
+    return replace(uneven, variance=variance, centred=centred, within=_joined(uneven.within, within))
 
 
 def _joined(*terms: Iterable[tuple[Axis, float]]) -> tuple[tuple[Axis, float], ...]:
@@ -82,10 +85,10 @@ def of_sum(x: Value, y: Value, share: float) -> Uneven | None:
         names = dict(zip(map(id, value.axes), x.axes, strict=True))
         rows = tuple(names[id(axis)] for axis in uneven.axes)
         before = found.get(rows, Uneven(rows, 0.0))
-        variance, stray = (part**2 * number for number in (uneven.variance, uneven.stray))
+        variance, stray, centred = (part**2 * number for number in (uneven.variance, uneven.stray, uneven.centred))
         within = [(names[id(axis)], part**2 * extra) for axis, extra in uneven.within if id(axis) in names]
         within_both = _joined(before.within, within)
-        found[rows] = Uneven(rows, before.variance + variance, None, before.stray + stray, within_both)
+        found[rows] = Uneven(rows, before.variance + variance, None, before.stray + stray, within_both, before.centred + centred)
     return max(found.values(), key=lambda item: item.variance, default=None)
 
 

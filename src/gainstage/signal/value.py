@@ -166,7 +166,8 @@ class Uneven:
     See :mod:`gainstage.signal.uneven`. ``shape``: that of half the channels, at mean 0 and variance 1, where they are sums of few
     terms; the other half has its mirror image. See :mod:`gainstage.signal.few`. ``stray``: variance over
     draws of the log of the level that comes of this; an average over samples or places has none of it. ``within``: what is added
-    for entries that have the same coordinate along an axis: channels of one sample, gated by what was found in it.
+    for entries that have the same coordinate along an axis: channels of one sample, gated by what was found in it. ``centred``:
+    the relative variance over rows of what is left once the mean of each channel is gone, beyond what a table shows.
     """
 
     axes: tuple[Axis, ...]
@@ -174,6 +175,7 @@ class Uneven:
     shape: Array | None = None
     stray: float = 0.0
     within: tuple[tuple[Axis, float], ...] = ()
+    centred: float = 0.0
 
     def over(self, axes: Sequence[Axis]) -> Array:
         """The variance, by what two entries of one channel share, for a table of these axes."""
@@ -202,8 +204,10 @@ class Value:
     ``largest``: what the tensor is the softmax or the maximum of. ``added``: a known tensor that the table includes. ``given``:
     what a gradient knows of the tensor that it belongs to. ``uneven``: how the variances of channels differ. ``flatness``:
     kurtosis of what the entries of a vector that was divided by its norm have in common, and of products of two such vectors
-    along either of their axes. ``origin``, ``sum``: how it came about, and the terms of a sum, in networks that use weights more
-    than once. ``unrolled``: the steps of a recurrent cell that it is the state of.
+    along either of their axes. ``against``: of a gradient g, how far it is turned away from what its tensor x varies by: in one
+    draw of the weights two channels have ``E[g_c g_d] = -against E[g^2] rho_cd``, rho their correlation in x over places.
+    ``origin``, ``sum``: how it came about, and the terms of a sum, in networks that use weights more than once. ``unrolled``: the
+    steps of a recurrent cell that it is the state of.
     """
 
     dims: tuple[Dim, ...]
@@ -233,6 +237,7 @@ class Value:
     given: Given | None = None
     uneven: Uneven | None = None
     flatness: float = 3.0
+    against: float = 0.0
     origin: Origin | None = None
     sum: Sum | None = None
     unrolled: Unrolled | None = None

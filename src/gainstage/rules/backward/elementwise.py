@@ -10,7 +10,7 @@ from gainstage.rules.backward.linear import bias_gradient
 from gainstage.rules.backward.registry import BackwardCall, Gradient, backward
 from gainstage.rules.backward.sums import to_shape
 from gainstage.rules.conditions import kept
-from gainstage.signal import Value, affine, apply, combine, dropout, join, slope, take, through_slope, to_summand
+from gainstage.signal import Value, affine, apply, combine, dropout, join, slope, take, through_slope, to_summand, turned_by
 
 aten = torch.ops.aten
 
@@ -18,7 +18,8 @@ aten = torch.ops.aten
 def times_slope(call: BackwardCall, g: Value, x: Value, *args: Any, **kwargs: Any) -> tuple[Gradient, ...]:
     """``g f'(x)``: second moment ``E[g^2] E[f'(x)^2]``."""
     op: Any = call.op
-    return (through_slope(g, slope(lambda t: op(t, *args, **kwargs), x)),)
+    steepness = slope(lambda t: op(t, *args, **kwargs), x)
+    return (through_slope(g, steepness, turned_by(g, x, call.output, steepness.marginal.values)),)
 
 
 backward(aten.pow.Tensor_Scalar)(times_slope)

@@ -13,6 +13,7 @@ from gainstage.rules.backward.sums import summed_over, to_shape
 from gainstage.rules.linear import LETTERS, einsum_labels, matmul_labels, per_dim, transposed_windows, windows
 from gainstage.signal import (
     Value,
+    across_rows,
     affine,
     along_weight,
     combine,
@@ -55,10 +56,12 @@ def bias_gradient(g: Value, bias: Value | None, dim: int) -> Gradient:
 def linear(call: BackwardCall, g: Value, x: Value, weight: Value, bias: Value | None = None) -> tuple[Gradient, ...]:
     """``g W`` and ``g^T x``."""
     batch = LETTERS[: len(x.dims) - 1]
-    to_x = to_reader(g, call.output, weight, float(x.shape[-1]), contract(g, weight, batch + "z", "zy", batch + "y"))
+    back = contract(g, weight, batch + "z", "zy", batch + "y")
+    to_x = to_reader(g, call.output, weight, back, terms=float(x.shape[-1]))
     if not call.wants(1, 2):
         return (to_x,)
-    return to_x, _dense_gradient(g, x, batch + "z", batch + "y", "zy"), bias_gradient(g, bias, -1)
+    to_weight = across_rows(g, call.output, weight, _dense_gradient(g, x, batch + "z", batch + "y", "zy"))
+    return to_x, to_weight, bias_gradient(g, bias, -1)
 
 
 def _dense_gradient(g: Value, x: Value, labels_g: str, labels_x: str, labels: str) -> Value:
@@ -122,10 +125,11 @@ def convolution(
     back = [transposed_windows(out, kernel, s, p, d, size) for size, kernel, s, p, d, out in each]
     taps = [windows(*args) for args in each]
     terms = float(np.prod(weight.shape[1:]))
-    to_x = to_reader(g, call.output, weight, terms, convolve(g, weight, back, groups, transposed=True))
+    through = convolve(g, weight, back, groups, transposed=True)
+    to_x = to_reader(g, call.output, weight, through, terms=terms, groups=float(groups))
     if not call.wants(1, 2):
         return (to_x,)
-    to_weight = convolution_weight_gradient(g, x, weight.shape, taps, groups)
+    to_weight = across_rows(g, call.output, weight, convolution_weight_gradient(g, x, weight.shape, taps, groups))
     pair = along_weight(g, x, [1], terms)
     if pair is not None:
         to_weight = combine(torch.add, to_weight, convolution_weight_gradient(*pair, weight.shape, taps, groups))
