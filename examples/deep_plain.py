@@ -10,6 +10,7 @@ accuracy.
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -98,9 +99,9 @@ def main() -> None:
     data, rows = digits(), []
     for name in options.only.split(","):
         for start in ("default", "unit", "isometric"):
-            runs = []
+            model, runs = started(NETWORKS[name], start, data[0][:256]), []
             for rate in RATES:
-                losses, accuracy = trained(started(NETWORKS[name], start, data[0][:256]), data, rate, options.steps)
+                losses, accuracy = trained(copy.deepcopy(model), data, rate, options.steps)
                 tenth = max(options.steps // 10, 1)
                 curve = [sum(losses[i : i + tenth]) / tenth for i in range(0, len(losses) - tenth + 1, tenth)]
                 runs.append({"rate": rate, "curve": curve, "accuracy": accuracy})
