@@ -164,6 +164,17 @@ def test_a_rule_that_fails_leaves_its_node_to_sampling_and_the_trace_says_so():
         testing.assert_rule(testing.RuleCase(op=torch.ops.gainstage_tests.half.default, args=(testing.entries(4, 6),)))
 
 
+def assert_level_over_draws(trace, make, length):
+    """The second moment of the whole is that over draws of the model and of its sequences."""
+    found = []
+    for seed in range(32):
+        torch.manual_seed(seed)
+        with torch.no_grad():
+            found.append(float(make()(torch.randn(8, length, WIDTH)).square().mean()))
+    error = np.std(found) / np.mean(found) / len(found) ** 0.5
+    assert abs(np.log(trace.modules[""][0].second_moment / np.mean(found))) < 0.03 + 3.0 * error  # 3 %: 32 samples
+
+
 class Decays(nn.Module):
     """Weights of earlier positions decay by what lies between them: exponentials of differences of running sums."""
 
@@ -187,13 +198,7 @@ def test_decays_of_running_sums_are_one_operation_that_never_grows():
     sequences = torch.randn(8, 24, WIDTH)
     trace = gs.inspect(Decays(), (sequences,))
     assert [trace.graph.by_name[name].short_name for name in trace.sampled] == ["cumsum..exp"]
-    found = []
-    for seed in range(32):
-        torch.manual_seed(seed)
-        with torch.no_grad():
-            found.append(float(Decays()(torch.randn(8, 24, WIDTH)).square().mean()))
-    error = np.std(found) / np.mean(found) / len(found) ** 0.5
-    assert abs(np.log(trace.modules[""][0].second_moment / np.mean(found))) < 0.03 + 3.0 * error  # 3 %: 32 samples
+    assert_level_over_draws(trace, Decays, 24)
 
 
 class RunningAverage(nn.Module):
@@ -221,13 +226,7 @@ def test_what_a_running_maximum_keeps_from_growing_is_one_operation_with_the_ave
     torch.manual_seed(0)
     trace = gs.inspect(RunningAverage(), (torch.randn(8, 12, WIDTH),))
     assert len(trace.sampled) == 1
-    found = []
-    for seed in range(32):
-        torch.manual_seed(seed)
-        with torch.no_grad():
-            found.append(float(RunningAverage()(torch.randn(8, 12, WIDTH)).square().mean()))
-    error = np.std(found) / np.mean(found) / len(found) ** 0.5
-    assert abs(np.log(trace.modules[""][0].second_moment / np.mean(found))) < 0.03 + 3.0 * error  # 3 %: 32 samples
+    assert_level_over_draws(trace, RunningAverage, 12)
 
 
 class GraphNetwork(nn.Module):

@@ -12,7 +12,7 @@ from collections.abc import Collection, Sequence
 from typing import final
 
 from gainstage.capture.picks import GATHERS, MOST, STOPS
-from gainstage.capture.regions import between, fused, in_order
+from gainstage.capture.regions import between, closed, fused, in_order, with_region
 from gainstage.capture.views import packet_name
 from gainstage.graph import Node, NodeKind, Ref, Region, TensorMeta
 
@@ -39,11 +39,10 @@ def fuse_exponentials(nodes: Sequence[Node], outputs: Sequence[str], marked: Col
     for node in nodes:
         region = flow.around(node) if packet_name(node.op) == "exp" else set()
         if region:
-            joined = [other for other in regions if other & region]
-            regions = [other for other in regions if not other & region] + [region.union(*joined)]
+            regions = with_region(regions, region)
     found = list(nodes)
-    for region in regions:
-        found = fused(found, region | between(nodes, region), {*outputs, *marked})
+    for region in closed(nodes, regions):
+        found = fused(found, region, {*outputs, *marked})
     return in_order(found) if regions else found
 
 

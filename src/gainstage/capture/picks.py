@@ -20,7 +20,7 @@ from typing import Any, final
 import torch
 from torch._ops import OpOverload
 
-from gainstage.capture.regions import as_one, in_order
+from gainstage.capture.regions import as_one, in_order, with_region
 from gainstage.capture.views import packet_name
 from gainstage.graph import Node, NodeKind, Ref, Region, TensorMeta
 
@@ -58,8 +58,7 @@ def fuse_picks(nodes: Sequence[Node], outputs: Sequence[str], marked: Collection
     for node in nodes:
         common = flow.region_of(node)
         if common:
-            joined = [region for region in regions if region & common]
-            regions = [region for region in regions if not region & common] + [common.union(*joined)]
+            regions = with_region(regions, common)
     found = _Rewritten(nodes)
     wanted = {*outputs, *marked}
     for part in (part for region in regions for part in flow.apart(flow.parted(region), wanted)):

@@ -155,9 +155,13 @@ def _regions(nodes: Sequence[Node]) -> list[set[str]]:
     for node in nodes:
         read = {name for name in node.operands() if name in is_complex}
         if node.kind is NodeKind.OP and (read or node.name in is_complex):
-            joined = [region for region in regions if region & read]
-            regions = [region for region in regions if not region & read] + [set().union({node.name}, *joined)]
+            regions = with_region(regions, {node.name, *read})
     return closed(nodes, regions)
+
+
+def with_region(regions: Sequence[set[str]], region: set[str]) -> list[set[str]]:
+    """Disjoint regions with one more: it is one with all that it meets, and stands last."""
+    return [other for other in regions if not other & region] + [region.union(*(other for other in regions if other & region))]
 
 
 def closed(nodes: Sequence[Node], regions: list[set[str]]) -> list[set[str]]:
@@ -166,8 +170,7 @@ def closed(nodes: Sequence[Node], regions: list[set[str]]) -> list[set[str]]:
         grown = [region | between(nodes, region) for region in regions]
         merged: list[set[str]] = []
         for region in grown:
-            meeting = [other for other in merged if other & region]
-            merged = [other for other in merged if not other & region] + [region.union(*meeting)]
+            merged = with_region(merged, region)
         if merged == regions:
             return regions
         regions = merged

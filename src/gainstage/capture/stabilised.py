@@ -13,7 +13,7 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 import torch
 from torch._ops import OpOverload
 
-from gainstage.capture.regions import closed, fused, in_order
+from gainstage.capture.regions import closed, fused, in_order, with_region
 from gainstage.capture.views import packet_name
 from gainstage.graph import Node, NodeKind
 
@@ -36,9 +36,7 @@ def fuse_stabilised(nodes: Sequence[Node], outputs: Sequence[str], marked: Colle
     regions: list[set[str]] = []
     for node in nodes:
         if packet_name(node.op) == "exp" and _is_stabilised(node, by_name):
-            inside = _behind([node.name], by_name, _is_entrywise)
-            meeting = [region for region in regions if region & inside]
-            regions = [region for region in regions if not region & inside] + [inside.union(*meeting)]
+            regions = with_region(regions, _behind([node.name], by_name, _is_entrywise))
     found = list(nodes)
     for region in closed(nodes, [_with_ratios(region, nodes, by_name) for region in regions]):
         found = fused(found, region, {*outputs, *marked})
