@@ -20,7 +20,7 @@ from dataclasses import replace
 import numpy as np
 
 from gainstage.signal.marginal import Marginal
-from gainstage.signal.quadrature import Array, evaluate_series, expectation, few_points, power_series
+from gainstage.signal.quadrature import Array, evaluate_series, expectation, few_scales, power_series
 from gainstage.signal.value import Value
 
 MOST = 1.0  # variance of the log of a level beyond which its first order says nothing
@@ -32,9 +32,7 @@ def over_places(x: Value, result: Value, function: Callable[[Array], Array]) -> 
     swell, places = min(max(x.overlap.swell - x.overlap.evened, 0.0), MOST), x.overlap.places
     if not places or x.statistic is not None or any(axis not in x.axes for axis in places):
         return result
-    points, mass = few_points()
-    squares = np.exp(swell**0.5 * points)
-    scales = np.sqrt(squares / float(mass @ squares))
+    scales, mass = few_scales(swell)
     unit = _at_one_level(x, float(mass @ scales))
 
     def scaled(scale: float) -> Array:

@@ -27,7 +27,7 @@ from gainstage.signal.quadrature import (
     coarse,
     evaluate_series,
     expectation,
-    few_points,
+    few_scales,
     invert_series,
     nodes,
     power_series,
@@ -159,9 +159,7 @@ def over_draws(x: Value, result: Value, function: Callable[[Array], Array]) -> V
     stray = min(x.log_variance, _MOST_STRAY)
     if stray < LEAST_STRAY or x.levels is not None or x.statistic is not None:
         return result
-    points, mass = few_points()
-    squares = np.exp(stray**0.5 * points)
-    scales = np.sqrt(squares / float(mass @ squares))
+    scales, mass = few_scales(stray)
     each = [function(scale * x.marginal.values) for scale in scales]
     series = sum(share * power_series(values) for share, values in zip(mass, each, strict=True))
     added = evaluate_series(np.asarray(series - power_series(result.marginal.values)), x.correlation())

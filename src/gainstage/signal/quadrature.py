@@ -157,6 +157,13 @@ def few_points() -> tuple[Array, Array]:
     return points, mass / mass.sum()
 
 
+def few_scales(variance: float) -> tuple[Array, Array]:
+    """Scales s and masses of a few points of a log-normal level ``s^2``, of mean 1 and this variance of its log."""
+    points, mass = few_points()
+    squares = np.exp(variance**0.5 * points)
+    return np.sqrt(squares / float(mass @ squares)), mass
+
+
 def _log_levels(values: Array, logs: Array) -> Array:
     """``log E[f(s z)^2]`` for each ``log s^2``; beyond 5 deviations f goes on as it does from 4 to 5."""
     scaled = np.exp(0.5 * logs)[:, None] * nodes()
