@@ -57,7 +57,8 @@ def test_a_tied_head_of_an_untrained_model_is_read_as_it_is():
     torch.manual_seed(1)
     model = Tied(27)
     tokens = torch.randint(27, (8, 32))
-    nn.init.normal_(model.embedding.weight, std=0.05)
+    for table in (model.embedding, model.position):
+        nn.init.normal_(table.weight, std=0.05)
     with torch.no_grad():
         level = model(tokens).square().mean().item()
     assert gs.inspect(model, (tokens,)).modules["head"][0].second_moment == pytest.approx(level, rel=0.1)
