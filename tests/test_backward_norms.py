@@ -88,6 +88,24 @@ def test_levels_that_differ_from_place_to_place_leave_more_of_a_channel():
     assert level == pytest.approx(measured, rel=0.025)
 
 
+def test_gradients_are_turned_away_from_what_a_normalised_layer_varies_by():
+    """Another layer's weights then lose some of it: without that the first weight's gradient is predicted 8 % too large."""
+
+    def build():
+        return nn.Sequential(*normed(64, 16), *normed(16, 96), *normed(96, 16), *normed(16, 96)[:-1])
+
+    found = []
+    for seed in range(150):
+        torch.manual_seed(seed)
+        model, x = build(), torch.randn(128, 64)
+        y = model(x)
+        y.backward(torch.randint_like(y, 2) * 2 - 1)
+        found.append(float(model[0].weight.grad.double().square().mean()))
+    torch.manual_seed(1000)
+    statistics = gs.inspect(build(), (torch.randn(128, 64),)).parameters["0.weight"]
+    assert statistics.gradient_second_moment == pytest.approx(sum(found) / len(found), rel=0.04)
+
+
 @pytest.mark.parametrize(("draw", "exact"), [(nn.init.uniform_, 1.8), (nn.init.normal_, 3.0)])
 def test_a_small_parameter_is_what_it_is_nearer_to(draw, exact):
     torch.manual_seed(0)
