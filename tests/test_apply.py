@@ -272,8 +272,16 @@ def test_a_failure_at_any_point_leaves_the_old_values(threads, count, calls):
     assert_same(values_of(model), before)
 
 
+@pytest.fixture
+def interruptible():
+    """As from a terminal: a shell has what it runs in the background ignore interrupts."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize("count", [1, 2])
-def test_an_interrupt_leaves_the_old_values(threads, count):
+def test_an_interrupt_leaves_the_old_values(threads, count, interruptible):
     threads(count)
     model = large_model()
     before = values_of(model)
