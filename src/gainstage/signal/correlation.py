@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
+import torch
 
 from gainstage.signal import levels
+from gainstage.signal.alike import averaged
 from gainstage.signal.axes import Axis, Dim
 from gainstage.signal.contraction import Places, Subscripts, match, stride_of
+from gainstage.signal.filters import common_part, without_mean
 from gainstage.signal.movement import merge_dim, reshape
 from gainstage.signal.neighbours import outer
+from gainstage.signal.pointwise import combine
 from gainstage.signal.quadrature import Array
 from gainstage.signal.value import Value, gaussian
+
+NOTHING = 1e-3  # of what independent entries sum to: epsilons of norms
 
 
 def position_pairs(windows: Array) -> Array:
@@ -40,11 +47,30 @@ def position_pairs(windows: Array) -> Array:
 def convolution_weight_gradient(g: Value, x: Value, shape: Sequence[int], places: Sequence[Places], groups: int) -> Value:
     """Gradient [out, channel/groups, *taps] from g [batch, out, *outputs] and x [batch, channel, *space].
 
-    ``K_W[S] = sum over pairs of samples and positions of K_g K_x``, g and x independent.
+    ``K_W[S] = sum over pairs of samples and positions of K_g K_x``, g and x independent. Where g sums to zero, as behind a batch
+    norm, nothing comes of what all places of x have in common but for its border: a small difference of large sums, found apart.
     """
-    rank = len(places)
-    for d in range(2, 2 + rank):
+    for d in range(2, 2 + len(places)):
         g, x = merge_dim(g, d), merge_dim(x, d)
+    everywhere = [axis for d, dim in enumerate(x.dims) if d != 1 for axis in dim]
+    if not _sums_to_zero(g):
+        return _summed_products(g, x, shape, places, groups)
+    found = _summed_products(g, without_mean(x, everywhere), shape, places, groups)
+    common = common_part(x, everywhere)
+    if common.levels is None and all(int(place.min()) >= 0 for place in places):
+        return found
+    return combine(torch.add, found, _summed_products(replace(g, levels=None), common, shape, places, groups))
+
+
+def _sums_to_zero(g: Value) -> bool:
+    """Whether the sum of each channel over samples and positions is nothing beside that of independent entries."""
+    axes = [axis for d, dim in enumerate(g.dims) if d != 1 for axis in dim]
+    total = float(averaged(g.table, [g.axes.index(axis) for axis in axes], axes)[(-1,) * g.table.ndim])
+    return abs(total) * math.prod(axis.size for axis in axes) < NOTHING * g.second_moment
+
+
+def _summed_products(g: Value, x: Value, shape: Sequence[int], places: Sequence[Places], groups: int) -> Value:
+    rank = len(places)
     g = reshape(g, (g.shape[0], groups, g.shape[1] // groups, *g.shape[2:]))
     x = reshape(x, (x.shape[0], groups, x.shape[1] // groups, *x.shape[2:]))
     outputs, space = "pqr"[:rank], "uvw"[:rank]

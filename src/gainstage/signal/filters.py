@@ -8,11 +8,11 @@ from dataclasses import replace
 import numpy as np
 
 from gainstage.signal import levels
-from gainstage.signal.alike import averaged
+from gainstage.signal.alike import averaged, centred
 from gainstage.signal.axes import Axis
 from gainstage.signal.gram import Gram, modulated
 from gainstage.signal.joining import join
-from gainstage.signal.linear import without_common
+from gainstage.signal.linear import affine, without_common
 from gainstage.signal.marginal import Marginal
 from gainstage.signal.movement import merge_dim, parts_along
 from gainstage.signal.neighbours import Neighbours, cut, far_of, filtered, made
@@ -201,6 +201,25 @@ def normalise(x: Value, reduced: Sequence[Axis], eps: float, *, centre: bool = T
     return held(result, level * scale**2)
 
 
+def without_mean(x: Value, reduced: Sequence[Axis]) -> Value:
+    """``x - mean(x)`` over some axes; of a concatenation each part by itself."""
+    found = parts_along(x)
+    if found is not None and x.dims[found[0]][0] not in reduced:
+        return join([without_mean(part, reduced) for part in found[1]], found[0])
+    level = float(centred(x, [x.axes.index(axis) for axis in reduced])[(1,) * x.table.ndim])
+    return affine(normalise(x, reduced, 0.0), max(level, 0.0) ** 0.5)
+
+
+def common_part(x: Value, reduced: Sequence[Axis]) -> Value:
+    """``a_i mean(x)``: what entries have of their mean over some axes, a their lean on it."""
+    positions = [x.axes.index(axis) for axis in reduced]
+    lean = x.leaning()
+    lean = lean.mean(axis=tuple(p for p in range(lean.ndim) if p not in positions), keepdims=True)
+    profile = levels.normalised(lean)
+    table = np.broadcast_to(averaged(x.table, positions, reduced), x.table.shape) * float((lean**2).mean() / lean.mean() ** 2)
+    return gaussian(x.dims, 0.0, levels.uneven(table, profile), profile)
+
+
 def _left_overlap(overlap: Overlap, before: float, after: float) -> Overlap:
     """What covariances stray by is what it was, over a second moment that is smaller."""
     return overlap.times((before / after) ** 2) if after > 0.0 else NONE
@@ -226,8 +245,8 @@ def _normalised_levels(x: Value, reduced: Sequence[int], removed: float) -> Arra
     lean = x.leaning()
     squares = x.levels**2 / np.maximum((x.levels**2).mean(axis=along, keepdims=True), 1e-300) * x.second_moment
     lean = lean / np.maximum(lean.mean(axis=along, keepdims=True), 1e-300)
-    centred = np.maximum(squares + removed * (1.0 - 2.0 * lean), 0.0)
-    return levels.normalised(np.sqrt(centred / np.maximum(centred.mean(axis=along, keepdims=True), 1e-300)))
+    left = np.maximum(squares + removed * (1.0 - 2.0 * lean), 0.0)
+    return levels.normalised(np.sqrt(left / np.maximum(left.mean(axis=along, keepdims=True), 1e-300)))
 
 
 def _normalised_marginal(x: Value, mean: float, std: float, profile: Array | None, latent: object) -> Marginal:

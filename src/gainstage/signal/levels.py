@@ -238,7 +238,17 @@ def evened(table: Array, levels: Array | None, positions: Sequence[int]) -> Arra
         return table
     result = table.copy()
     for position in positions:
-        if levels.shape[position] > 1:
-            factor = pair_factor(over(levels, position, levels.shape[position]))
-            np.moveaxis(result, position, 0)[0] /= max(factor, 1e-12)
+        np.moveaxis(result, position, 0)[0] /= max(_pair_factor_along(levels, position), 1e-12)
     return result
+
+
+def uneven(table: Array, levels: Array | None) -> Array:
+    """Table of a tensor once levels act on it, see :func:`evened`: ``s_i s_j E[x_i x_j]``."""
+    result = table.copy()
+    for position in range(0 if levels is None else table.ndim):
+        np.moveaxis(result, position, 0)[0] *= _pair_factor_along(levels, position)
+    return result
+
+
+def _pair_factor_along(levels: Array | None, position: int) -> float:
+    return 1.0 if levels is None else pair_factor(over(levels, position, levels.shape[position]))
