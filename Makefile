@@ -39,7 +39,7 @@ bench-faults: .venv/installed-zoo ## faults put into models on purpose: found, b
 bench-kernels: .venv/installed-dev ## tables at infinite width against the kernels of neural-tangents
 	@$(BIN)/python -m benchmarks.neural_tangents
 
-bench-situations: .venv/installed-zoo .venv/installed-dev ## the eight situations, asked for and measured on real models
+bench-situations: .venv/installed-zoo .venv/installed-dev .venv/installed-tables ## the eight situations, asked for and measured on real models
 	@$(BIN)/python -m benchmarks.situations
 
 bench-speed: .venv/installed-zoo ## seconds and memory of every stage

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from benchmarks.situations.rows import Row, row_over
+from benchmarks.situations.rows import Measurement, Row, row_over
 from torch import nn
 
 import gainstage as gs
@@ -54,8 +55,19 @@ def composed(seed: int) -> tuple[Callable[[torch.Tensor], torch.Tensor], Callabl
     return f, g
 
 
-def measure() -> list[Row]:
-    """Errors and times of the composed ones; errors of the activation modules of three packages against 4 million samples."""
+def measurements() -> list[Measurement]:
+    """Composed functions, and the activation modules of three packages."""
+    return [
+        Measurement(package="composed", model=f"{COUNT} random functions", rows=rows_of_composed),
+        *(
+            Measurement(package=package, model=f"{len(modules)} modules", rows=partial(rows_of_modules, package, modules))
+            for package, modules in modules_of_others().items()
+        ),
+    ]
+
+
+def rows_of_composed() -> Iterator[Row]:
+    """Errors and times."""
     gs.gain(torch.relu)  # not the first call, which loads torch's functional calls
     errors, milliseconds = [], []
     for seed in range(COUNT):
@@ -65,11 +77,8 @@ def measure() -> list[Row]:
         milliseconds.append(1e3 * (time.process_time() - start))
         errors.append(abs(found / float(_DENSITY @ g(_Z) ** 2) ** -0.5 - 1.0))
     named = {"situation": "activations", "package": "composed", "model": f"{COUNT} random functions"}
-    return [
-        row_over(errors, **named, quantity="relative error of the gain", asked=(0.0, ERROR)),
-        row_over(milliseconds, **named, quantity="milliseconds of processor", asked=(0.0, MILLISECONDS)),
-        *(module_row(package, modules) for package, modules in modules_of_others().items()),
-    ]
+    yield row_over(errors, **named, quantity="relative error of the gain", asked=(0.0, ERROR))
+    yield row_over(milliseconds, **named, quantity="milliseconds of processor", asked=(0.0, MILLISECONDS))
 
 
 def modules_of_others() -> dict[str, list[nn.Module]]:
@@ -90,11 +99,11 @@ def modules_of_others() -> dict[str, list[nn.Module]]:
     }
 
 
-def module_row(package: str, modules: list[nn.Module]) -> Row:
+def rows_of_modules(package: str, modules: list[nn.Module]) -> Iterator[Row]:
     """Against the mean square over 4 million stratified samples, in single precision as the module is used."""
     below = (torch.arange(2**22, dtype=torch.float64) + 0.5) / 2**22
     z = (2.0**0.5 * torch.special.erfinv(2.0 * below - 1.0)).float()
     with torch.no_grad():
         errors = [abs(gs.gain(module) * float(module(z).double().square().mean()) ** 0.5 - 1.0) for module in modules]
     named = {"situation": "activations", "package": package, "model": f"{len(modules)} modules"}
-    return row_over(errors, **named, quantity="relative error of the gain", asked=(0.0, ERROR))
+    yield row_over(errors, **named, quantity="relative error of the gain", asked=(0.0, ERROR))

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 from benchmarks.situations.logits import Logits
-from benchmarks.situations.models import Cross, Subject, from_timm, from_torch, from_torchvision, from_transformers
-from benchmarks.situations.rows import DRAWS, Row, row_over
+from benchmarks.situations.models import Cross, Subject, each, from_timm, from_torch, from_torchvision, from_transformers
+from benchmarks.situations.rows import DRAWS, Measurement, Row, row_over
 from benchmarks.zoo.reference import Example
 from torch import nn
 
@@ -43,9 +43,9 @@ def _pair(width: int, other: int) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.randn(4, 12, width), torch.randn(4, 20, other)
 
 
-def measure() -> list[Row]:
-    """The unit variance for every form, another target for one of each package, and the entropy that is predicted."""
-    return [row for subject in SUBJECTS for row in rows_of(subject)]
+def measurements() -> list[Measurement]:
+    """The unit variance for every form, and the entropy that is predicted."""
+    return each(SUBJECTS, rows_of)
 
 
 def rows_of(subject: Subject) -> Iterator[Row]:

@@ -7,8 +7,8 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
-from benchmarks.situations.models import Subject, from_timm, from_torch, from_torchvision, from_transformers
-from benchmarks.situations.rows import DRAWS, Row, row_over
+from benchmarks.situations.models import Subject, each, from_timm, from_torch, from_torchvision, from_transformers
+from benchmarks.situations.rows import DRAWS, Measurement, Row, row_over
 from benchmarks.zoo.reference import Example
 
 import gainstage as gs
@@ -77,9 +77,9 @@ SUBJECTS = (
 )
 
 
-def measure() -> list[Row]:
+def measurements() -> list[Measurement]:
     """Loudest over quietest branch of each merge."""
-    return [row for subject in SUBJECTS for row in rows_of(subject)]
+    return each(SUBJECTS, rows_of)
 
 
 def mergings(graph: Graph, roles: Roles) -> list[tuple[str, ...]]:

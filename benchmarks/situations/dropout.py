@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from benchmarks.measure import forward_pass
 from benchmarks.situations.models import Subject, from_timm, from_torch, from_transformers
-from benchmarks.situations.rows import DRAWS, Row, row_over
+from benchmarks.situations.rows import DRAWS, Measurement, Row, row_over
 from benchmarks.zoo.reference import Example
 from torch import nn
 
@@ -21,9 +21,13 @@ DEPTH = 20
 RATES = (0.1, 0.5, 0.75)
 
 
-def measure() -> list[Row]:
+def measurements() -> list[Measurement]:
     """Networks of 20 dropout layers at three rates."""
-    return [row for p in RATES for subject in subjects(p) for row in rows_of(subject, p)]
+    return [
+        Measurement(package=subject.package, model=f"{subject.name}, p = {p:g}", rows=partial(rows_of, subject, p))
+        for p in RATES
+        for subject in subjects(p)
+    ]
 
 
 def subjects(p: float) -> tuple[Subject, ...]:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
-from benchmarks.situations.rows import DRAWS, Row, row_over
+from benchmarks.situations.rows import DRAWS, Measurement, Row, row_over
 from torch import nn
 
 import gainstage as gs
@@ -15,30 +16,32 @@ ASKED = 0.1
 FEATURES, HIDDEN = 6, 64
 
 
-def measure() -> list[Row]:
+def measurements() -> list[Measurement]:
+    """Flows of three packages."""
+    return [
+        Measurement(package=package, model=name, rows=partial(rows_of, package, name, build)) for package, name, build in FLOWS
+    ]
+
+
+def rows_of(package: str, name: str, build: Callable[[], nn.Module]) -> Iterator[Row]:
     """As drawn, and after one calibrating pass."""
-    rows = []
-    for package, name, build in FLOWS:
-        torch.manual_seed(0)
-        model = gs.Flow(build()).eval()
-        plan = gs.plan(model, (torch.randn(256, FEATURES),), logdet_std=ASKED)
-        for how in ("drawn", "calibrated"):
-            found = []
-            for seed in range(DRAWS if how == "calibrated" else 4 * DRAWS):
-                gs.apply(model, plan, seed=seed)
-                if how == "calibrated":
-                    gs.calibrate(model, plan, (torch.randn(256, FEATURES),))
-                with torch.no_grad():
-                    found.append(model(torch.randn(512, FEATURES))[1])
-            determinants = torch.stack(found)
-            for quantity, asked, value in (
-                (f"deviation of log det, {how}", (0.8 * ASKED, 1.2 * ASKED), determinants.std()),
-                (f"distance of its mean from 0, {how}", (0.0, ASKED), determinants.mean().abs()),
-            ):
-                rows.append(
-                    row_over([float(value)], situation="flows", package=package, model=name, quantity=quantity, asked=asked)
-                )
-    return rows
+    torch.manual_seed(0)
+    model = gs.Flow(build()).eval()
+    plan = gs.plan(model, (torch.randn(256, FEATURES),), logdet_std=ASKED)
+    for how in ("drawn", "calibrated"):
+        found = []
+        for seed in range(DRAWS if how == "calibrated" else 4 * DRAWS):
+            gs.apply(model, plan, seed=seed)
+            if how == "calibrated":
+                gs.calibrate(model, plan, (torch.randn(256, FEATURES),))
+            with torch.no_grad():
+                found.append(model(torch.randn(512, FEATURES))[1])
+        determinants = torch.stack(found)
+        for quantity, asked, value in (
+            (f"deviation of log det, {how}", (0.8 * ASKED, 1.2 * ASKED), determinants.std()),
+            (f"distance of its mean from 0, {how}", (0.0, ASKED), determinants.mean().abs()),
+        ):
+            yield row_over([float(value)], situation="flows", package=package, model=name, quantity=quantity, asked=asked)
 
 
 def zuko_flow(kind: str, layers: int) -> Callable[[], nn.Module]:

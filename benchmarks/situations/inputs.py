@@ -1,19 +1,29 @@
-"""Correlated inputs: first layers on rows that were not seen when the statistics were gathered."""
+"""Correlated inputs: first layers on rows that were not seen when the statistics were gathered.
+
+Over n rows uncorrelated outputs show a mean absolute correlation of ``sqrt(2 / (pi n))``. What is reported is the correlation in
+the population, the known sampling error being subtracted, of the whitened outputs and of those with independent weights alike:
+see Correlations. N outputs of fewer directions r cannot be uncorrelated: the root mean square of their correlations is at least
+``sqrt((N - r) / (r (N - 1)))`` (L. Welch 1974), and a tenth is asked for above that, in squares. The mean of their sizes would be
+least for outputs that are copies of each other.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
-from benchmarks.situations.rows import DRAWS, Row, row_over
+from benchmarks.situations.rows import DRAWS, Measurement, Row, row_over
 from torch import nn
 
 import gainstage as gs
 from gainstage.cli.models import cpu_torchvision
 
+TENTH = 0.1
 Data = tuple[torch.Tensor, torch.Tensor]  # to gather statistics from, and not seen
 
 
@@ -28,43 +38,87 @@ class Case:
     data: Callable[[int], Data]
 
 
-def measure() -> list[Row]:
-    """Variance, and the mean absolute correlation between outputs, over that with independent weights."""
-    rows = []
-    for case in cases():
-        variances, ratios = [], []
-        for seed in range(DRAWS):
-            torch.manual_seed(seed)
-            seen, unseen = case.data(seed)
-            model = case.build()
-            layer = model.get_submodule(case.first)
-            stats = gs.measure_inputs(seen.split(100), first=layer, progress=False)
-            gs.apply(model, gs.plan(model, (seen[:32],)), seed=seed)
-            plain = correlation(layer(unseen))
-            gs.apply(model, gs.plan(model, (seen[:32],), inputs=stats), seed=seed)
-            outputs = channels_last(layer(unseen))
-            variances.append(float(outputs.var(0).mean()))
-            ratios.append(correlation(outputs) / plain)
-        for quantity, asked, found in (
-            ("variance of what the first layer returns", (0.9, 1.1), variances),
-            ("mean correlation over that with independent weights", (0.0, 0.1), ratios),
-        ):
-            values = [float(np.mean(found))]
-            rows.append(
-                row_over(values, situation="inputs", package=case.package, model=case.name, quantity=quantity, asked=asked)
-            )
-    return rows
+def measurements() -> list[Measurement]:
+    """Made rows of known condition, tables and photographs."""
+    return [Measurement(package=case.package, model=case.name, rows=partial(rows_of, case)) for case in cases()]
 
 
-def channels_last(outputs: torch.Tensor) -> torch.Tensor:
-    """[rows, outputs] of rows or of maps."""
-    return (outputs if outputs.dim() == 2 else outputs.movedim(1, -1).flatten(0, -2)).detach().double()
+def rows_of(case: Case) -> Iterator[Row]:
+    """Variance of the outputs, and their correlation over that with independent weights."""
+    variances, ours, plain, ranks = [], [], [], []
+    for seed in range(DRAWS):
+        torch.manual_seed(seed)
+        seen, unseen = case.data(seed)
+        model = case.build()
+        layer = model.get_submodule(case.first)
+        stats = gs.measure_inputs(seen.split(100), first=layer, progress=False)
+        gs.apply(model, gs.plan(model, (seen[:32],)), seed=seed)
+        plain.append(Correlations.of(layer(unseen)))
+        plan = gs.plan(model, (seen[:32],), inputs=stats)
+        gs.apply(model, plan, seed=seed)
+        whitened = layer(unseen)
+        ours.append(Correlations.of(whitened))
+        variances.append(float(whitened.transpose(0, 1).flatten(1).double().var(1).mean()))
+        mixing = plan.parameters[f"{case.first}.weight"].distribution.mixing
+        assert mixing is not None
+        ranks.append(mixing.rank)
+    mine, others = Correlations.mean(ours), Correlations.mean(plain)
+    outputs, rank = whitened.shape[1], float(np.mean(ranks))
+    least = math.sqrt(max(0.0, outputs - rank) / (rank * (outputs - 1)))
+    if least:
+        quantity = f"rms correlation over that with independent weights, {outputs} outputs of {rank:g} directions"
+        ratio, asked = mine.root_mean_square / others.root_mean_square, math.hypot(TENTH, least / others.root_mean_square)
+    else:
+        quantity, asked, ratio = "mean correlation over that with independent weights", TENTH, mine.absolute / others.absolute
+    named = {"situation": "inputs", "package": case.package, "model": case.name}
+    yield row_over([float(np.mean(variances))], **named, quantity="variance of what the first layer returns", asked=(0.9, 1.1))
+    yield row_over([ratio], **named, quantity=quantity, asked=(0.0, asked))
 
 
-def correlation(outputs: torch.Tensor) -> float:
-    """Mean absolute correlation between two outputs."""
-    found = np.corrcoef(channels_last(outputs).numpy().T)
-    return float(np.abs(found[~np.eye(len(found), dtype=bool)]).mean())
+@dataclass(frozen=True, slots=True)
+class Correlations:
+    """Between all pairs of outputs: means of ``|r|``, of ``r^2``, and of the sampling variance of r, as they are measured."""
+
+    sizes: float
+    squares: float
+    variance: float
+
+    @classmethod
+    def of(cls, outputs: torch.Tensor) -> Correlations:
+        """Of [samples, outputs, places...]; samples are independent, places of one are not.
+
+        To first order a sample moves r by the sum over its places of ``z_i z_j - r (z_i^2 + z_j^2) / 2``, over the number of
+        rows, z the standardised outputs; r strays by the root of the sum of squares of that.
+        """
+        values = outputs.detach().double().flatten(2).transpose(1, 2) if outputs.dim() > 2 else outputs.detach().double()[:, None]
+        z = (values - values.mean((0, 1))) / values.std((0, 1), correction=0)
+        rows = z.shape[0] * z.shape[1]
+        r = torch.einsum("spi,spj->ij", z, z) / rows
+        variance = torch.zeros_like(r)
+        for part in z.split(256):
+            squares = part.square().sum(1)
+            moved = part.transpose(1, 2) @ part - r * (squares[:, :, None] + squares[:, None]) / 2.0
+            variance += moved.square().sum(0) / rows**2
+        pairs = ~torch.eye(len(r), dtype=torch.bool)
+        return cls(float(r[pairs].abs().mean()), float(r[pairs].square().mean()), float(variance[pairs].mean()))
+
+    @classmethod
+    def mean(cls, draws: list[Correlations]) -> Correlations:
+        """Over draws."""
+        return cls(*(float(np.mean([getattr(draw, name) for draw in draws])) for name in ("sizes", "squares", "variance")))
+
+    @property
+    def absolute(self) -> float:
+        """``sqrt(E[|r|]^2 - 2 s^2 / pi)``: of the population, whose correlations scatter normally about 0 from pair to pair.
+
+        Those of independent weights are larger and scatter otherwise; there the difference is small, and makes the ratio larger.
+        """
+        return math.sqrt(max(0.0, self.sizes**2 - 2.0 * self.variance / math.pi))
+
+    @property
+    def root_mean_square(self) -> float:
+        """``sqrt(E[r^2] - s^2)``: of the population."""
+        return math.sqrt(max(0.0, self.squares - self.variance))
 
 
 def cases() -> Iterator[Case]:
@@ -72,7 +126,7 @@ def cases() -> Iterator[Case]:
     for condition, copies in ((1e2, 0), (1e4, 0), (1e6, 0), (1e6, 16)):
         name = f"MLP, condition {condition:.0e}" + (f", {copies} columns twice more" if copies else "")
         yield Case("torch", name, lambda copies=copies: mlp(64 + 2 * copies), "0", made(condition, copies))
-    for name in ("digits", "breast_cancer", "wine", "diabetes"):
+    for name in ("digits", "breast_cancer", "wine", "diabetes", "fair", "randhie"):
         columns, rows, data = table(name)
         yield Case("torch", f"MLP, {name} ({rows} rows of {columns})", lambda columns=columns: mlp(columns), "0", data)
     cpu_torchvision()
@@ -114,10 +168,13 @@ def made(condition: float, copies: int) -> Callable[[int], Data]:
 
 
 def table(name: str) -> tuple[int, int, Callable[[int], Data]]:
-    """Columns, rows, and splits of a table of scikit-learn's in 7 parts and 3."""
+    """Columns, rows, and splits of a table of scikit-learn's or statsmodels' in 7 parts and 3."""
     from sklearn import datasets
+    from statsmodels import datasets as others
 
-    whole = torch.tensor(getattr(datasets, f"load_{name}")().data, dtype=torch.float32)
+    load = getattr(datasets, f"load_{name}", None)
+    values = getattr(others, name).load_pandas().data.to_numpy() if load is None else load().data
+    whole = torch.tensor(values, dtype=torch.float32)
 
     def data(seed: int) -> Data:
         shuffled = whole[torch.randperm(len(whole), generator=torch.Generator().manual_seed(seed))]

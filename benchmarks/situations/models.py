@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
+from benchmarks.situations.rows import Measurement, Row
 from benchmarks.zoo.reference import Example, seeded
 from torch import nn
 
@@ -78,6 +79,11 @@ _SMALL: dict[str, Any] = {
 def from_torch(name: str, build: Callable[[], Example]) -> Subject:
     """Modules of torch.nn, put together as its documentation does."""
     return Subject("torch", name, build)
+
+
+def each(subjects: Iterable[Subject], rows_of: Callable[[Subject], Iterable[Row]]) -> list[Measurement]:
+    """The measurement of each, under its own name."""
+    return [Measurement(package=one.package, model=one.name, rows=partial(rows_of, one)) for one in subjects]
 
 
 class Cross(nn.Module):

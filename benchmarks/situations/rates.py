@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from benchmarks.situations.models import Subject, from_timm, from_torch, from_torchvision, from_transformers
-from benchmarks.situations.rows import DRAWS, Row, row_over
+from benchmarks.situations.models import Subject, each, from_timm, from_torch, from_torchvision, from_transformers
+from benchmarks.situations.rows import DRAWS, Measurement, Row, row_over
 from benchmarks.zoo.reference import Example
 from torch import nn
 
@@ -36,6 +37,7 @@ OPTIMIZERS: Mapping[str, type[torch.optim.Optimizer]] = {
 STEPS, BATCH, SEEDS = 120, 128, 2
 GRID = tuple(2.0 ** (-0.5 * k) for k in range(3, 15))
 OCTAVES = 0.5
+WIDTHS, DEPTHS = (32, 64, 128, 256), (2, 4, 8, 16)
 
 
 def _encoder() -> Example:
@@ -52,10 +54,9 @@ SUBJECTS = (
 )
 
 
-def measure() -> list[Row]:
+def measurements() -> list[Measurement]:
     """First steps of each optimizer on each model; then the sweeps."""
-    first = [row for subject in SUBJECTS for row in rows_of(subject)]
-    return [*first, drift("width", [(n, 4) for n in (32, 64, 128, 256)]), drift("depth", [(64, k) for k in (2, 4, 8, 16)])]
+    return [*each(SUBJECTS, rows_of), sweep("width", [(n, 4) for n in WIDTHS]), sweep("depth", [(64, k) for k in DEPTHS])]
 
 
 def rows_of(subject: Subject) -> Iterator[Row]:
@@ -113,11 +114,16 @@ class Residual(nn.Module):
         return logits
 
 
-def drift(along: str, sizes: list[tuple[int, int]]) -> Row:
+def sweep(along: str, sizes: list[tuple[int, int]]) -> Measurement:
+    """Over residual networks of these widths and depths."""
+    said = f"residual networks on digits, {along} {sizes[0][along == 'depth']} to {sizes[-1][along == 'depth']}"
+    return Measurement(package="torch", model=said, rows=partial(drift, said, sizes))
+
+
+def drift(said: str, sizes: list[tuple[int, int]]) -> Iterator[Row]:
     """Range over sizes of the best relative update at spectral norms, in octaves."""
     best = [math.log2(best_update(lambda size=size: Residual(*size))) for size in sizes]  # type: ignore[misc]
-    said = f"residual networks on digits, {along} {sizes[0][along == 'depth']} to {sizes[-1][along == 'depth']}"
-    return row_over(
+    yield row_over(
         [max(best) - min(best)], situation="rates", package="torch", model=said, quantity="drift of the best rate, octaves",
         asked=(0.0, OCTAVES),
     )  # fmt: skip

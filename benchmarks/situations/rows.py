@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-# A module of this package for each: ``measure() -> list[Row]``; a section of docs/situations.md.
+# A module of this package for each: ``measurements() -> list[Measurement]``; a section of docs/situations.md.
 SITUATIONS = ("attention", "branches", "activations", "flows", "tasks", "dropout", "rates", "inputs")
 DRAWS = 8  # of weights and inputs; what is reported is a mean over them, unless the row says otherwise
 
@@ -42,6 +42,15 @@ class Row:
         return {name: getattr(self, name) for name in names}
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measurement:
+    """All rows of one model, when they are asked for."""
+
+    package: str
+    model: str
+    rows: Callable[[], Iterable[Row]]
+
+
 def row_over(values: Iterable[float], **fields: Any) -> Row:
     """The row of these values, one for each place."""
     found = list(values)
@@ -58,7 +67,7 @@ def cells(row: Mapping[str, Any]) -> tuple[str, ...]:
         row["package"],
         row["model"],
         row["quantity"],
-        f"{low:g} to {high:g}" if low else f"at most {high:g}",
+        f"{low:g} to {high:g}" if low else f"at most {high:.3g}",
         f"{least:.3g} to {most:.3g}" if least != most else f"{least:.3g}",
         str(row["places"]),
         "yes" if row["ok"] else "**no**",

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from benchmarks.situations.rows import DRAWS, Row, row_over
+from benchmarks.situations.rows import DRAWS, Measurement, Row, row_over
 from torch import nn
 
 import gainstage as gs
@@ -41,30 +42,29 @@ class Weighted(nn.Module):
         return torch.stack([w * loss(output) for w, loss in zip(self.weights, self.losses.values(), strict=True)]).sum()
 
 
-def measure() -> list[Row]:
+def measurements() -> list[Measurement]:
+    """Models with two or three heads."""
+    return [Measurement(package=case.package, model=case.name, rows=partial(rows_of, case)) for case in cases()]
+
+
+def rows_of(case: Case) -> Iterator[Row]:
     """Distributions that differ between loss weights; median error of the gradients of each shared parameter, by task."""
-    rows = []
-    for case in cases():
-        plans = []
-        for weights in ((1.0, 1.0, 1.0), (1000.0, 1e-3, 7.0)):
-            torch.manual_seed(0)
-            losses = case.losses(0)
-            model = Weighted(case.build(), losses, weights[: len(losses)])
-            plans.append(gs.plan(model, (), case.inputs(0)))
-        differing = sum(
-            parameter.distribution != plans[1].parameters[name].distribution
-            or parameter.blocks != plans[1].parameters[name].blocks
-            for name, parameter in plans[0].parameters.items()
-        )
-        median = float(np.median(errors(case)))
-        for quantity, asked, value in (
-            ("parameters planned otherwise under other loss weights", (0.0, 0.0), float(differing)),
-            ("median error of gradients by task and parameter", (0.0, 0.02), median),
-        ):
-            rows.append(
-                row_over([value], situation="tasks", package=case.package, model=case.name, quantity=quantity, asked=asked)
-            )
-    return rows
+    plans = []
+    for weights in ((1.0, 1.0, 1.0), (1000.0, 1e-3, 7.0)):
+        torch.manual_seed(0)
+        losses = case.losses(0)
+        model = Weighted(case.build(), losses, weights[: len(losses)])
+        plans.append(gs.plan(model, (), case.inputs(0)))
+    differing = sum(
+        parameter.distribution != plans[1].parameters[name].distribution or parameter.blocks != plans[1].parameters[name].blocks
+        for name, parameter in plans[0].parameters.items()
+    )
+    median = float(np.median(errors(case)))
+    for quantity, asked, value in (
+        ("parameters planned otherwise under other loss weights", (0.0, 0.0), float(differing)),
+        ("median error of gradients by task and parameter", (0.0, 0.02), median),
+    ):
+        yield row_over([value], situation="tasks", package=case.package, model=case.name, quantity=quantity, asked=asked)
 
 
 def errors(case: Case) -> list[float]:
