@@ -9,6 +9,7 @@ import torch
 from numpy.typing import NDArray
 
 from gainstage.inputs.rows import Rows, subsets
+from gainstage.inputs.tails import Tails
 from gainstage.signal.quadrature import Array
 
 # Parts of the data that are held against the others.
@@ -60,7 +61,7 @@ class Gathered:
 
     ``mean``: over samples, in their shape. ``squares``: for each choice of the sample's dimensions that are kept apart, the mean
     over samples of the square of the average over the others. ``folds``: moments of the rows of every fourth sample.
-    ``places``: of rows that were averaged over the dimensions of places that are not kept apart.
+    ``tails``: of all rows. ``places``: of rows that were averaged over the dimensions of places that are not kept apart.
     """
 
     shape: tuple[int, ...]
@@ -69,12 +70,14 @@ class Gathered:
     mean: Array = field(init=False)
     squares: dict[tuple[bool, ...], float] = field(default_factory=dict)
     folds: list[Moments] = field(init=False)
+    tails: Tails = field(init=False)
     places: dict[tuple[bool, ...], Moments] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Start from nothing."""
         self.mean = np.zeros(self.shape)
         self.folds = [Moments.none(self.rows.columns)] * FOLDS
+        self.tails = Tails.none(self.rows.columns)
 
     def add(self, samples: NDArray[np.float64]) -> None:
         """Take in samples [count, shape...], finite."""
@@ -94,6 +97,7 @@ class Gathered:
             old = self.squares.get(kept, 0.0)
             self.squares[kept] = old + (float(np.square(averaged).mean()) - old) * share
         columns = rows.shape[-1]
+        self.tails = self.tails.merged(Tails.of(rows.reshape(-1, columns)))
         for offset in range(FOLDS):
             fold = rows[offset::FOLDS].reshape(-1, columns)
             which = (before + offset) % FOLDS
@@ -115,6 +119,7 @@ class Gathered:
             old = self.squares.get(kept, 0.0)
             self.squares[kept] = old + (square - old) * share
         self.folds = [own.merged(theirs) for own, theirs in zip(self.folds, other.folds, strict=True)]
+        self.tails = self.tails.merged(other.tails)
         for kept, moments in other.places.items():
             self.places[kept] = self.places.get(kept, Moments.none(self.rows.columns)).merged(moments)
         self.samples += other.samples

@@ -13,6 +13,7 @@ import torch
 from gainstage.errors import InputError, NonFiniteError
 from gainstage.inputs.moments import FOLDS, Gathered, Moments
 from gainstage.inputs.rows import Features, Rows
+from gainstage.inputs.tails import Tails
 from gainstage.signal import Value, gaussian
 from gainstage.signal.axes import axes_of, new_dims
 from gainstage.signal.quadrature import Array
@@ -33,6 +34,7 @@ class InputStatistics:
         squares: choice of the sample's dimensions -> mean square of the averages over the others.
         rows: how a sample becomes the rows that a first layer multiplies.
         folds: moments of the rows of every fourth sample, beginning with the first, second, third and fourth.
+        tails: of the rows; None for moments that are known exactly.
         places: moments of rows that were averaged over places.
     """
 
@@ -42,6 +44,7 @@ class InputStatistics:
     squares: Mapping[tuple[bool, ...], float]
     rows: Rows
     folds: tuple[Moments, ...]
+    tails: Tails | None
     places: Mapping[tuple[bool, ...], Moments]
 
     @classmethod
@@ -62,6 +65,7 @@ class InputStatistics:
             squares=dict(gathered.squares),
             rows=gathered.rows,
             folds=tuple(gathered.folds),
+            tails=gathered.tails,
             places=dict(gathered.places),
         )
 
@@ -99,7 +103,9 @@ class InputStatistics:
         known = Moments(1, centre, (matrix + matrix.T) / 2.0)
         second = known.second()
         squares: dict[tuple[bool, ...], float] = {(True,): float(np.trace(second)) / size, (False,): float(second.mean())}
-        return cls(shape=(size,), samples=None, mean=centre, squares=squares, rows=Features(size), folds=(known,), places={})
+        return cls(
+            shape=(size,), samples=None, mean=centre, squares=squares, rows=Features(size), folds=(known,), tails=None, places={}
+        )
 
     @property
     def second_moment(self) -> float:

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from gainstage.errors import InputError
+from gainstage.inputs.moments import FOLDS
 from gainstage.inputs.statistics import InputStatistics, value_of
 from gainstage.signal import Value
 from gainstage.signal.quadrature import Array
@@ -21,6 +22,9 @@ _NOTHING = 2.0**-43
 
 # Rows for each column above which a direction without variance is one that the data do not have, not one that was not seen yet.
 _ENOUGH = 2
+
+# Rows that the variance of a column is to rest on, where there are the square of that many; no covariance is taken from fewer.
+_LEAST = 2 * FOLDS
 
 # Shares of the identity that are tried: none, and half decades.
 _SHARES = (0.0, *(10.0 ** (step / 2.0) for step in range(-16, 0)), 1.0)
@@ -37,7 +41,8 @@ class Whitening:
 
     ``matrix``: [rank, columns], its columns of mean square length 1. ``centre``: what a bias takes off the rows; None without
     one. ``optimism``: second moments over rows that were not seen, over those of the rows that were. ``share``: of the target,
-    each column's own variance or the mean of all. ``silent``: columns that do not vary. ``condition``: of what is inverted.
+    each column's own variance or the mean of all. ``silent``: columns that do not vary. ``rare``: columns whose variance rests on
+    too few rows. ``condition``: of what is inverted.
     """
 
     matrix: Array
@@ -46,6 +51,7 @@ class Whitening:
     share: float
     target: str
     silent: int
+    rare: int
     condition: float
 
     @property
@@ -66,6 +72,10 @@ def whitening_of(statistics: InputStatistics, *, is_centred: bool) -> Whitening:
     section 2) as far as the data ask for it. Where every direction has variance F is a symmetric root, a smooth function of the
     statistics.
 
+    A column whose variance rests on fewer than eight of many rows is as good as unknown: what was seen once may be of any size
+    the next time, and as many outputs as read it would have that in common. To its variance that of the average column is added:
+    F reads it no louder than weights without whitening would.
+
     Args:
         statistics: of the input.
         is_centred: whether a bias takes the mean off; without one the mean is one more direction, and second moments take the
@@ -80,27 +90,28 @@ def whitening_of(statistics: InputStatistics, *, is_centred: bool) -> Whitening:
     kept = deviation > _NOTHING**0.5 * max(float(deviation.max()), 1e-300) * _RELATIVE
     if not kept.any():
         raise InputError("inputs: nothing varies in the rows that the first layer reads")
-    second, *folds = (moments.second(about)[np.ix_(kept, kept)] for moments in (whole, *statistics.folds))
-    counts = [fold.count for fold in statistics.folds]
-    can_drop = statistics.samples is None or whole.count >= _ENOUGH * len(second)
-    own = deviation[kept]
-    found = units = _Scaled.of(second, own, can_drop=can_drop)
-    share, unseen = 0.0, 1.0
-    if statistics.samples is not None:
-        common = _Scaled.of(second, np.full_like(own, float(np.sqrt(np.mean(own**2)))), can_drop=can_drop)
-        tried = [(*_shrinkage(scaled, folds, counts), scaled) for scaled in (units, common) if scaled.rank == units.rank]
-        _, share, unseen, found = min(tried, key=lambda each: each[0])
-    values, root = found.root(second, share)
-    matrix = np.zeros((found.rank, len(deviation)))
-    matrix[:, kept] = root @ found.matrix
+    seen, *folds = (moments.second(about)[np.ix_(kept, kept)] for moments in (whole, *statistics.folds))
+    tails, few = statistics.tails, min(_LEAST, whole.count / _LEAST)
+    rare = np.zeros(len(seen), bool) if tails is None else tails.support[kept] < few
+    excess = np.where(rare, np.trace(seen) / len(seen), 0.0)
+    second = seen + np.diag(excess)
+    fit = _best_fit(statistics, second, folds, np.diag(excess))
+    values, root = fit.scaled.root(second, fit.share)
+    matrix = np.zeros((fit.scaled.rank, len(deviation)))
+    matrix[:, kept] = root @ fit.scaled.matrix
     matrix *= np.sqrt(matrix.shape[1] / np.square(matrix).sum())
+    level = float(np.einsum("kl,lm,mk->", root, fit.scaled.apply(seen), root, optimize=True)) / fit.scaled.rank
+    # Squares about the mean of n rows have the mean (1 - 1/n) v over these rows, and (1 + 1/n) v over others.
+    has_error = is_centred and statistics.samples is not None
+    about_mean = (whole.count + 1.0) / (whole.count - 1.0) if has_error else 1.0
     return Whitening(
         matrix=matrix,
         centre=whole.mean if is_centred else None,
-        optimism=unseen * found.rank / float(np.einsum("kl,lm,mk->", root, found.apply(second), root, optimize=True)),
-        share=share,
-        target="diag(Sigma)" if found is units else "tr(Sigma) / d",
+        optimism=fit.optimism(level) * about_mean,
+        share=fit.share,
+        target=fit.scaled.unit,
         silent=int((~kept).sum()),
+        rare=int(rare.sum()),
         condition=float(values[-1] / values[0]),
     )
 
@@ -110,12 +121,13 @@ class _Scaled:
     """Rows in units of some deviations, along the directions that they have: ``z = matrix x``."""
 
     matrix: Array
+    unit: str  # what the identity stands for
 
     @classmethod
-    def of(cls, second: Array, deviations: Array, *, can_drop: bool) -> _Scaled:
+    def of(cls, second: Array, deviations: Array, unit: str, *, can_drop: bool) -> _Scaled:
         """Along the directions of these second moments."""
         basis = _basis(second / np.outer(deviations, deviations), can_drop=can_drop)
-        return cls(basis.T / deviations)
+        return cls(basis.T / deviations, unit)
 
     @property
     def rank(self) -> int:
@@ -160,30 +172,64 @@ def _basis(correlations: Array, *, can_drop: bool) -> Array:
     return np.asarray(projection[:, chosen] @ (turn / np.sqrt(inner)) @ turn.T)
 
 
-def _shrinkage(scaled: _Scaled, folds: list[Array], counts: list[int]) -> tuple[float, float, float]:
-    """The best score, its share of the target, and ``tr(S^-1 T) / r`` for rows that were not seen.
+@dataclass(frozen=True, slots=True)
+class _Fit:
+    """A share of the target, its score, and ``tr(S^-1 T) / r`` over the rows that S is of and over those of another part."""
 
-    Each part is scored under the others: ``log det S + tr(S^-1 T)``. A matrix from n rows makes the second moments of others
-    larger by a factor f with ``1 - 1/f = (r + 1) / n`` (mean of an inverse Wishart matrix); the parts show it for fewer rows.
-    """
-    scores, unseen = np.zeros(len(_SHARES)), np.zeros(len(_SHARES))
-    parts = [scaled.apply(fold) for fold in folds]
-    shares = [count / sum(counts) for count in counts]
+    scaled: _Scaled
+    share: float
+    score: float
+    seen: float
+    unseen: float
+
+    def optimism(self, seen: float) -> float:
+        """``1 / (1 - c / n)``: second moments over new rows, over those of the n rows that S is of.
+
+        Taking a row out of S multiplies its own ``u = x^T S^-1 x`` by ``1 / (1 - u / n)``, so c goes as the mean of u. The
+        parts show it for fewer rows.
+
+        Args:
+            seen: for S of all rows.
+        """
+        return 1.0 / (1.0 - (1.0 - self.seen / self.unseen) * (1.0 - 1.0 / FOLDS) * seen / self.seen)
+
+
+def _best_fit(statistics: InputStatistics, second: Array, folds: list[Array], excess: Array) -> _Fit:
+    """In units of each column's deviation, or of one for all: under which each part is likelier given the others."""
+    rows = statistics.all_rows.count
+    can_drop = statistics.samples is None or rows >= _ENOUGH * len(second)
+    own = np.sqrt(np.diag(second))
+    units = _Scaled.of(second, own, "diag(Sigma)", can_drop=can_drop)
+    if statistics.samples is None:
+        return _Fit(units, 0.0, 0.0, 1.0, 1.0)
+    mean = np.full_like(own, float(np.sqrt(np.mean(own**2))))
+    common = _Scaled.of(second, mean, "tr(Sigma) / d", can_drop=can_drop)
+    shares = [fold.count / rows for fold in statistics.folds]
+    tried = [_fit(scaled, folds, shares, excess) for scaled in (units, common) if scaled.rank == units.rank]
+    return min(tried, key=lambda fit: fit.score)
+
+
+def _fit(scaled: _Scaled, folds: list[Array], shares: list[float], excess: Array) -> _Fit:
+    """The share of the identity under which each part is likeliest given the others, S: the least ``log det S + tr(S^-1 T)``."""
+    scores, within, across = (np.zeros(len(_SHARES)) for _ in range(3))
+    parts, added = [scaled.apply(fold) for fold in folds], scaled.apply(excess)
     total = sum(share * part for share, part in zip(shares, parts, strict=True))
     for own, other in zip(shares, parts, strict=True):
-        values, vectors = np.linalg.eigh((total - own * other) / (1.0 - own))
-        across = np.einsum("ck,cd,dk->k", vectors, other, vectors, optimize=True)
+        rest = (total - own * other) / (1.0 - own)
+        values, vectors = np.linalg.eigh(rest + added)
+        seen, unseen = (np.einsum("ck,cd,dk->k", vectors, part, vectors, optimize=True) for part in (rest, other))
         for index, share in enumerate(_SHARES):
             shrunk = (1.0 - share) * np.maximum(values, 0.0) + share
             if shrunk[0] <= _NOTHING * shrunk[-1]:
                 scores[index] = np.inf
                 continue
-            level = float((across / shrunk).sum())
-            scores[index] += own * (float(np.log(shrunk).sum()) + level)
-            unseen[index] += own * level / scaled.rank
+            level = own * float((unseen / shrunk).sum())
+            scores[index] += own * float(np.log(shrunk).sum()) + level
+            within[index] += own * float((seen / shrunk).sum())
+            across[index] += level
     best = int(np.argmin(scores))
-    excess = (1.0 - 1.0 / unseen[best]) * (1.0 - 1.0 / len(folds))
-    return float(scores[best]) - 2.0 * scaled.log_volume, _SHARES[best], float(1.0 / (1.0 - excess))
+    score = float(scores[best]) - 2.0 * scaled.log_volume
+    return _Fit(scaled, _SHARES[best], score, float(within[best]) / scaled.rank, float(across[best]) / scaled.rank)
 
 
 def output_value(

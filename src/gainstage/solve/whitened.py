@@ -75,6 +75,11 @@ class FirstLayer:
                 f"rank {found.rank} of {rows.columns}: {found.silent} columns do not vary, "
                 f"{lost} directions are sums of others; no weight there"
             )
+        if found.rare:
+            lines.append(
+                f"{found.rare} columns owe their variance to a few rows, which does not tell that of others; "
+                "they are read as if they varied like the average column"
+            )
         if found.share:
             lines.append(
                 f"Sigma <- {1.0 - found.share:.4g} Sigma + {found.share:.3g} {found.target}: "
