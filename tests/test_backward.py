@@ -248,6 +248,18 @@ def test_layer_norm_divides_the_gradient_by_its_inputs_deviation():
     assert found.gradient.second_moment == pytest.approx(expected, rel=0.01)
 
 
+def test_gradients_are_left_out_on_request():
+    model, args = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16)), (torch.randn(8, 16),)
+    whole, forward = gs.inspect(model, args), gs.inspect(model, args, gradients=False)
+    assert {name: signal.second_moment for name, signal in forward.nodes.items()} == {
+        name: signal.second_moment for name, signal in whole.nodes.items()
+    }
+    assert all(signal.gradient is None for signal in forward.nodes.values())
+    assert all(statistics.gradient_second_moment is None for statistics in forward.parameters.values())
+    assert forward.depth is None
+    assert whole.depth is not None
+
+
 def test_gradients_end_at_detach_and_unused_parameters_have_none():
     class Detached(nn.Module):
         def __init__(self):

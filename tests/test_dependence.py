@@ -286,7 +286,7 @@ def test_predictions_are_those_of_draws(name):
     predicted: dict[tuple[str, int], list[float]] = {}
     for seed in range(100, 104):  # the moments of small parameters stray
         torch.manual_seed(seed)
-        trace = gs.inspect(build(), (source(),))
+        trace = gs.inspect(build(), (source(),), gradients=False)
         for call in trace.calls:
             predicted.setdefault((call.path, call.call), []).append(call.outputs[0].second_moment)
     errors = {key: abs(np.log(np.mean(predicted[key]) / measured[key][0])) for key in predicted if key in measured}
@@ -311,7 +311,7 @@ def by_heads(h):
 
 @pytest.mark.parametrize("norm", [by_variance, by_squares, by_heads])
 def test_what_a_norm_by_hand_leaves_has_mean_square_one(norm):
-    trace = gs.inspect(Scripted(lambda m, x: norm(m[0](x)), linear()), (torch.randn(4, 6, WIDTH),))
+    trace = gs.inspect(Scripted(lambda m, x: norm(m[0](x)), linear()), (torch.randn(4, 6, WIDTH),), gradients=False)
     assert trace.nodes[trace.graph.outputs[0]].second_moment == pytest.approx(1.0, rel=1e-4)
 
 
@@ -336,7 +336,7 @@ def test_a_linear_step_taken_several_times_grows_as_the_power_of_its_matrix():
     torch.manual_seed(0)  # noise, and taken for standard normal
     model = steps(FOLLOWED)
     q = relative_variance(model)
-    trace = gs.inspect(model, (rows(),))
+    trace = gs.inspect(model, (rows(),), gradients=False)
     found = [call.outputs[0].second_moment for call in trace.calls if call.path == "m.0"]
     exact = [q * sum(comb(k, j) ** 2 * q**j for j in range(k + 1)) for k in range(FOLLOWED)]
     np.testing.assert_allclose(found, exact, rtol=1e-5)  # 24 factors of single precision
@@ -346,7 +346,7 @@ def test_a_linear_step_taken_several_times_grows_as_the_power_of_its_matrix():
 def test_more_uses_than_are_followed_are_named_and_taken_to_be_independent():
     torch.manual_seed(0)
     model = steps(FOLLOWED + 1)
-    trace = gs.inspect(model, (rows(),))
+    trace = gs.inspect(model, (rows(),), gradients=False)
     assert trace.nodes[trace.graph.outputs[0]].second_moment == pytest.approx((1.0 + relative_variance(model)) ** (FOLLOWED + 1))
     (sentence,) = trace.assumptions
     assert sentence == f"Used more than {FOLLOWED} times, also on what it made, and taken to be independent of that: m.0.weight."
@@ -371,7 +371,7 @@ def test_descent_through_a_matrix_and_back_has_the_moments_of_marchenko_and_past
         narayana = (ratio**r / (r + 1) * comb(k, r) * comb(k - 1, r) for r in range(k))
         return level**k * sum(narayana) if k else 1.0
 
-    trace = gs.inspect(model, (rows(),))
+    trace = gs.inspect(model, (rows(),), gradients=False)
     found = [trace.nodes[name].second_moment for name in trace.graph.outputs]
     exact = [sum(comb(2 * k, j) * (-rate) ** j * moment(j) for j in range(2 * k + 1)) for k in range(1, rounds + 1)]
     np.testing.assert_allclose(found, exact, rtol=1e-5)
@@ -392,4 +392,4 @@ def test_a_plan_gives_shared_branches_their_share_of_the_sum():
 @pytest.mark.parametrize("name", sorted(MODELS.keys() - {"spectral norm"}))
 def test_these_models_are_read_without_assumptions(name):
     build, source = MODELS[name]
-    assert not gs.inspect(build(), (source(),)).assumptions
+    assert not gs.inspect(build(), (source(),), gradients=False).assumptions

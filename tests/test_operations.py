@@ -78,7 +78,7 @@ def test_a_custom_operation_is_sampled_forward_and_backward_and_the_trace_says_s
 
 def test_the_sampling_error_is_in_the_spread():
     model = Between(bent)
-    narrow, wide = (gs.inspect(model, (torch.randn(rows, WIDTH),)) for rows in (2, 512))
+    narrow, wide = (gs.inspect(model, (torch.randn(rows, WIDTH),), gradients=False) for rows in (2, 512))
     strays = [trace.nodes[trace.sampled[0]].value.log_variance for trace in (narrow, wide)]
     assert strays[0] > strays[1] > 0.0
 
@@ -90,7 +90,7 @@ def test_five_lines_from_outside_give_a_rule_that_is_held_against_the_operation(
     case = testing.RuleCase(op=op, args=(testing.correlated((4, 6, 5), mean=0.3, shares={(0, 1): 0.2, (2,): 0.1}),))
     assert testing.assert_rule(case).ok
     assert treatments(straight)["gainstage_tests.straight.default"] == "ruled"
-    assert not gs.inspect(Between(straight), (x(),)).sampled
+    assert not gs.inspect(Between(straight), (x(),), gradients=False).sampled
     with pytest.raises(gs.RuleError, match="has a rule already"):
         gs.rules.pointwise(op)
 
@@ -100,7 +100,7 @@ def test_integers_among_numbers_count_as_numbers():
         def forward(self, x):
             return super().forward(x) * torch.arange(WIDTH) + (x > 0)
 
-    trace = gs.inspect(Shifted(WIDTH, WIDTH), (x(),))
+    trace = gs.inspect(Shifted(WIDTH, WIDTH), (x(),), gradients=False)
     expected = float(torch.arange(WIDTH).double().square().mean()) * 2 / 3 + 0.5  # E[w x + b]^2 is 1/3 + 1/3/128 by default
     assert trace.modules[""][0].second_moment == pytest.approx(expected / 2, rel=0.06)
 
@@ -119,7 +119,7 @@ def test_masks_are_numbers_where_the_model_has_them_as_numbers_and_conditions_st
     torch.manual_seed(0)
     model, given = Places(WIDTH, WIDTH), x()
     measured = float(model(given).detach().square().mean())
-    assert gs.inspect(model, (given,)).modules[""][0].second_moment == pytest.approx(measured, rel=0.1)
+    assert gs.inspect(model, (given,), gradients=False).modules[""][0].second_moment == pytest.approx(measured, rel=0.1)
 
 
 def test_picks_of_nothing_change_nothing():
@@ -152,7 +152,7 @@ def broken(call, x):
 def test_a_rule_that_fails_leaves_its_node_to_sampling_and_the_trace_says_so():
     torch.manual_seed(0)
     model = Between(half)
-    trace = gs.inspect(model, (x(),))
+    trace = gs.inspect(model, (x(),), gradients=False)
     assert [trace.graph.by_name[name].op_name for name in trace.sampled] == ["gainstage_tests.half.default"]
     before, after = (trace.modules["first"][0].second_moment, trace.nodes[trace.sampled[0]].second_moment)
     assert after == pytest.approx(before / 4, rel=0.01)  # 32 draws of 8192 entries
@@ -196,7 +196,7 @@ class Decays(nn.Module):
 def test_decays_of_running_sums_are_one_operation_that_never_grows():
     torch.manual_seed(0)
     sequences = torch.randn(8, 24, WIDTH)
-    trace = gs.inspect(Decays(), (sequences,))
+    trace = gs.inspect(Decays(), (sequences,), gradients=False)
     assert [trace.graph.by_name[name].short_name for name in trace.sampled] == ["cumsum..exp"]
     assert_level_over_draws(trace, Decays, 24)
 
@@ -224,7 +224,7 @@ class RunningAverage(nn.Module):
 
 def test_what_a_running_maximum_keeps_from_growing_is_one_operation_with_the_averages_made_of_it():
     torch.manual_seed(0)
-    trace = gs.inspect(RunningAverage(), (torch.randn(8, 12, WIDTH),))
+    trace = gs.inspect(RunningAverage(), (torch.randn(8, 12, WIDTH),), gradients=False)
     assert len(trace.sampled) == 1
     assert_level_over_draws(trace, RunningAverage, 12)
 
@@ -262,7 +262,7 @@ def test_graph_networks(scatters):
         gs.apply(model, plan, seed=seed)
         torch.manual_seed(seed)
         measured.append(float(model(torch.randn(100, 32), edges).detach().square().mean()))
-    assert not gs.inspect(model, (torch.randn(100, 32), edges)).sampled
+    assert not gs.inspect(model, (torch.randn(100, 32), edges), gradients=False).sampled
     error = float(np.std(measured)) / np.mean(measured) / 32**0.5
     assert plan.predictions["@0"][0] == pytest.approx(np.mean(measured), rel=3.0 * error)
     assert error < 0.06

@@ -64,7 +64,7 @@ def compared(function):
     torch.manual_seed(0)
     model = Picking(function)
     x = torch.randn(64, WIDTH)
-    trace = gs.inspect(model, (x,))
+    trace = gs.inspect(model, (x,), gradients=False)
     found = []
     for seed in range(DRAWS):
         torch.manual_seed(seed)
@@ -89,7 +89,7 @@ def test_a_single_entry_stands_for_as_many_as_there_are():
     model = Picking(largest_where_inside)
     x = torch.randn(64, WIDTH).clamp(-1.4, 1.4)
     x[3, 5] = 1.6
-    trace = gs.inspect(model, (x,))
+    trace = gs.inspect(model, (x,), gradients=False)
     assert any(isinstance(trace.graph.by_name[name].op, Region) for name in trace.sampled)
     found = []
     for seed in range(DRAWS):
@@ -107,7 +107,7 @@ def test_a_place_in_a_bin_lies_between_its_edges():
 
 
 def regions_of(model, *args):
-    return [node for node in gs.inspect(model, args).graph.nodes if isinstance(node.op, Region)]
+    return [node for node in gs.inspect(model, args, gradients=False).graph.nodes if isinstance(node.op, Region)]
 
 
 def test_rows_for_experts_are_looked_up():
@@ -161,7 +161,7 @@ def test_operands_that_are_computed_from_one_another_are_of_one_draw():
     torch.manual_seed(0)
     x = torch.randn(64, WIDTH)
     model = nn.Sequential(*(Coupling(i % 2) for i in range(3)))
-    trace = gs.inspect(model, (x,))
+    trace = gs.inspect(model, (x,), gradients=False)
     regions = [node for node in trace.graph.nodes if isinstance(node.op, Region)]
     assert len(regions) == 3
     found = []
@@ -186,7 +186,7 @@ def test_what_is_computed_without_integers_keeps_its_rule():
             return h.gather(-1, h.argmax(-1, keepdim=True)), h
 
     model = Shared()
-    trace = gs.inspect(model, (torch.randn(32, WIDTH),))
+    trace = gs.inspect(model, (torch.randn(32, WIDTH),), gradients=False)
     assert trace.graph.outputs[1] not in trace.sampled
     assert trace.graph.outputs[0] in trace.sampled
 
@@ -229,7 +229,7 @@ def test_what_is_made_of_an_operand_beside_the_region_is_of_its_draw():
             return neighbours - points[:, :, None].expand(-1, -1, 3, -1)
 
     model, found = Edges(), []
-    trace = gs.inspect(model, (torch.randn(4, 16, WIDTH),))
+    trace = gs.inspect(model, (torch.randn(4, 16, WIDTH),), gradients=False)
     for seed in range(DRAWS):
         torch.manual_seed(seed)
         model.linear.reset_parameters()

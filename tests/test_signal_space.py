@@ -86,7 +86,8 @@ def test_small_maps_with_norms(name):
     torch.manual_seed(0)
     model, found = STACKS[name]().train(), []
     x = torch.randn(2, 48, 7, 7)
-    predicted = [gs.inspect(model, (x,)).modules[f"layers.{i}"][0].second_moment for i in range(len(model.layers))]
+    modules = gs.inspect(model, (x,), gradients=False).modules
+    predicted = [modules[f"layers.{i}"][0].second_moment for i in range(len(model.layers))]
     for draw in range(40):
         torch.manual_seed(draw + 1)
         y, row = torch.randn(2, 48, 7, 7), []
@@ -145,7 +146,7 @@ def test_neighbours_share_more(name):
     """Second moments behind pools of pools, on maps of 20 x 20, against 60 draws; means as well."""
     torch.manual_seed(0)
     model, found = POOLS[name]().train(), []
-    trace = gs.inspect(model, (torch.randn(2, 16, 20, 20),)).modules
+    trace = gs.inspect(model, (torch.randn(2, 16, 20, 20),), gradients=False).modules
     predicted = [trace[f"layers.{i}"][0] for i in range(len(model.layers))]
     for draw in range(60):
         torch.manual_seed(draw + 1)

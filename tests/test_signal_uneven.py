@@ -70,7 +70,7 @@ def shared_by_a_channel(table):
 def test_means_of_channels(name):
     torch.manual_seed(0)
     x = torch.randn(6, 4, 18, 18)
-    trace = gs.inspect(NETWORKS[name](), (x,))
+    trace = gs.inspect(NETWORKS[name](), (x,), gradients=False)
     predicted = shared_by_a_channel(trace.calls[-1].outputs[0].value.table)
     found = []
     for seed in range(DRAWS):
@@ -91,7 +91,7 @@ def test_a_gate_of_each_sample():
     def of_one_sample(table):
         return (table[1, 1, 0, 0] - table[0, 1, 0, 0]) / table[1, 1, 1, 1]
 
-    predicted = of_one_sample(gs.inspect(net(), (x,)).calls[-1].outputs[0].value.table)
+    predicted = of_one_sample(gs.inspect(net(), (x,), gradients=False).calls[-1].outputs[0].value.table)
     found = []
     for seed in range(DRAWS):
         torch.manual_seed(seed)
@@ -105,5 +105,5 @@ def test_a_gate_of_each_sample():
 def test_a_norm_of_each_channel_makes_them_even():
     x = torch.randn(6, 4, 18, 18)
     normed = nn.Sequential(*stack((4, 48, 3)), Standardised(48, 48, 3), nn.BatchNorm2d(48), nn.SiLU())
-    table = gs.inspect(normed, (x,)).calls[-1].outputs[0].value.table
+    table = gs.inspect(normed, (x,), gradients=False).calls[-1].outputs[0].value.table
     assert shared_by_a_channel(table) == pytest.approx(0.0, abs=1e-4)

@@ -90,7 +90,7 @@ def test_entropy_of_a_real_causal_attention():
     mask = nn.Transformer.generate_square_subsequent_mask(TOKENS)
     x = alike(0, 0.0)
     gs.initialize(layer, (x, mask))
-    (signal,) = gs.inspect(layer, (x, mask)).attention
+    (signal,) = gs.inspect(layer, (x, mask), gradients=False).attention
     with torch.no_grad():
         weights = layer.self_attn(*[layer.norm1(x)] * 3, attn_mask=mask, average_attn_weights=False)[1]
     rows = torch.special.entr(weights.double()).sum(-1)[..., 1:] / torch.arange(2, TOKENS + 1).log()
@@ -126,7 +126,7 @@ def test_biases_of_positions_are_no_noise():
         gs.apply(block, plan, seed=seed)
         with torch.no_grad():
             found.append(float(torch.special.entr(block.probabilities(x).double()).sum(-1).mean()) / math.log(TOKENS))
-    (signal,) = gs.inspect(block, (x,)).attention
+    (signal,) = gs.inspect(block, (x,), gradients=False).attention
     # a bias of slope 1/2 leaves 4 keys, where "as if they were equal" is good for 3 %
     assert signal.entropy == pytest.approx(np.mean(found), rel=0.03)
 
@@ -151,7 +151,7 @@ def test_a_mask_that_comes_with_a_product_is_a_mask():
     block, x = Masked(fused=False), torch.randn(8, TOKENS, WIDTH)
     fused = Masked(fused=True)
     fused.load_state_dict(block.state_dict())
-    apart, together = (gs.inspect(model, (x,)).nodes for model in (block, fused))
+    apart, together = (gs.inspect(model, (x,), gradients=False).nodes for model in (block, fused))
     for node, other in (("baddbmm", "add"), ("softmax", "softmax"), ("matmul", "matmul_1")):
         assert together[node].second_moment == pytest.approx(apart[other].second_moment, rel=1e-9), node
 

@@ -136,10 +136,10 @@ def test_uniform_weights_stray_less_than_normal_ones():
         for _ in range(1000):
             layer.reset_parameters()
             levels.append(math.log(float(layer(x).square().mean())))
-    predicted = gs.inspect(layer, (x,)).calls[-1].outputs[0].spread
+    predicted = gs.inspect(layer, (x,), gradients=False).calls[-1].outputs[0].spread
     assert abs(math.log(predicted / np.std(levels))) <= 0.05 + 4.0 / math.sqrt(2.0 * 1000)
     nn.init.normal_(layer.weight, std=0.25)
-    normal = gs.inspect(layer, (x,)).calls[-1].outputs[0].spread
+    normal = gs.inspect(layer, (x,), gradients=False).calls[-1].outputs[0].spread
     assert normal > 1.4 * predicted  # 2 / n against 0.8 / n
 
 
@@ -163,7 +163,7 @@ def test_the_spread_is_the_deviation_of_the_log_over_draws(name):
     torch.manual_seed(0)
     model = make()
     redraw(model)
-    predicted = gs.inspect(model, inputs()).calls[-1].outputs[0].spread
+    predicted = gs.inspect(model, inputs(), gradients=False).calls[-1].outputs[0].spread
     found = strayed(model, inputs)
     sampling = 4.0 / math.sqrt(2.0 * DRAWS)  # four standard errors of the log of a standard deviation
     assert abs(math.log(predicted / found)) <= tolerance + sampling
@@ -182,7 +182,7 @@ def test_what_a_whole_draw_has_in_common():
             nn.init.normal_(layer.weight, std=(1.0 if layer is made[0] else 2.81) ** 0.5 / 48**0.5)
         return made, torch.randn(32, 48)
 
-    signals = [gs.inspect(model, (x,)).calls[-1].outputs[0].value for model, x in map(drawn, range(4))]
+    signals = [gs.inspect(model, (x,), gradients=False).calls[-1].outputs[0].value for model, x in map(drawn, range(4))]
     predicted = np.mean([signal.table[0, 0] / signal.mean**2 for signal in signals])
     with torch.no_grad():
         means = np.array([float(model(x).double().mean()) for model, x in map(drawn, range(DRAWS))])

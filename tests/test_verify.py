@@ -112,7 +112,7 @@ def plan_for(model, args):
     made = {"policy": "by hand", "fingerprint": fingerprint(graph), "training": graph.training}
     probe = copy.deepcopy(model)
     apply(probe, Plan(parameters=parameters, **made), seed=12345)
-    calls = [call for call in gs.inspect(probe, args).calls if call.outputs]
+    calls = [call for call in gs.inspect(probe, args, gradients=False).calls if call.outputs]
     return Plan(
         parameters=parameters,
         predictions={f"{call.path}@{call.call}": tuple(s.second_moment for s in call.outputs) for call in calls},

@@ -14,13 +14,14 @@ rule's. Expectations are over the draws of all operands, weights included. Valid
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import repeat
 from typing import Any
 
 import numpy as np
 import torch
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_leaves
 
 from gainstage.errors import InputError, RuleError
 from gainstage.propagate.sample import constant_value
@@ -30,7 +31,7 @@ from gainstage.signal.axes import Axis, new_dims
 from gainstage.signal.gather import arrangement
 from gainstage.signal.known import spread_pairs
 from gainstage.signal.movement import merge_dim
-from gainstage.signal.quadrature import Array, cumulative, quantiles, weights
+from gainstage.signal.quadrature import Array, quantiles, sample_quantiles, weights
 from gainstage.signal.sampling import draw
 
 BATCH, MOST = 512, 4096  # draws at once; draws after which the sampling error is what it is
@@ -219,24 +220,29 @@ def _check_form(case: RuleCase, values: tuple[Any, ...], shapes: tuple[tuple[int
 
 def _run(case: RuleCase, count: int, seed: int) -> list[torch.Tensor | None]:
     """Results of the op on many draws of its operands, [draws, *shape]; None for what is no tensor of numbers."""
-    leaves, form = tree_flatten((case.args, dict(case.kwargs)))
-    operands = [leaf for leaf in leaves if isinstance(leaf, Value)]
+    operands = [leaf for leaf in tree_leaves((case.args, dict(case.kwargs))) if isinstance(leaf, Value)]
     trials = Axis(count)
+    repeated = [value if value.constant is not None else _repeated(value, trials) for value in operands]
+    tensors = iter(draw(repeated, np.random.default_rng(seed)))
     operation = case.stand_in or case.op
-    tensors = draw(
-        [value if value.constant is not None else _repeated(value, trials) for value in operands], np.random.default_rng(seed)
-    )
+    args = [_in_each_draw(argument, tensors) for argument in case.args]
+    kwargs = [_in_each_draw(argument, tensors) for argument in case.kwargs.values()]
     results = []
     with torch.random.fork_rng(devices=[]), torch.no_grad():
-        torch.manual_seed(seed)
-        for trial in range(count):
-            drawn = iter(
-                tensor if value.constant is not None else tensor[trial] for value, tensor in zip(operands, tensors, strict=True)
-            )
-            args, kwargs = tree_unflatten([next(drawn) if isinstance(leaf, Value) else leaf for leaf in leaves], form)
-            result = operation(*args, **kwargs)
+        torch.default_generator.manual_seed(seed)
+        for _ in range(count):
+            result = operation(*map(next, args), **dict(zip(case.kwargs, map(next, kwargs), strict=True)))
             results.append(list(result) if isinstance(result, (tuple, list)) else [result])
     return [_stacked(part) for part in zip(*results, strict=True)]
+
+
+def _in_each_draw(argument: Any, tensors: Iterator[torch.Tensor]) -> Iterator[Any]:
+    """An argument of the op in one draw after another; ``tensors`` are those of all operands, in their order."""
+    if isinstance(argument, Value):
+        return repeat(next(tensors)) if argument.constant is not None else iter(next(tensors).unbind())
+    if isinstance(argument, (list, tuple)) and argument:
+        return map(type(argument), zip(*[_in_each_draw(part, tensors) for part in argument], strict=False))
+    return repeat(argument)
 
 
 def _repeated(value: Value, trials: Axis) -> Value:
@@ -254,7 +260,7 @@ def _repeated(value: Value, trials: Axis) -> Value:
 def _stacked(results: tuple[Any, ...]) -> torch.Tensor | None:
     if not isinstance(results[0], torch.Tensor) or results[0].is_complex():
         return None
-    return torch.stack([result.detach().clone().to(torch.float64) for result in results])
+    return torch.stack(results).detach().to(torch.float64)
 
 
 def _compare(case: RuleCase, value: Value, sample: torch.Tensor, prefix: str) -> list[Entry]:
@@ -288,7 +294,7 @@ def _quantile_entry(case: RuleCase, prefix: str, value: Value, sample: torch.Ten
     assert case.shape_error is not None
     predicted = quantiles(value.marginal.values, weights())
     generator = np.random.default_rng(0)
-    halves = [np.quantile(generator.choice(half.reshape(-1).numpy(), KEPT), cumulative()) for half in sample.chunk(2)]
+    halves = [sample_quantiles(generator.choice(half.reshape(-1).numpy(), KEPT)) for half in sample.chunk(2)]
     distance = weights() @ np.abs(predicted - 0.5 * (halves[0] + halves[1]))
     apart = float(weights() @ np.abs(halves[0] - halves[1]))  # twice as far as both together are from the truth
     return Entry(

@@ -35,6 +35,7 @@ def inspect(
     kwargs: Mapping[str, Any] | None = None,
     *,
     loss: Callable[[Any], torch.Tensor] | None = None,
+    gradients: bool = True,
 ) -> Trace:
     """Predict every tensor and every gradient of the model at its present parameters; change nothing.
 
@@ -44,6 +45,8 @@ def inspect(
         kwargs: keyword inputs.
         loss: the model's output -> a scalar, such as ``lambda y: F.cross_entropy(y, labels)``. Gradients are those of the loss;
             without it those of the sum of all outputs, each entry with an independent weight of mean 0 and second moment 1.
+        gradients: whether to go backwards as well; without it all gradients, and ``trace.depth``, are None, in a third to a
+            half of the time.
 
     Returns:
         Signals by module call and by node, statistics of the parameters.
@@ -62,7 +65,7 @@ def inspect(
     with on_host():
         roles = infer_roles(graph)
         values = present_values(graph, real_parameters(model), roles)
-        trace = build_trace(graph, values, propagate_backward(graph, values))
+        trace = build_trace(graph, values, propagate_backward(graph, values) if gradients else None)
         return replace(trace, attention=attention_signals(graph, roles, values))
 
 

@@ -22,7 +22,7 @@ from gainstage.signal import Value, known
 from gainstage.signal.axes import axes_of, new_dims
 from gainstage.signal.known import LARGE
 from gainstage.signal.marginal import Marginal
-from gainstage.signal.quadrature import cumulative
+from gainstage.signal.quadrature import sample_quantiles
 from gainstage.signal.sampling import common_profile, draw, pooled
 
 ENTRIES = 2**20  # stop when the draws have this many entries together, of operands or results
@@ -151,11 +151,11 @@ def pooled_value(draws: list[Any], lineage: int, stray: float, origin: Sampled) 
     profile = common_profile(draws)
     step = max(draws[0].numel() // 8192, 1)
     entries = torch.cat([sample.reshape(-1)[::step] for sample in draws]).double().numpy()
-    marginal = Marginal(object(), lambda: np.quantile(entries, cumulative()))
+    marginal = Marginal(object(), lambda: sample_quantiles(entries))
     if profile is not None:
         along = np.tile(np.broadcast_to(profile, [axis.size for axis in axes_of(dims)]).reshape(-1)[::step], len(draws))
         alike = entries[along > 0.0] / along[along > 0.0]
-        marginal = Marginal(marginal.latent, lambda: np.quantile(entries, cumulative()), lambda: np.quantile(alike, cumulative()))
+        marginal = Marginal(marginal.latent, lambda: sample_quantiles(entries), lambda: sample_quantiles(alike))
     return Value(
         dims=dims, mean=mean, table=table, marginal=marginal, source=origin, lineage=lineage, log_variance=stray,
         levels=profile,

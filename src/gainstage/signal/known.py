@@ -7,7 +7,7 @@ import torch
 
 from gainstage.signal.axes import axes_of, new_dims
 from gainstage.signal.marginal import Marginal
-from gainstage.signal.quadrature import Array, cumulative
+from gainstage.signal.quadrature import Array, sample_quantiles
 from gainstage.signal.value import Value
 
 LARGE = 1e18  # a mask's minus infinity has no moments
@@ -41,16 +41,11 @@ def measured(tensor: torch.Tensor, **extra: object) -> Value:
     entries = flat.reshape(-1).numpy()
     if entries.size > 65536:  # the distribution of entries needs no more
         entries = entries[:: entries.size // 32768]
-    ordered = np.sort(entries)
-
-    def values() -> Array:
-        return np.asarray(np.quantile(ordered, cumulative()))
-
     return Value(
         dims=dims,
         mean=float(flat.mean()),
         table=table,
-        marginal=Marginal(object(), values),
+        marginal=Marginal(object(), lambda: sample_quantiles(entries)),
         source=object(),
         **extra,  # type: ignore[arg-type]
     )

@@ -45,6 +45,11 @@ def cumulative() -> Array:
     return np.asarray(np.cumsum(weight) - 0.5 * weight)
 
 
+def sample_quantiles(entries: Array) -> Array:
+    """Quantiles of a sample at the points' probabilities; sorting is several times faster than numpy.quantile at as many."""
+    return np.asarray(np.interp(cumulative() * (entries.size - 1), np.arange(entries.size), np.sort(entries)))
+
+
 @cache
 def _weighted_hermite() -> Array:
     """Rows ``w(z) He_n(z) / sqrt(n!)`` for n = 0..ORDER."""
