@@ -1,5 +1,6 @@
 """Batch norms in narrow networks: what their divisors stray by, and what of it adds up over many layers on the way back."""
 
+import statistics
 from collections import OrderedDict
 
 import pytest
@@ -133,3 +134,37 @@ def test_a_small_parameter_is_what_it_is_nearer_to(draw, exact):
     torch.manual_seed(0)
     # 300 entries: standard errors of .07 for uniform and .28 for normal ones, with 1.2 between the two
     assert all(kurtosis(draw(torch.empty(300))) == exact for _ in range(40))
+
+
+class NormAfterNorm(nn.Module):
+    """A stream of vectors that every layer adds to and normalises again."""
+
+    def __init__(self, width, layers):
+        super().__init__()
+        self.branches = nn.ModuleList([nn.Linear(width, width, bias=False) for _ in range(layers)])
+        self.norms = nn.ModuleList([nn.LayerNorm(width) for _ in range(layers + 1)])
+
+    def forward(self, x):
+        x = self.norms[0](x)
+        for branch, norm in zip(self.branches, self.norms[1:], strict=True):
+            x = norm(x + branch(x))
+        return x
+
+
+def test_a_norm_takes_nothing_twice_and_what_it_made_has_one_length():
+    """Behind a norm ``|x|^2`` strays by nothing: 1/s^2 gains only what the branch brings; and nothing is along x any more.
+
+    In a stream of 5 norms over 16 entries the first law is worth 30 %, the second 15 %.
+    """
+    width, draws, found, predicted = 16, 200, [], []
+    for seed in range(draws):
+        torch.manual_seed(seed)
+        model, x = NormAfterNorm(width, 5), torch.randn(256, width)
+        y = model(x)
+        y.backward(torch.randn_like(y))
+        found.append(float(model.branches[0].weight.grad.square().mean()))
+        if seed % 50 == 0:
+            predicted.append(gs.inspect(model, (x,)).parameters["branches.0.weight"].gradient_second_moment)
+    assert statistics.mean(predicted) == pytest.approx(
+        statistics.mean(found), rel=0.03
+    )  # a standard error of 1 %; the next order in 1/16

@@ -9,7 +9,7 @@ from itertools import pairwise
 import numpy as np
 import torch
 
-from gainstage.signal import levels
+from gainstage.signal import levels, shares
 from gainstage.signal.alike import averaged, border, centred, mean_square
 from gainstage.signal.axes import Axis
 from gainstage.signal.filters import normalise
@@ -18,6 +18,7 @@ from gainstage.signal.joining import join
 from gainstage.signal.linear import affine, multiply
 from gainstage.signal.movement import merge_dim, parts_along, refine, take, with_axes
 from gainstage.signal.neighbours import Neighbours, made, through
+from gainstage.signal.pairing import amplitude_of
 from gainstage.signal.pointwise import align, combine
 from gainstage.signal.quadrature import (
     Array,
@@ -29,6 +30,7 @@ from gainstage.signal.quadrature import (
     power_series,
     weights,
 )
+from gainstage.signal.shares import Share
 from gainstage.signal.uneven import is_centred
 from gainstage.signal.value import Given, Value, gaussian
 
@@ -72,10 +74,12 @@ def normalise_gradient(g: Value, x: Value, dims: Sequence[int], eps: float, *, c
     rest = centred(x, at) if centre else x.table
     level = max(float(rest[(1,) * x.table.ndim]), 0.0) + eps
     stray = 2.0 * float(mean_square(x, rest, at)[(-1,) * x.table.ndim]) / level**2 if level > 0.0 else 0.0
+    if x.steady is not None:
+        stray *= 1.0 - x.steady.over(x_axes)
     if x.uneven is not None and not any(axis in x_axes for axis in x.uneven.axes):
         stray += x.uneven.centred if centre else x.uneven.variance
     xhat = normalise(x, x_axes, eps, centre=centre)
-    along = averaged_over(times_own(g, xhat).table, g, axes)
+    along = averaged_over(times_own(g, xhat).table, g, axes) * (1.0 - (0.0 if g.across is None else g.across.over(axes)))
     common = averaged_over(g.table, g, axes) if centre else np.zeros_like(along)
     largest = float(border(x, at)[(-1,) * x.table.ndim]) / level if centre and level > 0.0 else 0.0
     inverse_factor, kept_along = _stray_inverse(stray, eps / level if level > 0.0 else 0.0, largest)  # level has eps in it
@@ -86,7 +90,11 @@ def normalise_gradient(g: Value, x: Value, dims: Sequence[int], eps: float, *, c
     near = _projected_neighbours(g, xhat, float(along[(-1,) * table.ndim]), float(common[(-1,) * table.ndim]))
     extra = {"lineage": g.lineage | x.lineage, "log_variance": g.log_variance, "near": near, "uneven": x.uneven}
     to_x = gaussian(g.dims, 0.0, table * (inverse_factor * inverse), profile, **extra)
-    return replace(to_x, against=g.against), xhat
+    amplitude = amplitude_of(g) * (inverse_factor * inverse) ** 0.5
+    if centre:
+        amplitude[tuple(0 if axis in axes else slice(None) for axis in g.axes)] = 0.0
+    across = Share(frozenset(axes), 1.0 - kept_along)
+    return replace(to_x, against=g.against, across=across, source=g.source, amplitude=amplitude), xhat
 
 
 def _stray_inverse(stray: float, eps: float, largest: float = 0.0) -> tuple[float, float]:
@@ -261,7 +269,8 @@ def _weighted(x: Value, own: float, pairs: float) -> Value:
 
 def to_summand(g: Value, total: Value, x: Value, y: Value, sign: float) -> Value:
     """Gradient of x from that of ``x + sign y``: ``E[h(x + sign y) | x]`` of what it knows of the sum."""
-    g = replace(g, against=g.against * min(x.variance / total.variance, 1.0) if total.variance > 0.0 else 0.0)
+    part = min(x.variance / total.variance, 1.0) if total.variance > 0.0 else 0.0
+    g = replace(g, against=g.against * part, across=shares.times(g.across, part))
     if g.given is None:
         return g
     order = np.argsort(total.marginal.values, kind="stable")
@@ -279,8 +288,11 @@ def accumulated(first: Value, second: Value) -> Value:
         if parts is not None:
             return join([accumulated(part, piece) for part, piece in zip(parts[1], slices(other, *parts), strict=True)], parts[0])
     total = combine(torch.add, first, second)
-    shares = [value.against * value.second_moment for value in (first, second)]
-    total = replace(total, against=sum(shares) / total.second_moment if total.second_moment > 0.0 else 0.0)
+    if total.second_moment > 0.0:
+        own, rest = first.second_moment / total.second_moment, second.second_moment / total.second_moment
+        x, y = align(first, second)
+        across = shares.added(x.axes, y.axes, shares.times(first.across, own), shares.times(second.across, rest))
+        total = replace(total, against=own * first.against + rest * second.against, across=across)
     if (first.given is None and second.given is None) or total.second_moment <= 0.0:
         return total
     even = Given(np.ones(nodes().shape), np.ones(nodes().shape))

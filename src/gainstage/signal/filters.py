@@ -20,6 +20,7 @@ from gainstage.signal.overlap import NONE, Overlap
 from gainstage.signal.overlap import filtered as filtered_overlap
 from gainstage.signal.pairing import amplitude_of
 from gainstage.signal.quadrature import Array, nodes, standardised
+from gainstage.signal.shares import Share
 from gainstage.signal.spread import held
 from gainstage.signal.uneven import shape_alone
 from gainstage.signal.value import Value, gaussian
@@ -198,7 +199,7 @@ def normalise(x: Value, reduced: Sequence[Axis], eps: float, *, centre: bool = T
         near=without_common(x) if centre else x.near,
         overlap=_left_overlap(x.overlap.over(tuple(reduced)) if over_places else x.overlap.held(), x.second_moment, level),
     )  # fmt: skip
-    return held(result, level * scale**2)
+    return held(replace(result, steady=Share(frozenset(reduced), (level * scale**2) ** 2)), level * scale**2)
 
 
 def without_mean(x: Value, reduced: Sequence[Axis]) -> Value:

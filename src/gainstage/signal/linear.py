@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from gainstage.signal import levels
+from gainstage.signal import levels, shares
 from gainstage.signal.alike import averaged
 from gainstage.signal.axes import Axis
 from gainstage.signal.gram import Gram, factors_of, modulated
@@ -165,6 +165,7 @@ def add(x: Value, y: Value, sign: float = 1.0) -> Value:
         overlap=summed_overlap([(x.overlap, share**2), (y.overlap.renamed(y.axes, x.axes), (1.0 - share) ** 2)]),
         is_weight=x.is_weight and y.is_weight,
         uneven=of_sum(x, y, share),
+        steady=shares.added(x.axes, y.axes, shares.times(x.steady, share**2), shares.times(y.steady, (1.0 - share) ** 2)),
         levels=profile,
         prior=y.prior if x.prior is None else x.prior if y.prior is None else x.prior + y.prior,
     )
@@ -374,6 +375,7 @@ def dropout(x: Value, keep: float, shared: Sequence[int] = ()) -> Value:
     return replace(
         x, table=table, marginal=Marginal(object(), values), rho=None, amplitude=amplitude_of(x), statistic=None, constant=None,
         log_variance=x.log_variance + thrown, near=_dropped_neighbours(x, keep, [axis for d in shared for axis in x.dims[d]]),
+        steady=None if shared else shares.steady_after_dropout(x.steady, keep),
     )  # fmt: skip
 
 

@@ -35,6 +35,7 @@ from gainstage.signal.quadrature import (
     invert_series,
 )
 from gainstage.signal.recurrent import Unrolled
+from gainstage.signal.shares import Share
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,6 +207,8 @@ class Value:
     kurtosis of what the entries of a vector that was divided by its norm have in common, and of products of two such vectors
     along either of their axes. ``against``: of a gradient g, how far it is turned away from what its tensor x varies by: in one
     draw of the weights two channels have ``E[g_c g_d] = -against E[g^2] rho_cd``, rho their correlation in x over places.
+    ``steady``: of the variance of the squared norms of vectors, the share that is missing: all of it where each was divided by
+    its own norm. ``across``: of a gradient's part along its own tensor, the share that is missing, as a norm takes it.
     ``origin``, ``sum``: how it came about, and the terms of a sum, in networks that use weights more than once. ``unrolled``: the
     steps of a recurrent cell that it is the state of.
     """
@@ -238,6 +241,8 @@ class Value:
     uneven: Uneven | None = None
     flatness: float = 3.0
     against: float = 0.0
+    steady: Share | None = None
+    across: Share | None = None
     origin: Origin | None = None
     sum: Sum | None = None
     unrolled: Unrolled | None = None
