@@ -15,6 +15,7 @@ from gainstage.calibrate import Calibration
 from gainstage.calibrate import calibrate as calibrate_to
 from gainstage.capture import capture
 from gainstage.errors import InputError
+from gainstage.graph import with_copies
 from gainstage.plan import Plan
 from gainstage.propagate import (
     Trace,
@@ -82,7 +83,8 @@ def verify(
 
     def present() -> Trace:
         with on_host():
-            return build_trace(graph, present_values(graph, found.parameters, infer_roles(graph)))
+            copied = with_copies(graph, found.parameters)
+            return build_trace(copied, present_values(copied, found.parameters, infer_roles(copied)))
 
     return compare_with(graph, found, args, given, batch=batch, plan=plan, present=present)
 

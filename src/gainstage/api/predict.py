@@ -12,7 +12,7 @@ from torch import nn
 from gainstage.api.present import check_call, on_host, present_values
 from gainstage.apply.buffers import known_buffers
 from gainstage.capture import capture
-from gainstage.graph import real_parameters
+from gainstage.graph import real_parameters, with_copies
 from gainstage.propagate import (
     Trace,
     build_trace,
@@ -61,10 +61,12 @@ def inspect(
         trace.parameters["layer1.0.conv1.weight"].gradient_second_moment
     """
     check_call(model, args)
+    tensors = real_parameters(model)
     graph = capture(model, args, kwargs, loss=loss, buffers=known_buffers(model))
     with on_host():
+        graph = with_copies(graph, tensors)
         roles = infer_roles(graph)
-        values = present_values(graph, real_parameters(model), roles)
+        values = present_values(graph, tensors, roles)
         trace = build_trace(graph, values, propagate_backward(graph, values) if gradients else None)
         return replace(trace, attention=attention_signals(graph, roles, values))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch import nn
 
 from gainstage.apply.write import one_thread
 from gainstage.errors import InputError
-from gainstage.graph import Graph, Node, ParameterInfo, parameters_of_regions, real_parameters
+from gainstage.graph import Graph, Node, parameters_of_regions, real_parameters
 from gainstage.propagate import (
     constant_value,
     input_value,
@@ -69,12 +70,17 @@ def moments_of(model: nn.Module) -> Callable[[str], tuple[float, float] | None]:
 
 
 def present_values(graph: Graph, tensors: Mapping[str, torch.Tensor], roles: Roles) -> dict[str, Any]:
-    """Every node at the present parameters: independent entries with their moments, slice by slice where slices differ."""
+    """Every node at the present parameters: independent entries with their moments, slice by slice where slices differ.
+
+    ``graph``: with its copies, see :func:`gainstage.graph.with_copies`; those of one parameter have one value.
+    """
     moments = parameter_moments({name: tensor for name, tensor in tensors.items() if name in graph.parameters})
     index = {name: position for position, name in enumerate(graph.parameters)}
     of_regions = parameters_of_regions(graph)
 
-    def present(info: ParameterInfo) -> Value:
+    @cache
+    def present(name: str) -> Value:
+        info = graph.parameters[name]
         if info.name in of_regions:
             return replace(constant_value(tensors[info.name]), lineage=1 << index[info.name])
         tensor = tensors[info.name]
@@ -84,4 +90,4 @@ def present_values(graph: Graph, tensors: Mapping[str, torch.Tensor], roles: Rol
             return table
         return parameter_value(info, index[info.name], *moments[info.name], level_profile(tensor), kurtosis=kurtosis(tensor))
 
-    return propagate(graph, present, measured_input)
+    return propagate(graph, lambda info: present(graph.copies.get(info.name, info.name)), measured_input)

@@ -20,7 +20,7 @@ from gainstage.capture.rows import choose_rows
 from gainstage.capture.softmaxes import name_softmaxes
 from gainstage.capture.stabilised import fuse_stabilised
 from gainstage.errors import CaptureError, NonFiniteError, NoSignalError
-from gainstage.graph import FOLLOWED, Graph, Node, NodeKind, ParameterInfo, Ref, Region, TensorMeta, repeated_uses, used_on_own
+from gainstage.graph import Graph, Node, NodeKind, ParameterInfo, Ref, Region, TensorMeta, followed_uses
 
 
 def assemble(
@@ -65,7 +65,7 @@ def assemble(
     outputs = tuple(name for name in functional.outputs if name in varying)
     _check_reached(nodes, outputs, with_gradient)
     _check_signal(nodes, outputs)
-    uses = repeated_uses(nodes)
+    uses, not_followed = followed_uses(nodes)
     return Graph(
         nodes=tuple(nodes),
         outputs=outputs,
@@ -75,9 +75,9 @@ def assemble(
         rung=rung,
         refusals=tuple(refusals),
         has_choices=bool(choices),
-        assumptions=(*assumptions, *choices, *refusals, *guesses, *_not_followed(nodes, uses)),
+        assumptions=(*assumptions, *choices, *refusals, *guesses, *not_followed),
         guesses=tuple(guesses),
-        uses={weight: found for weight, found in uses.items() if len(found) <= FOLLOWED},
+        uses=uses,
     )
 
 
@@ -120,14 +120,6 @@ def _settled(functional: Lowered, live: Collection[str]) -> list[Node]:
         else node
         for node in functional.nodes
     ]
-
-
-def _not_followed(nodes: Sequence[Node], uses: dict[str, tuple[str, ...]]) -> list[str]:
-    names = used_on_own(nodes, {weight: found for weight, found in uses.items() if len(found) > FOLLOWED})
-    if not names:
-        return []
-    shown = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
-    return [f"Used more than {FOLLOWED} times, also on what it made, and taken to be independent of that: {shown}."]
 
 
 def value_of(lowered: Lowered, name: str) -> torch.Tensor | None:

@@ -1,5 +1,6 @@
 """The graph of a model as plain data."""
 
+from gainstage.graph.copies import copied_layers, digest, equal_values, is_random, with_copies
 from gainstage.graph.fingerprint import fingerprint
 from gainstage.graph.flatten import tensor_leaves
 from gainstage.graph.model import (
@@ -14,7 +15,7 @@ from gainstage.graph.model import (
 )
 from gainstage.graph.real import as_real, held, is_sharded, real_parameters, whole
 from gainstage.graph.region import Region, parameters_of_regions
-from gainstage.graph.reuse import FOLLOWED, LOOKUPS, repeated_uses, used_on_own
+from gainstage.graph.reuse import FOLLOWED, LOOKUPS, followed_uses
 
 __all__ = [
     "FOLLOWED",
@@ -29,13 +30,17 @@ __all__ = [
     "Region",
     "TensorMeta",
     "as_real",
+    "copied_layers",
+    "digest",
+    "equal_values",
     "fingerprint",
+    "followed_uses",
     "held",
+    "is_random",
     "is_sharded",
     "parameters_of_regions",
     "real_parameters",
-    "repeated_uses",
     "tensor_leaves",
-    "used_on_own",
     "whole",
+    "with_copies",
 ]

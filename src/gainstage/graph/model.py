@@ -149,6 +149,7 @@ class Graph:
     assumptions: tuple[str, ...] = ()  # all that capture had to assume, one sentence each
     guesses: tuple[str, ...] = ()  # those of them that stand for values that were not there
     uses: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # weights used several times -> operations, where followed
+    copies: Mapping[str, str] = field(default_factory=dict)  # parameter -> the first with the same values, where those count
     by_name: Mapping[str, Node] = field(init=False)
     reused: int = field(init=False)  # those weights, as a bit mask of the order of parameters
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -13,14 +13,26 @@ FOLLOWED = 24  # uses of one weight, at most, of which it is followed what they 
 LOOKUPS = frozenset({torch.ops.aten.embedding.default, torch.ops.aten.embedding_bag.default})
 
 
-def repeated_uses(nodes: Sequence[Node]) -> dict[str, tuple[str, ...]]:
-    """Matrices that meet data in several operations, not in look-ups alone -> these operations, in order."""
+def followed_uses(nodes: Sequence[Node], copies: Mapping[str, str] | None = None) -> tuple[dict[str, tuple[str, ...]], list[str]]:
+    """Those of the repeated uses that are followed; and a sentence for those that are too many, where it makes a difference."""
+    uses = repeated_uses(nodes, copies or {})
+    names = used_on_own(nodes, {weight: found for weight, found in uses.items() if len(found) > FOLLOWED})
+    shown = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+    remark = f"Used more than {FOLLOWED} times, also on what it made, and taken to be independent of that: {shown}."
+    return {weight: found for weight, found in uses.items() if len(found) <= FOLLOWED}, [remark] if names else []
+
+
+def repeated_uses(nodes: Sequence[Node], copies: Mapping[str, str]) -> dict[str, tuple[str, ...]]:
+    """Matrices that meet data in several operations, not in look-ups alone -> these operations, in order.
+
+    ``copies``: parameter -> another one with the same values, of which it is one more use.
+    """
     lookups = {node.name for node in nodes if node.op in LOOKUPS}
     held: dict[str, frozenset[str]] = {}  # node -> the weights that it is a form of (a transposed one)
     uses: dict[str, list[str]] = {}
     for node in nodes:
         if node.kind is NodeKind.PARAMETER and isinstance(node.meta, TensorMeta) and len(node.meta.shape) > 1 and node.parameter:
-            held[node.name] = frozenset({node.parameter})
+            held[node.name] = frozenset({copies.get(node.parameter, node.parameter)})
             continue
         operands = set(node.operands())
         weights = frozenset().union(*(held[name] for name in operands if name in held))

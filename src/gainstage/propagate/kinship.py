@@ -29,6 +29,7 @@ from gainstage.signal.value import Origin
 
 _NEGLIGIBLE = 1e-9  # of a second moment
 _RETURNED = "returned"
+_BACKWARD = "backward"
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +53,33 @@ class Operation:
         others = iter(inputs)
         args = _filled(self.args, others)
         return self.rule(args, {name: _filled(value, others) for name, value in self.kwargs.items()})
+
+
+def gradients_with_origin(node: Node, graph: Graph, operations: Sequence[Operation], found: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The gradients that an operation sends back, each with how it came about; ``operations``: its rule backwards, for each.
+
+    So what the paths through several uses of a weight have in common is found as in the forward pass.
+    """
+    if not found:
+        return found
+    inputs, settings = operations[0].inputs(), operations[0].settings()
+
+    def originated(gradient: Any, part: int) -> Any:
+        if not isinstance(gradient, Value) or not gradient.lineage & graph.reused or any(gradient is x for x in inputs):
+            return gradient
+        return _originated(
+            replace(gradient, sum=None), call=(node.op, _BACKWARD, settings), inputs=inputs, run=operations[part].run,
+            part=part, draws=node.may_draw, reuses=True,
+        )  # fmt: skip
+
+    return tuple(originated(gradient, part) for part, gradient in enumerate(found))
+
+
+def gradient_sum(total: Value, terms: tuple[Value, Value], graph: Graph) -> Value:
+    """A sum of gradients, with its terms."""
+    if not total.lineage & graph.reused:
+        return total
+    return _originated(total, call=object(), inputs=terms, run=lambda _: total, part=None, draws=False, reuses=True)
 
 
 def _values(argument: Any) -> Iterator[Value]:

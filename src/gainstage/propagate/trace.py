@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 
 from gainstage.errors import InputError
-from gainstage.findings import Finding
-from gainstage.graph import Graph
+from gainstage.findings import Finding, FindingKind
+from gainstage.graph import Graph, copied_layers
 from gainstage.propagate.depth import Depth
 from gainstage.signal import Value
 
@@ -139,8 +139,8 @@ class Trace:
 
     @property
     def findings(self) -> tuple[Finding, ...]:
-        """What depth does to inputs, where it is more than networks train with."""
-        return () if self.depth is None else self.depth.findings()
+        """Layers that start as copies of one another; what depth does to inputs, where it is more than networks train with."""
+        return (*_copies(self), *(() if self.depth is None else self.depth.findings()))
 
     @property
     def modules(self) -> Mapping[str, tuple[Signal, ...]]:
@@ -180,3 +180,22 @@ class Trace:
     def __repr__(self) -> str:
         """One line."""
         return f"Trace({len(self.calls)} module calls, {len(self.nodes)} signals, {len(self.sampled)} sampled)"
+
+
+def _copies(trace: Trace) -> Iterator[Finding]:
+    """Layers whose trained parameters have the same random values."""
+    named = {node.parameter: trace.nodes.get(node.name) for node in trace.graph.nodes if node.parameter is not None}
+    groups: dict[str, list[str]] = {}
+    for name, first in trace.graph.copies.items():
+        signal = named.get(first)
+        if signal is not None and signal.variance > 0.0 and trace.graph.parameters[first].requires_grad:
+            groups.setdefault(first, [first]).append(name)
+    for layers, equal in copied_layers(groups.values()).items():
+        listed = ", ".join(layers[:-1][:3]) + (", ..." if len(layers) > 4 else "")
+        count = "1 parameter" if len(equal) == 1 else f"{len(equal)} parameters"
+        yield Finding(
+            kind=FindingKind.IDENTICAL,
+            where=layers[1],
+            evidence=f"{listed} and {layers[-1]} start as copies of one another, with the same random values in {count} of each.",
+            remedy="Draw each on its own: gs.initialize(model, ...), or reset the parameters after copy.deepcopy.",
+        )

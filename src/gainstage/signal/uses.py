@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from gainstage.signal.axes import Axis
+from gainstage.signal.axes import Axis, descends
 from gainstage.signal.quadrature import Array, expectation
 from gainstage.signal.value import Origin, Value
 
@@ -80,8 +80,8 @@ def _between_uses(origin: Origin, another: Sequence[Array | None]) -> Array | No
         except Exception:  # noqa: BLE001, S112  (the rule counts on having no more axes than the operation has)
             continue
         made: Value = result if origin.part is None else result[origin.part]
-        if use in made.axes:
-            return np.asarray(np.take(made.table, 0, axis=made.axes.index(use)))
+        if any(descends(axis, [use]) for axis in made.axes):  # of a product that is summed over places, once for each factor
+            return made.table[tuple(0 if descends(axis, [use]) else slice(None) for axis in made.axes)]
     return None
 
 

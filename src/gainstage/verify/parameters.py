@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ import numpy as np
 import torch
 
 from gainstage.findings import Finding, FindingKind
-from gainstage.graph import ParameterInfo
+from gainstage.graph import ParameterInfo, equal_values, is_random
 from gainstage.plan import Distribution, Family, ParameterPlan, Plan
 
 FALSE_ALARMS = 1e-3  # probability that any parameter of a model that was drawn as planned is called wrong
@@ -176,43 +175,13 @@ def _remedy(values: torch.Tensor) -> str:
     return "Apply the plan after everything else that writes parameters, and once: gs.apply(model, plan)."
 
 
-def equal_values(tensors: Mapping[str, torch.Tensor], parameters: Mapping[str, ParameterInfo]) -> list[Finding]:
+def clones(tensors: Mapping[str, torch.Tensor], parameters: Mapping[str, ParameterInfo]) -> list[Finding]:
     """Different parameters with the same random values: clones that start identical, or a tie that was lost.
 
-    Only trained parameters of at least two dimensions whose rows differ: constants, tables and repeated rows are equal by design.
+    Only trained parameters of at least two dimensions: constants, tables and repeated rows are equal by design.
     """
-    groups: dict[object, list[str]] = {}
-    for name, info in parameters.items():
-        tensor = tensors[name].detach()
-        if info.requires_grad and tensor.dim() >= 2 and tensor.numel() >= 16:
-            groups.setdefault((info.shape, info.dtype, digest(tensor)), []).append(name)
-    found = [
-        names
-        for names in groups.values()
-        if len(names) > 1
-        and _is_random(tensors[names[0]].detach())
-        and all(torch.equal(tensors[names[0]], tensors[name]) for name in names[1:])
-    ]
-    return [_equal_finding(names, parameters) for names in found]
-
-
-def digest(tensor: torch.Tensor) -> bytes:
-    """Of at most a thousand entries: equal tensors have equal digests, and others hardly ever."""
-    flat = tensor.reshape(-1)
-    sample = flat[:: max(flat.numel() // 1024, 1)].to("cpu", torch.float64).contiguous()
-    return hashlib.blake2b(sample.numpy().tobytes(), digest_size=16).digest()
-
-
-def _is_random(tensor: torch.Tensor) -> bool:
-    """Neither constant nor of repeated rows or columns, nor mostly zeros and ones (an identity)."""
-    matrix = tensor.reshape(tensor.shape[0], -1)
-    if len(matrix) > 1 and torch.equal(matrix[0], matrix[1]):
-        return False
-    if matrix.shape[1] > 1 and torch.equal(matrix[:, 0], matrix[:, 1]):
-        return False
-    flat = matrix.reshape(-1)
-    values: int = torch.unique(flat[: 2**14]).numel()
-    return values > min(flat.numel(), 2**14) // 64  # bfloat16 has few values
+    trained = [name for name, info in parameters.items() if info.requires_grad and len(info.shape) >= 2]
+    return [_equal_finding(names, parameters) for names in equal_values(tensors, trained) if is_random(tensors[names[0]])]
 
 
 def _equal_finding(names: Sequence[str], parameters: Mapping[str, ParameterInfo]) -> Finding:

@@ -15,14 +15,14 @@ from gainstage.apply.ranks import together
 from gainstage.apply.write import PATIENCE
 from gainstage.errors import InputError, NonFiniteError, PlanMismatchError
 from gainstage.findings import Finding
-from gainstage.graph import Graph, fingerprint, held, tensor_leaves
+from gainstage.graph import Graph, digest, fingerprint, held, tensor_leaves
 from gainstage.plan import Plan
 from gainstage.propagate import Trace, check_initialised
 from gainstage.verify import signals
 from gainstage.verify.batch import Batch, put_together, ranks_at_work
 from gainstage.verify.compare import MODEL_ERROR, compare, predictions, z_bound
 from gainstage.verify.measure import Pass, run_forward, samples_in
-from gainstage.verify.parameters import digest, equal_values, lost_ties, not_as_planned
+from gainstage.verify.parameters import clones, lost_ties, not_as_planned
 from gainstage.verify.result import Check
 from gainstage.verify.streamed import run_streamed
 
@@ -142,7 +142,7 @@ def verify(
         findings += _check_plan(plan, graph, model.parameters)
     findings += [
         finding
-        for finding in equal_values(model.parameters, graph.parameters)
+        for finding in clones(model.parameters, graph.parameters)
         if finding.where not in {known.where for known in findings}
     ]
     heads = signals.output_heads(graph)
