@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import gainstage as gs
-from gainstage.capture.regions import in_order
+from gainstage.capture.regions.region import in_order
 from gainstage.graph import Node, NodeKind, Ref, Region
 
 WIDTH, BINS, DRAWS = 32, 5, 64  # of so many inputs a sum hardly depends on any one

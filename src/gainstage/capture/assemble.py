@@ -11,14 +11,11 @@ from torch import nn
 
 from gainstage.capture.calls import module_calls
 from gainstage.capture.constants import fold
-from gainstage.capture.exponentials import fuse_exponentials
 from gainstage.capture.functional import NotFunctional, functionalise
 from gainstage.capture.lowered import UNKNOWN_SIZE, Lowered
-from gainstage.capture.picks import fuse_picks, resized, unsized
-from gainstage.capture.regions import fuse_complex, fuse_decays, fuse_parametrizations
+from gainstage.capture.regions import Wiring, fuse_parametrizations, fuse_regions, resized, unsized
 from gainstage.capture.rows import choose_rows
 from gainstage.capture.softmaxes import name_softmaxes
-from gainstage.capture.stabilised import fuse_stabilised
 from gainstage.errors import CaptureError, NonFiniteError, NoSignalError
 from gainstage.graph import Graph, Node, NodeKind, ParameterInfo, Ref, Region, TensorMeta, followed_uses
 
@@ -100,16 +97,13 @@ def _fused(functional: Lowered, live: Collection[str]) -> tuple[list[Node], Lowe
     """
     nodes = _by_shape(_without_empty_pieces(_settled(functional, live)))
     nodes = reachable(resized(nodes) if live else nodes, functional)
-    nodes, guesses = fold(nodes, functional.outputs, unsized(nodes) if live else ())
+    nodes, guesses = fold(nodes, functional.outputs, unsized(Wiring(nodes)) if live else ())
     nodes = reachable(name_softmaxes(choose_rows(nodes)), functional)
     nodes = reachable(fuse_parametrizations(nodes), functional)
-    nodes = fuse_stabilised(nodes, functional.outputs, functional.marks)
-    nodes = fuse_decays(nodes, functional.outputs, functional.marks)
-    nodes = fuse_exponentials(nodes, functional.outputs, functional.marks)
-    nodes, names = fuse_complex(nodes, functional.outputs, functional.marks)
-    functional = dataclasses.replace(functional, outputs=names)
     marked = {name for name, marks in functional.marks.items() if marks}
-    return reachable(fuse_picks(nodes, names, marked), functional), functional, guesses
+    nodes, names = fuse_regions(nodes, functional.outputs, marked)
+    functional = dataclasses.replace(functional, outputs=names)
+    return reachable(nodes, functional), functional, guesses
 
 
 def _settled(functional: Lowered, live: Collection[str]) -> list[Node]:

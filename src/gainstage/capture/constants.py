@@ -10,16 +10,15 @@ import torch
 from torch._ops import OpOverload
 
 from gainstage.capture.lowered import meta_of
-from gainstage.capture.views import packet_name
 from gainstage.errors import CaptureError
 from gainstage.graph import Node, NodeKind, Ref, TensorMeta
+from gainstage.graph.families import ROW_READS
 
 aten = torch.ops.aten
 
 # These read nothing of their first operand but its shape.
 _FILLS = {"zeros_like": 0, "ones_like": 1, "new_zeros": 0, "new_ones": 1, "zero": 0}
 _FILLS_WITH = {"full_like": 1, "new_full": 2, "fill": 1}  # position of what they fill with
-_SELECTIONS = frozenset({"embedding", "embedding_bag", "index", "index_select", "gather"})
 _UNWRITTEN = frozenset({"empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided", "empty_permuted"})
 
 
@@ -70,7 +69,7 @@ def _is_fill(node: Node) -> bool:
 
 def _filling(node: Node) -> float | None:
     """The number that a node fills a tensor with, None for other nodes and where it is computed."""
-    name = packet_name(node.op)
+    name = node.short_name
     if name not in _FILLS_WITH:
         return _FILLS.get(name)
     position = _FILLS_WITH[name]
@@ -80,14 +79,14 @@ def _filling(node: Node) -> float | None:
 
 def _is_determined(node: Node) -> bool:
     """Whether an operation gives the same result each time."""
-    if packet_name(node.op) in _UNWRITTEN:
+    if node.short_name in _UNWRITTEN:
         return False
     if not node.may_draw:
         return True
     assert isinstance(node.op, OpOverload)
     names = [argument.name for argument in node.op._schema.arguments]
     given = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
-    probability = given.get("dropout_p", given.get("dropout", given.get("p") if "dropout" in packet_name(node.op) else None))
+    probability = given.get("dropout_p", given.get("dropout", given.get("p") if "dropout" in node.short_name else None))
     return given.get("train", given.get("training")) is False or probability == 0
 
 
@@ -131,7 +130,7 @@ def _evaluate(node: Node, values: Mapping[str, Any], nodes: Sequence[Node], assu
     if "device" in kwargs:
         kwargs["device"] = torch.device("cpu")
     assert node.op is not None
-    if packet_name(node.op) == "as_strided" and 0 in args[0].stride():
+    if node.short_name == "as_strided" and 0 in args[0].stride():
         args = (args[0].contiguous(), *args[1:])  # it counts in memory, and a fill takes that of one entry here
     try:
         with torch.no_grad():
@@ -174,7 +173,7 @@ def _rows_indexed_by(name: str, nodes: Sequence[Node]) -> int:
         operands = list(node.operands())
         if len(operands) == 1 and operands[0] in handles:
             handles.add(node.name)
-        elif packet_name(node.op) in _SELECTIONS and any(operand in handles for operand in operands[1:]):
+        elif node.short_name in ROW_READS and any(operand in handles for operand in operands[1:]):
             table = metas[operands[0]]
             assert isinstance(table, TensorMeta)
             rows.append(table.shape[_selected_axis(node)])
@@ -183,8 +182,8 @@ def _rows_indexed_by(name: str, nodes: Sequence[Node]) -> int:
 
 def _selected_axis(node: Node) -> int:
     """The axis of its table that a selection indexes."""
-    if packet_name(node.op) in {"index_select", "gather"}:
+    if node.short_name in {"index_select", "gather"}:
         return int(node.args[1])
-    if packet_name(node.op) == "index":
+    if node.short_name == "index":
         return next(axis for axis, index in enumerate(node.args[1]) if index is not None)
     return 0

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from gainstage.capture.assemble import value_of
 from gainstage.capture.lowered import ASSERTIONS
 from gainstage.capture.tape import Tape
-from gainstage.capture.views import packet_name
+from gainstage.graph import short_name
 from gainstage.graph.flatten import tensor_leaves
 
 aten = torch.ops.aten
@@ -87,7 +87,7 @@ class _Functions(TorchFunctionMode):
 
 def _write(tape: Tape, op: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Run an operation and put it on the tape."""
-    name = packet_name(op)
+    name = short_name(op)
     if name in ASSERTIONS:
         return op(*args, **kwargs)
     if op in _READS:

@@ -16,8 +16,7 @@ from torch.fx.graph import _Namespace
 
 from gainstage.capture.lowered import CallMark, Lowered, meta_of
 from gainstage.capture.provenance import current_line
-from gainstage.capture.views import packet_name
-from gainstage.graph import Node, NodeKind, Provenance, Ref
+from gainstage.graph import Node, NodeKind, Provenance, Ref, short_name
 
 aten = torch.ops.aten
 
@@ -112,7 +111,7 @@ class Tape:
 
     def record(self, op: Any, args: Any, kwargs: Any, result: Any) -> None:
         """Append an operation that returned ``result``; its arguments are in the graph's terms."""
-        base = packet_name(op) or "operation"
+        base = short_name(op) or "operation"
         if isinstance(result, torch.Tensor):
             written = isinstance(op, OpOverload) and op._schema.is_mutable
             if not self.is_tracked and not written and Ref(self._known.get(id(result), "")) in args:
@@ -129,7 +128,7 @@ class Tape:
         self.reads.extend(Read(item.name, current_line()) for item in args if isinstance(item, Ref))
         for item in result if isinstance(result, (tuple, list)) else (result,):
             if isinstance(item, torch.Tensor):
-                name = self.name(packet_name(op))
+                name = self.name(short_name(op))
                 self.hold(item, self.lowered.add_source(name, item.detach().clone(), is_input=False, like=item).name)
 
     def find(self, mask: torch.Tensor, places: Any) -> None:

@@ -23,14 +23,9 @@ _RESHAPES = frozenset(
 _SWAPS = frozenset({"transpose", "swapaxes", "swapdims", "t"})
 
 
-def packet_name(op: Any) -> str:
-    """``view`` for aten.view.default; the function's own name for what is no overload."""
-    return op._schema.name.partition("::")[2] if isinstance(op, OpOverload) else getattr(op, "__name__", "")
-
-
 def is_identity(node: Node) -> bool:
     """Whether a value that shares memory with its first operand shows it entry by entry, in the same shape."""
-    name = packet_name(node.op)
+    name = node.short_name
     if name in _DROPOUTS:
         return not node.args[2] or node.args[1] == 0
     written = isinstance(node.op, OpOverload) and node.op._schema.is_mutable
@@ -50,7 +45,7 @@ def scatter_into_base(view: Node, source: Node, base: Ref, base_meta: TensorMeta
     Returns:
         Operations, or None for views of another element type, which cannot be inverted.
     """
-    name = packet_name(source.op)
+    name = source.short_name
     rest = source.args[1:]
     if name in _RESHAPES:
         return (Step(aten.reshape.default, (value, list(base_meta.shape)), base_meta),)
@@ -89,7 +84,7 @@ _SCATTERS: dict[str, Callable[..., Any]] = {
 
 def _scatter_piece(split: Node, index: int, base: Ref, base_meta: TensorMeta, value: Ref) -> tuple[Step, ...] | None:
     """As above, for piece ``index`` of chunk, split or unbind."""
-    name = packet_name(split.op)
+    name = split.short_name
     place = 1 if name == "unbind" else 2
     axis = int(split.kwargs.get("dim", split.args[place] if len(split.args) > place else 0))
     if name == "unbind":

@@ -12,14 +12,14 @@ from gainstage.graph.model import (
     Provenance,
     Ref,
     TensorMeta,
+    short_name,
 )
 from gainstage.graph.real import as_real, held, is_sharded, real_parameters, whole
 from gainstage.graph.region import Region, parameters_of_regions
-from gainstage.graph.reuse import FOLLOWED, LOOKUPS, followed_uses
+from gainstage.graph.reuse import FOLLOWED, followed_uses
 
 __all__ = [
     "FOLLOWED",
-    "LOOKUPS",
     "Graph",
     "ModuleCall",
     "Node",
@@ -40,6 +40,7 @@ __all__ = [
     "is_sharded",
     "parameters_of_regions",
     "real_parameters",
+    "short_name",
     "tensor_leaves",
     "whole",
     "with_copies",

@@ -84,9 +84,7 @@ class Node:
     @property
     def short_name(self) -> str:
         """``linear`` of ``aten.linear.default``; "" for what is no operation."""
-        if isinstance(self.op, torch._ops.OpOverload):
-            return str(self.op.overloadpacket.__name__)
-        return getattr(self.op, "__name__", "") if self.op is not None else ""
+        return short_name(self.op)
 
     @property
     def may_draw(self) -> bool:
@@ -96,6 +94,11 @@ class Node:
     def operands(self) -> tuple[str, ...]:
         """Names of the nodes that this one reads, in order, with repetitions."""
         return self._operands
+
+
+def short_name(op: Callable[..., Any] | None) -> str:
+    """``linear`` of ``aten.linear.default``; the function's own name for what is no overload, "" for what has none."""
+    return str(op.overloadpacket.__name__) if isinstance(op, torch._ops.OpOverload) else getattr(op, "__name__", "")
 
 
 def _refs(argument: Any) -> Iterator[str]:

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-import torch
-
+from gainstage.graph.families import LOOKUP
 from gainstage.graph.model import Node, NodeKind, TensorMeta
 
 FOLLOWED = 24  # uses of one weight, at most, of which it is followed what they have in common: pairs of them grow with the square
-
-LOOKUPS = frozenset({torch.ops.aten.embedding.default, torch.ops.aten.embedding_bag.default})
 
 
 def followed_uses(nodes: Sequence[Node], copies: Mapping[str, str] | None = None) -> tuple[dict[str, tuple[str, ...]], list[str]]:
@@ -27,7 +24,7 @@ def repeated_uses(nodes: Sequence[Node], copies: Mapping[str, str]) -> dict[str,
 
     ``copies``: parameter -> another one with the same values, of which it is one more use.
     """
-    lookups = {node.name for node in nodes if node.op in LOOKUPS}
+    lookups = {node.name for node in nodes if node.short_name in LOOKUP}
     held: dict[str, frozenset[str]] = {}  # node -> the weights that it is a form of (a transposed one)
     uses: dict[str, list[str]] = {}
     for node in nodes:

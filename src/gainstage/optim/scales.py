@@ -10,31 +10,12 @@ import torch
 from gainstage.apply.parts import Holding
 from gainstage.errors import InputError
 from gainstage.plan import Distribution, Family, ParameterPlan, Plan
-from gainstage.roles import Role
-
-# Weights that something is contracted with, where they have the shape of one.
-_CONTRACTED = frozenset(
-    {
-        Role.OUTPUT_HEAD,
-        Role.QUERY,
-        Role.KEY,
-        Role.VALUE,
-        Role.ROUTER,
-        Role.RESIDUAL_END,
-        Role.MERGE_END,
-        Role.COUPLING_SCALE,
-        Role.COUPLING_SHIFT,
-        Role.GATE,
-        Role.RECURRENT,
-        Role.DEPTHWISE,
-        Role.HIDDEN,
-    }
-)
+from gainstage.roles import CONTRACTED, Role
 
 
 def is_matrix(planned: ParameterPlan) -> bool:
     """A weight that something is contracted with: neither bias nor norm, table, slope or vector, and no tied head."""
-    return Role(planned.role) in _CONTRACTED and len(planned.shape) > 1
+    return Role(planned.role) in CONTRACTED | {Role.RECURRENT} and len(planned.shape) > 1
 
 
 def is_hidden_matrix(planned: ParameterPlan) -> bool:

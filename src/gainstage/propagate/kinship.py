@@ -19,7 +19,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from gainstage.graph import LOOKUPS, Graph, Node, Ref
+from gainstage.graph import Graph, Node, Ref
+from gainstage.graph.families import LOOKUP
 from gainstage.propagate.sample import samplings
 from gainstage.signal import Value, affine, combine, covariance_between
 from gainstage.signal.axes import Axis
@@ -179,7 +180,7 @@ class _Product:
 
 def _product_at(node: Node, result: Value, bit: int, values: Mapping[str, Any]) -> _Product | None:
     """What an operation makes of one weight and one tensor, or of the rows that it looks up; None for other operations."""
-    if node.op in LOOKUPS:
+    if node.short_name in LOOKUP:
         return _lookup_at(node, result, values)
     operands = [values[name] for name in node.operands() if isinstance(values.get(name), Value)]
     data = [x for x in operands if not x.is_weight and x.constant is None]

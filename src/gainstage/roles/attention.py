@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from gainstage.roles.families import ATTENTION, CONCATENATION, CONTRACTIONS, MOVEMENT, NOISE, SOFTMAX
+from gainstage.graph.families import ATTENTION, CONCATENATION, CONTRACTIONS, MOVEMENT, NOISE, SOFTMAX
 from gainstage.roles.sites import Site
 from gainstage.roles.walk import Walked, walk_back
 from gainstage.roles.wiring import Wiring

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from gainstage.graph import Node, Ref, TensorMeta
-from gainstage.roles.families import JOINING, MOVEMENT, NORMS, SELECTING
+from gainstage.graph.families import JOINING, MOVEMENT, NORMS, SELECTING
 from gainstage.roles.wiring import Wiring
 
 # A tensor of coordinates at every entry, several where entries were combined; a flat set where the layout is lost.

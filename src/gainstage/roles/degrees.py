@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 
 from gainstage.graph import Node, Ref
-from gainstage.roles.families import JOINING, MOVEMENT, NORMS, argument, operand
+from gainstage.graph.families import JOINING, MOVEMENT, NORMS, argument, operand
 
 Degrees = Mapping[str, float]  # parameter -> d; the value is multiplied by c^d when the parameter is by c; nan: no power of it
 

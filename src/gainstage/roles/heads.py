@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from gainstage.roles.families import CONTRACTIONS, LOSSES, MOVEMENT, NOISE, PICKING, POOLING, PROBABILITY, SOFTMAX
+from gainstage.graph.families import CONTRACTIONS, LOSSES, MOVEMENT, NOISE, PICKING, POOLING, PROBABILITY, SOFTMAX
 from gainstage.roles.sites import Site
 from gainstage.roles.wiring import Wiring
 

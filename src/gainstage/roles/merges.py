@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from gainstage.roles.families import CONCATENATION, MOVEMENT, NOISE
+from gainstage.graph.families import CONCATENATION, MOVEMENT, NOISE
 from gainstage.roles.streams import Residual
 from gainstage.roles.wiring import Wiring
 

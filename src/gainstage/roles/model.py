@@ -36,6 +36,13 @@ class Role(Enum):
     UNUSED = "unused"  # reaches no output
 
 
+# Weights of one use each, by which the operation that reads them multiplies and sums.
+CONTRACTED = frozenset({
+    Role.OUTPUT_HEAD, Role.QUERY, Role.KEY, Role.VALUE, Role.ROUTER, Role.RESIDUAL_END, Role.MERGE_END, Role.GATE,
+    Role.COUPLING_SCALE, Role.COUPLING_SHIFT, Role.HIDDEN, Role.DEPTHWISE,
+})  # fmt: skip
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Use:
     """One use of one parameter, or of some of its output rows, by one node.

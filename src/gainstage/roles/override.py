@@ -9,12 +9,9 @@ from fnmatch import fnmatchcase
 
 from gainstage.errors import InputError, RoleConflictError, UnknownNameError
 from gainstage.graph import Graph
-from gainstage.roles.model import Branch, Head, Logits, Merge, Role, Roles, Setter, Stream, Use
+from gainstage.roles.model import CONTRACTED, Branch, Head, Logits, Merge, Role, Roles, Setter, Stream, Use
 
-_CONTRACTED = frozenset({
-    Role.TIED_HEAD, Role.OUTPUT_HEAD, Role.QUERY, Role.KEY, Role.VALUE, Role.ROUTER, Role.RESIDUAL_END, Role.MERGE_END, Role.GATE,
-    Role.COUPLING_SCALE, Role.COUPLING_SHIFT, Role.HIDDEN, Role.DEPTHWISE,
-})  # fmt: skip
+_CONTRACTED = CONTRACTED | {Role.TIED_HEAD}
 _SCALES = frozenset({Role.NORM_SCALE, Role.LAYER_SCALE})
 _ENDS = frozenset({Role.RESIDUAL_END, Role.MERGE_END})
 _SHIFTS = frozenset({Role.BIAS, Role.NORM_SHIFT})

@@ -9,9 +9,8 @@ from dataclasses import dataclass, replace
 import torch
 
 from gainstage.graph import NodeKind, TensorMeta
-from gainstage.roles.coordinates import arriving, numbered, thin
-from gainstage.roles.families import ATTENTION as ATTENTION_OPS
-from gainstage.roles.families import (
+from gainstage.graph.families import ATTENTION as ATTENTION_OPS
+from gainstage.graph.families import (
     CONCATENATION,
     CONTRACTIONS,
     CONVOLUTIONS,
@@ -25,6 +24,7 @@ from gainstage.roles.families import (
     groups_of,
     is_transposed,
 )
+from gainstage.roles.coordinates import arriving, numbered, thin
 from gainstage.roles.model import Role
 from gainstage.roles.wiring import Wiring
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from gainstage.roles.families import (
+from gainstage.graph.families import (
     ATTENTION,
     CONCATENATION,
     CONTRACTIONS,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from gainstage.graph import Graph, NodeKind
-from gainstage.roles.families import LOOKUP
+from gainstage.graph.families import LOOKUP
 from gainstage.roles.model import Role
 
 

@@ -9,8 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from gainstage.graph import NodeKind
-from gainstage.roles.coordinates import arriving, distinct, last_selections, numbered, pattern, values_of
-from gainstage.roles.families import (
+from gainstage.graph.families import (
     ATTENTION,
     CONTRACTIONS,
     JOINING,
@@ -21,6 +20,7 @@ from gainstage.roles.families import (
     SOFTMAX,
     argument,
 )
+from gainstage.roles.coordinates import arriving, distinct, last_selections, numbered, pattern, values_of
 from gainstage.roles.model import Role
 from gainstage.roles.sites import Site
 from gainstage.roles.wiring import Wiring

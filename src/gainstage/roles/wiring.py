@@ -8,8 +8,7 @@ from dataclasses import dataclass, field
 import torch
 
 from gainstage.graph import Graph, Node, NodeKind, TensorMeta
-from gainstage.roles.degrees import Degrees, degrees_of
-from gainstage.roles.families import (
+from gainstage.graph.families import (
     ATTENTION,
     BOUNDED,
     CONTRACTIONS,
@@ -25,6 +24,7 @@ from gainstage.roles.families import (
     operand,
     places,
 )
+from gainstage.roles.degrees import Degrees, degrees_of
 
 LINEAR, NONLINEAR, SATURATING = 0, 1, 2  # how a tensor comes from the last contraction before it
 

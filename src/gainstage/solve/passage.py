@@ -9,9 +9,9 @@ from typing import Any, final
 
 from gainstage.errors import UnknownNameError, nearest
 from gainstage.graph import Graph, Node, NodeKind
+from gainstage.graph.families import MOVEMENT, NOISE, POOLING
 from gainstage.plan import Passage
 from gainstage.propagate import propagate_back_along
-from gainstage.roles.families import MOVEMENT, NOISE, POOLING
 from gainstage.rules import is_pointwise
 from gainstage.signal import Value
 from gainstage.solve.constraint import Own, data_operand, is_lookup

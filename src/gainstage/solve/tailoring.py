@@ -11,9 +11,9 @@ from typing import Any
 import torch
 
 from gainstage.graph import Graph, ModuleCall, Node
+from gainstage.graph.families import argument
 from gainstage.plan import ActivationPlan, TailoredActivation
 from gainstage.policies import Tailoring
-from gainstage.roles.families import argument
 from gainstage.signal import Value
 from gainstage.signal.quadrature import Array
 from gainstage.signal.tailoring import Tailored, cosine_map, cosine_slope, leaky_cosine, tailored_slope, tailored_smooth

@@ -8,11 +8,11 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from gainstage.graph import Graph, Node, NodeKind, Ref, TensorMeta
+from gainstage.graph.families import argument
 from gainstage.inputs import Features, InputStatistics, Patches, Rows, Whitening, output_value, padding_of, whitening_of
 from gainstage.plan import Block, Distribution, Family, Mixing, ParameterPlan
 from gainstage.policies import FanScaled, Policy
 from gainstage.roles import Roles
-from gainstage.roles.families import argument
 from gainstage.rules.linear import per_dim
 from gainstage.signal import Value
 from gainstage.signal.movement import reshape

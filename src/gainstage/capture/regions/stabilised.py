@@ -8,13 +8,13 @@ and denominator are of one draw as well. A maximum over a dimension is none of t
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Iterable
 
 import torch
 from torch._ops import OpOverload
 
-from gainstage.capture.regions import closed, fused, in_order, with_region
-from gainstage.capture.views import packet_name
+from gainstage.capture.regions.region import with_region
+from gainstage.capture.regions.wiring import Wiring
 from gainstage.graph import Node, NodeKind
 
 _MAXIMA = frozenset({"maximum", "fmax"})
@@ -24,30 +24,21 @@ _MOVES = frozenset(
 )  # fmt: skip
 
 
-def fuse_stabilised(nodes: Sequence[Node], outputs: Sequence[str], marked: Collection[str]) -> list[Node]:
-    """The same graph, with one operation for each set of exponentials that maxima keep from growing.
-
-    Args:
-        nodes: a graph without writes, its constants computed.
-        outputs: names of the outputs.
-        marked: names that are wanted after it: what modules return.
-    """
-    by_name = {node.name: node for node in nodes}
+def stabilised(wiring: Wiring) -> list[set[str]]:
+    """Sets of exponentials that maxima keep from growing, with what they are weighed against."""
+    by_name = wiring.nodes
     regions: list[set[str]] = []
-    for node in nodes:
-        if packet_name(node.op) == "exp" and _is_stabilised(node, by_name):
+    for node in by_name.values():
+        if node.short_name == "exp" and _is_stabilised(node, by_name):
             regions = with_region(regions, _behind([node.name], by_name, _is_entrywise))
-    found = list(nodes)
-    for region in closed(nodes, [_with_ratios(region, nodes, by_name) for region in regions]):
-        found = fused(found, region, {*outputs, *marked})
-    return in_order(found) if regions else found
+    return [_with_ratios(region, by_name) for region in regions]
 
 
 def _is_stabilised(node: Node, by_name: dict[str, Node]) -> bool:
     """Whether an exponential is one of a difference from an entrywise maximum of what the first term is made of."""
     difference = _before_moves(node.operands()[0], by_name)
     names = difference.operands()
-    if packet_name(difference.op) != "sub" or len(names) != 2:
+    if difference.short_name != "sub" or len(names) != 2:
         return False
     first, largest = (_before_moves(name, by_name) for name in names)
     if not _is_maximum(largest):
@@ -58,18 +49,18 @@ def _is_stabilised(node: Node, by_name: dict[str, Node]) -> bool:
 
 def _is_maximum(node: Node) -> bool:
     is_of_two = len([argument for argument in node.args if hasattr(argument, "name")]) == 2
-    return is_of_two and (packet_name(node.op) in _MAXIMA or str(node.op) == "aten.max.other")
+    return is_of_two and (node.short_name in _MAXIMA or str(node.op) == "aten.max.other")
 
 
-def _with_ratios(region: set[str], nodes: Sequence[Node], by_name: dict[str, Node]) -> set[str]:
+def _with_ratios(region: set[str], by_name: dict[str, Node]) -> set[str]:
     """A region with quotients of which both parts depend on it, what puts these together, and where its operands are picked."""
-    made = {name for name in region if packet_name(by_name[name].op) == "exp"}  # and what depends on them, entry by entry
-    for node in nodes:
+    made = {name for name in region if by_name[name].short_name == "exp"}  # and what depends on them, entry by entry
+    for node in by_name.values():
         if _is_entrywise(node) and any(name in made for name in node.operands()):
             made.add(node.name)
-    ratios = [node.name for node in nodes if packet_name(node.op) == "div" and made.issuperset(node.operands())]
+    ratios = [node.name for node in by_name.values() if node.short_name == "div" and made.issuperset(node.operands())]
     grown = region | _behind(ratios, by_name, lambda node: node.name in made | region)
-    for node in nodes:
+    for node in by_name.values():
         if _is_move(node) and node.name not in grown and _depends_only_on(node, grown, by_name):
             grown.add(node.name)
     return grown | _behind(_read_by(grown, by_name), by_name, _is_move)
@@ -106,7 +97,7 @@ def _before_moves(name: str, by_name: dict[str, Node]) -> Node:
 
 
 def _is_move(node: Node) -> bool:
-    return node.op is operator.getitem or packet_name(node.op) in _MOVES
+    return node.op is operator.getitem or node.short_name in _MOVES
 
 
 def _is_entrywise(node: Node) -> bool:
@@ -114,5 +105,5 @@ def _is_entrywise(node: Node) -> bool:
         return node.op is operator.getitem
     if node.may_draw:
         return False
-    name = packet_name(node.op)
+    name = node.short_name
     return torch.Tag.pointwise in node.op.tags or name in _MOVES or name in {"cumsum", "max", "amax", "log_sigmoid"} | _MAXIMA

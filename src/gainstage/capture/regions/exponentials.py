@@ -8,94 +8,80 @@ read off at the ends of edges.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from typing import final
 
-from gainstage.capture.picks import GATHERS, MOST, STOPS
-from gainstage.capture.regions import between, closed, fused, in_order, with_region
-from gainstage.capture.views import packet_name
-from gainstage.graph import Node, NodeKind, Ref, Region, TensorMeta
+from gainstage.capture.regions.region import MOST, STOPS, with_region
+from gainstage.capture.regions.wiring import Wiring
+from gainstage.graph import Node, NodeKind, Ref, Region
+from gainstage.graph.families import GATHERS, UNCHANGED
 
 _LARGEST = {"amax": 0, "max": 0, "segment_reduce": 0, "scatter_reduce": 3, "index_reduce": 3}  # -> its argument
 _SUMS = {"sum": 0, "segment_reduce": 0, "scatter_reduce": 3, "scatter_add": 3, "index_add": 3, "index_put": 2, "cumsum": 0}
-_UNCHANGED = frozenset({"alias", "detach", "contiguous", "clone", "to", "_to_copy", "type_as"})
-_MOVED = _UNCHANGED | {
+_MOVED = UNCHANGED | {
     "expand", "unsqueeze", "squeeze", "view", "reshape", "permute", "transpose", "getitem", "masked_fill", "where", "add",
     "clamp", "clamp_min", "log", "reciprocal", "neg", *GATHERS,
 }  # fmt: skip
 _MEETINGS = frozenset({"div", "mul", "sub", "add"})
 
 
-def fuse_exponentials(nodes: Sequence[Node], outputs: Sequence[str], marked: Collection[str]) -> list[Node]:
-    """The same graph, with one operation for exponentials and the largest that they were divided by, or what they are summed to.
-
-    Args:
-        nodes: a graph without writes, its softmaxes named.
-        outputs: names of the outputs.
-        marked: names that are wanted after it: what modules return.
-    """
-    flow = _Flow(nodes)
+def exponentials(wiring: Wiring) -> list[set[str]]:
+    """Exponentials with the largest that they were divided by, or what they are summed to."""
+    flow = _Flow(wiring)
     regions: list[set[str]] = []
-    for node in nodes:
-        region = flow.around(node) if packet_name(node.op) == "exp" else set()
+    for node in wiring.nodes.values():
+        region = flow.around(node) if node.short_name == "exp" else set()
         if region:
             regions = with_region(regions, region)
-    found = list(nodes)
-    for region in closed(nodes, regions):
-        found = fused(found, region, {*outputs, *marked})
-    return in_order(found) if regions else found
+    return regions
 
 
 @final
 class _Flow:
-    """Who reads whom in a graph."""
+    """What exponentials are made of, and what is made of them."""
 
-    def __init__(self, nodes: Sequence[Node]) -> None:
-        self.all = nodes
-        self.nodes = {node.name: node for node in nodes}
-        self.readers: dict[str, list[str]] = {node.name: [] for node in nodes}
-        for node in nodes:
-            for name in dict.fromkeys(node.operands()):
-                self.readers[name].append(node.name)
+    def __init__(self, wiring: Wiring) -> None:
+        self.wiring = wiring
+        self.nodes, self.readers = wiring.nodes, wiring.readers
 
     def around(self, exponential: Node) -> set[str]:
         """Operations that count as one with an exponential; none where it is by itself."""
         logits, largest = self._below_largest(exponential)
-        core = {exponential.name} if largest is None else between(self.all, {largest, exponential.name})
+        core = {exponential.name} if largest is None else self.wiring.between({largest, exponential.name})
         if self._holds_stop(core):
             return set()
         region = set(core)
         for total in self._sums_of(exponential.name):
             for end in self._meetings(total, {logits, *core}):
-                wider = region | between(self.all, {*core, total, end})
+                wider = region | self.wiring.between({*core, total, end})
                 region = region if self._holds_stop(wider) else wider
         if len(region) == 1:
             return set()
         region |= {name for inside in region for read in self.nodes[inside].operands() for name in self._to_gathers(read)}
-        region |= between(self.all, region)
+        region |= self.wiring.between(region)
         return set() if self._holds_stop(region) or len(region) > MOST else region
 
     def _below_largest(self, exponential: Node) -> tuple[str, str | None]:
         """What an exponential is of, but for the largest that was taken off; and the operation that found this."""
-        difference = self._behind(exponential.args[0].name, _UNCHANGED)
+        difference = self._behind(exponential.args[0].name, UNCHANGED)
         x = self.nodes[difference]
-        if packet_name(x.op) != "sub" or not all(isinstance(argument, Ref) for argument in x.args[:2]):
+        if x.short_name != "sub" or not all(isinstance(argument, Ref) for argument in x.args[:2]):
             return difference, None
-        logits = self._behind(x.args[0].name, _UNCHANGED)
+        logits = self._behind(x.args[0].name, UNCHANGED)
         largest = self._behind(x.args[1].name, _MOVED)
-        place = _LARGEST.get(packet_name(self.nodes[largest].op))
-        if place is None or self._behind(self.nodes[largest].args[place].name, _UNCHANGED) != logits:
+        place = _LARGEST.get(self.nodes[largest].short_name)
+        if place is None or self._behind(self.nodes[largest].args[place].name, UNCHANGED) != logits:
             return difference, None
         return logits, largest
 
     def _sums_of(self, name: str) -> list[str]:
         """Operations that add up the entries of a node."""
-        same = self._ahead(name, _UNCHANGED)
+        same = self._ahead(name, UNCHANGED)
         return [
             reader
             for each in same
             for reader in self.readers[each]
-            if (place := _SUMS.get(packet_name(self.nodes[reader].op))) is not None
+            if (place := _SUMS.get(self.nodes[reader].short_name)) is not None
             and len(self.nodes[reader].args) > place
             and self.nodes[reader].args[place] == Ref(each)
         ]
@@ -103,7 +89,7 @@ class _Flow:
     def _meetings(self, total: str, core: Collection[str]) -> list[str]:
         """Where a sum of exponentials meets the exponentials, or what is made of them."""
         related = set(core)
-        for node in self.all:
+        for node in self.nodes.values():
             if node.name not in related and node.name not in core and self._passes(node):
                 related.update([node.name] if any(name in related for name in node.operands()) else [])
         chain = self._ahead(total, _MOVED)
@@ -111,7 +97,7 @@ class _Flow:
             reader
             for name in chain
             for reader in self.readers[name]
-            if packet_name(self.nodes[reader].op) in _MEETINGS
+            if self.nodes[reader].short_name in _MEETINGS
             and any(other in related and other not in chain for other in self.nodes[reader].operands())
         ]
 
@@ -138,14 +124,14 @@ class _Flow:
 
     def _is_gather(self, node: Node) -> bool:
         """Whether entries are read off at places that are known."""
-        if packet_name(node.op) not in GATHERS or not self._passes(node):
+        if node.short_name not in GATHERS or not self._passes(node):
             return False
         first, *others = node.operands()
-        return self._is_floating(first) and all(self.nodes[name].kind is NodeKind.CONSTANT for name in others)
+        return self.wiring.is_floating(first) and all(self.nodes[name].kind is NodeKind.CONSTANT for name in others)
 
     def _behind(self, name: str, through: Collection[str]) -> str:
         """What a node shows, behind operations of some kinds on one tensor of numbers."""
-        while packet_name(self.nodes[name].op) in through:
+        while self.nodes[name].short_name in through:
             read = [other for other in self.nodes[name].operands() if self._is_data(other)]
             if len(read) != 1:
                 break
@@ -158,11 +144,7 @@ class _Flow:
         while stack:
             for reader in self.readers[stack.pop()]:
                 data = [other for other in self.nodes[reader].operands() if self._is_data(other)]
-                if (
-                    packet_name(self.nodes[reader].op) in through
-                    and all(other in found for other in data)
-                    and reader not in found
-                ):
+                if self.nodes[reader].short_name in through and all(other in found for other in data) and reader not in found:
                     found.add(reader)
                     stack.append(reader)
         return found
@@ -171,18 +153,9 @@ class _Flow:
         return not all(self._passes(self.nodes[name]) for name in names)
 
     def _passes(self, node: Node) -> bool:
-        return (
-            node.kind is NodeKind.OP
-            and not node.may_draw
-            and packet_name(node.op) not in STOPS
-            and not isinstance(node.op, Region)
-        )
+        return node.kind is NodeKind.OP and not node.may_draw and node.short_name not in STOPS and not isinstance(node.op, Region)
 
     def _is_data(self, name: str) -> bool:
         """Whether a node is neither known nor made of integers."""
         node = self.nodes[name]
-        return node.kind is not NodeKind.CONSTANT and (isinstance(node.meta, tuple) or self._is_floating(name))
-
-    def _is_floating(self, name: str) -> bool:
-        meta = self.nodes[name].meta
-        return isinstance(meta, TensorMeta) and meta.dtype.is_floating_point
+        return node.kind is not NodeKind.CONSTANT and (isinstance(node.meta, tuple) or self.wiring.is_floating(name))

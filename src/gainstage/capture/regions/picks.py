@@ -11,47 +11,28 @@ operand. What has as many entries as a condition holds for is inside only if not
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import operator
-from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any, final
+from collections.abc import Collection, Mapping, Sequence
+from typing import final
 
 import torch
-from torch._ops import OpOverload
 
-from gainstage.capture.regions import as_one, in_order, with_region
-from gainstage.capture.views import packet_name
-from gainstage.graph import Node, NodeKind, Ref, Region, TensorMeta
+from gainstage.capture.regions.region import MOST, STOPS, as_one, in_order, with_region
+from gainstage.capture.regions.sizes import unsized
+from gainstage.capture.regions.wiring import Wiring
+from gainstage.graph import Node, NodeKind, Region, TensorMeta
+from gainstage.graph.families import GATHERS, INDEXED, INTO
 
-aten = torch.ops.aten
-
-_VIEWS: dict[Callable[..., Any], Callable[..., Any]] = {
-    aten.select_scatter.default: aten.select.int,
-    aten.slice_scatter.default: aten.slice.Tensor,
-}
-MOST = 1000  # operations in a region: it is run for each sample
-_INTO = frozenset(
-    {"index_put", "scatter", "scatter_add", "scatter_reduce", "index_add", "index_copy", "index_fill", "masked_scatter"}
-)  # the result has the shape of the first operand
-_INDEXED = frozenset({"index", "_unsafe_index"})
-GATHERS = _INDEXED | {"gather", "index_select", "take_along_dim"}
-_PICKS = _INTO | GATHERS - {"index_select"} | {"take", "masked_select"}
-STOPS = frozenset(
-    {"linear", "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "convolution", "mv",
-     "vdot", "dot", "mm", "bmm", "matmul", "addmm", "baddbmm", "einsum", "bilinear", "embedding", "embedding_bag",
-     "scaled_dot_product_attention", "lstm", "gru", "rnn_tanh", "rnn_relu", "_grouped_mm",
-     "grouped_mm_fallback"}
-)  # fmt: skip
+_PICKS = INTO | GATHERS - {"index_select"} | {"take", "masked_select"}
 
 
-def fuse_picks(nodes: Sequence[Node], outputs: Sequence[str], marked: Collection[str]) -> list[Node]:
+def fuse_picks(nodes: Sequence[Node], wanted: Collection[str]) -> list[Node]:
     """The same graph, with one operation for each region around picks by integers that depend on data.
 
     Args:
         nodes: a graph without writes, its constants computed.
-        outputs: names of the outputs.
-        marked: names that are wanted after it (what modules return).
+        wanted: names that are wanted after it: outputs, and what modules return.
     """
     flow = _Flow(nodes)
     regions: list[set[str]] = []
@@ -60,7 +41,6 @@ def fuse_picks(nodes: Sequence[Node], outputs: Sequence[str], marked: Collection
         if common:
             regions = with_region(regions, common)
     found = _Rewritten(nodes)
-    wanted = {*outputs, *marked}
     for part in (part for region in regions for part in flow.apart(flow.parted(region), wanted)):
         names = flow.of_fixed_shape(flow.closed(part), wanted)
         drawn = names & part & flow.drawn(names & part)
@@ -109,35 +89,6 @@ class _Rewritten:
                 self._readers.setdefault(operand, set()).add(node.name)
 
 
-def unsized(nodes: Sequence[Node]) -> set[str]:
-    """Nodes that have as many entries as a condition holds for."""
-    return _Flow(nodes).dynamic
-
-
-def resized(nodes: Sequence[Node]) -> list[Node]:
-    """The same graph, in which a number that is written to a part of what has no fixed size has no fixed size either."""
-    found: list[Node] = []
-    loose, by_name = unsized(nodes), {node.name: node for node in nodes}
-    for node in nodes:
-        view = None if node.op is None else _VIEWS.get(node.op)
-        base, source, *place = (*node.args[:2], *node.args[2:]) if view is not None else (None, None)
-        if isinstance(base, Ref) and isinstance(source, Ref) and base.name in loose and source.name not in loose:
-            filling = by_name[source.name]
-            part = dataclasses.replace(filling, name=f"{node.name}_part", op=view, args=(base, *place), kwargs={})
-            made = dataclasses.replace(filling, name=f"{node.name}_filling")
-            if filling.op is aten.full.default:
-                made = dataclasses.replace(made, op=aten.full_like.default, args=(Ref(part.name), filling.args[1]), kwargs={})
-            elif filling.op is aten.expand.default:
-                made = dataclasses.replace(made, op=aten.expand_as.default, args=(filling.args[0], Ref(part.name)), kwargs={})
-            found += [part, made]
-            node = dataclasses.replace(node, args=(base, Ref(made.name), *place))  # noqa: PLW2901
-        elif node.op is aten.view.default and not node.args[1] and isinstance(of := node.args[0], Ref) and of.name in loose:
-            # torch writes a single entry as a number: here it stands for as many as there are
-            node = dataclasses.replace(node, op=aten.clone.default, args=(of,), meta=by_name[of.name].meta)  # noqa: PLW2901
-        found.append(node)
-    return found
-
-
 def _runs(inside: Sequence[Node], nodes: Mapping[str, Node]) -> bool:
     """Whether operations of no fixed size run on other numbers than those that they were seen on."""
     (whole, *_) = as_one(inside, inside[-1:])
@@ -163,27 +114,16 @@ def _drawn(node: Node) -> torch.Tensor | None:
 
 
 @final
-class _Flow:
+class _Flow(Wiring):
     """Who reads whom, and what depends on what: walks that stay within the places of the graph that a question is about."""
 
     def __init__(self, nodes: Sequence[Node]) -> None:
-        self.nodes = {node.name: node for node in nodes}
-        self.place = {node.name: place for place, node in enumerate(nodes)}
-        self.operands = {node.name: tuple(dict.fromkeys(node.operands())) for node in nodes}
-        self.readers: dict[str, list[str]] = {node.name: [] for node in nodes}
-        for name, read in self.operands.items():
-            for other in read:
-                self.readers[other].append(name)
+        super().__init__(nodes)
         self.stops = {
-            node.name
-            for node in nodes
-            if node.kind is not NodeKind.OP or node.may_draw or packet_name(node.op) in STOPS
+            node.name for node in nodes if node.kind is not NodeKind.OP or node.may_draw or node.short_name in STOPS
         }  # fmt: skip
         self.passing = self.nodes.keys() - self.stops
-        self.dynamic: set[str] = set()
-        for node in nodes:
-            if self._is_dynamic(node):
-                self.dynamic.add(node.name)
+        self.dynamic = unsized(self)
 
     def region_of(self, pick: Node) -> set[str]:
         """Operations that a pick and what it picks from have in common, down to the pick; none where they have nothing."""
@@ -191,7 +131,7 @@ class _Flow:
         if not index or not data:
             return set()
         inside, ends = self._back(pick.name)
-        from_index, from_data = ({*names, *self._within(names, inside)} for names in (index, data))
+        from_index, from_data = ({*names, *self.within(names, inside)} for names in (index, data))
         common = {name for name in from_index & from_data if self.nodes[name].kind is not NodeKind.CONSTANT}
         return inside if common & (inside | ends) else set()
 
@@ -232,7 +172,7 @@ class _Flow:
                     hot.add(name)
                     if (
                         len([other for other in read if other in related]) > 1
-                        and self._is_floating(name)
+                        and self.is_floating(name)
                         and not self._is_of_rows(name)
                     ):
                         found.add(name)
@@ -289,7 +229,7 @@ class _Flow:
 
     def _is_put(self, name: str) -> bool:
         node = self.nodes[name]
-        return packet_name(node.op) in _INTO and name not in self.stops and not self._picked(node)[0]
+        return node.short_name in INTO and name not in self.stops and not self._picked(node)[0]
 
     def of_fixed_shape(self, region: set[str], kept: Collection[str]) -> set[str]:
         """A region without what has as many entries as a condition holds for, where something outside reads that."""
@@ -309,92 +249,33 @@ class _Flow:
         integers: set[str] = set()
         while stack:
             name = stack.pop()
-            if name in region and name not in integers and not self._is_floating(name):
+            if name in region and name not in integers and not self.is_floating(name):
                 integers.add(name)
                 stack += self.operands[name]
-        return self.after(picks | {name for name in integers if not self._is_condition(name)}, self.last(region))
-
-    def first(self, names: Collection[str]) -> int:
-        """The place of the first of some nodes."""
-        return min((self.place[name] for name in names), default=0)
-
-    def last(self, names: Collection[str]) -> int:
-        """The place of the last of some nodes."""
-        return max((self.place[name] for name in names), default=0)
-
-    def before(self, names: Collection[str], first: int) -> set[str]:
-        """Some nodes and all that they are computed from, from a place on."""
-        found, stack = set(names), list(names)
-        while stack:
-            others = [name for name in self.operands[stack.pop()] if name not in found and self.place[name] >= first]
-            found.update(others)
-            stack += others
-        return found
-
-    def after(self, names: Collection[str], last: int) -> set[str]:
-        """Some nodes and all that is computed from them, up to a place."""
-        found, stack = set(names), list(names)
-        while stack:
-            others = [name for name in self.readers[stack.pop()] if name not in found and self.place[name] <= last]
-            found.update(others)
-            stack += others
-        return found
+        return self.after(picks | {name for name in integers if not self.is_condition(name)}, self.last(region))
 
     def _back(self, name: str) -> tuple[set[str], set[str]]:
         """Operations that lead to one without a contraction between, itself included, and where they end."""
-        inside = {name, *(other for other in self._within([name], self.passing) if other in self.passing)}
+        inside = {name, *(other for other in self.within([name], self.passing) if other in self.passing)}
         ends = {other for each in inside for other in self.operands[each]}
         earlier = self.before(ends & self.stops, self.first(inside | ends))
         inside = inside - earlier | {name}
         inside -= {each for each in inside if self.nodes[each].op is operator.getitem and self.operands[each][0] in earlier}
         return inside, {other for each in inside for other in self.operands[each]} - inside
 
-    def _within(self, names: Collection[str], inside: Collection[str]) -> set[str]:
-        """What some nodes are computed from, through the operations of a set."""
-        found: set[str] = set()
-        stack = list(names)
-        while stack:
-            for other in self.operands[stack.pop()]:
-                if other not in found:
-                    found.add(other)
-                    if other in inside:
-                        stack.append(other)
-        return found
-
     def _picked(self, node: Node) -> tuple[list[str], list[str]]:
         """Integers and conditions that depend on data, by which a node picks, and what it picks from and lays down.
 
         Whole rows that one integer each picks (tokens for an expert, codes) are left to the rule of look-ups.
         """
-        if node.kind is not NodeKind.OP or packet_name(node.op) not in _PICKS or not self._is_floating(node.name):
+        if node.kind is not NodeKind.OP or node.short_name not in _PICKS or not self.is_floating(node.name):
             return [], []
         read = [name for name in self.operands[node.name] if self.nodes[name].kind is not NodeKind.CONSTANT]
-        index = [name for name in read if not self._is_floating(name) and self.nodes[name].kind is NodeKind.OP]
-        data = [name for name in read if self._is_floating(name)]
+        index = [name for name in read if not self.is_floating(name) and self.nodes[name].kind is NodeKind.OP]
+        data = [name for name in read if self.is_floating(name)]
         return ([], []) if self._is_of_rows(node.name) else (index, data)
 
     def _is_of_rows(self, name: str) -> bool:
         """Whether one integer each picks whole rows."""
-        index = [other for other in self.operands[name] if not self._is_floating(other)]
-        return packet_name(self.nodes[name].op) in _INDEXED and len(index) == 1 and not self._is_condition(index[0])
-
-    def _is_dynamic(self, node: Node) -> bool:
-        """Whether a result has as many entries as a condition holds for."""
-        name, read = packet_name(node.op), self.operands[node.name]
-        if not isinstance(node.op, OpOverload):
-            return any(other in self.dynamic for other in read)
-        if (name in _INTO and read[0] not in self.dynamic) or (isinstance(node.meta, TensorMeta) and not node.meta.shape):
-            return False
-        conditions = [other for other in read if self._is_condition(other) and self.nodes[other].kind is NodeKind.OP]
-        is_of_values = torch.Tag.dynamic_output_shape in node.op.tags or name == "nonzero_numpy"  # which lacks the tag
-        if is_of_values and (name not in _INDEXED or conditions):
-            return True
-        return any(other in self.dynamic for other in read)
-
-    def _is_floating(self, name: str) -> bool:
-        meta = self.nodes[name].meta
-        return isinstance(meta, TensorMeta) and meta.dtype.is_floating_point
-
-    def _is_condition(self, name: str) -> bool:
-        meta = self.nodes[name].meta
-        return isinstance(meta, TensorMeta) and meta.dtype is torch.bool
+        index = [other for other in self.operands[name] if not self.is_floating(other)]
+        return self.nodes[name].short_name in INDEXED and len(index) == 1 and not self.is_condition(index[0])

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch._ops import OpOverload
 
-from gainstage.graph import Node, Ref
+from gainstage.graph.model import Node, Ref
 
 RESHAPING = frozenset({
     "view", "_unsafe_view", "reshape", "view_as", "reshape_as", "_reshape_alias", "transpose", "swapaxes", "permute", "movedim",
@@ -23,6 +23,13 @@ SELECTING = frozenset({
     "index_select", "gather", "take_along_dim", "unfold", "as_strided", "diagonal", "tril", "triu", "masked_select",
 })  # fmt: skip
 MOVEMENT = RESHAPING | SELECTING
+UNCHANGED = frozenset({"alias", "detach", "contiguous", "clone", "lift_fresh", "to", "_to_copy", "type_as"})  # of RESHAPING
+INDEXED = frozenset({"index", "_unsafe_index"})
+GATHERS = INDEXED | {"gather", "index_select", "take_along_dim"}
+# The result has the shape of the first operand.
+INTO = frozenset({
+    "index_put", "scatter", "scatter_add", "scatter_reduce", "index_add", "index_copy", "index_fill", "masked_scatter",
+})  # fmt: skip
 # Operations of which only so many operands give values; the others lend their shape or type.
 MODELS_ONLY: Mapping[str, int] = {
     **dict.fromkeys(("type_as", "view_as", "reshape_as", "expand_as"), 1),
@@ -60,6 +67,7 @@ NORMS: Mapping[str, tuple[int, int | None]] = {  # places of scale and shift amo
 }
 RECURRENT = frozenset({"lstm", "gru", "rnn_tanh", "rnn_relu", "lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell"})
 LOOKUP = frozenset({"embedding", "embedding_bag", "_embedding_bag", "_embedding_bag_forward_only"})
+ROW_READS = LOOKUP | GATHERS
 ATTENTION = frozenset({
     "scaled_dot_product_attention", "_scaled_dot_product_flash_attention", "_scaled_dot_product_efficient_attention",
     "_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_attention_math", "_scaled_dot_product_cudnn_attention",
