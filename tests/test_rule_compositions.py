@@ -12,6 +12,23 @@ from gainstage.testing import RuleCase, assert_rule, correlated
 
 X = correlated((4, 6, 8), mean=0.3, shares={(0, 1): 0.3, (2,): 0.15})
 CENTRES, FREQUENCIES = torch.linspace(-2.0, 2.0, 5, dtype=torch.float64), torch.tensor([0.5, 1.0, 2.0, 4.0], dtype=torch.float64)
+KNOTS = torch.linspace(-2.0, 2.0, 6, dtype=torch.float64).expand(8, -1)
+
+
+def hats(t):
+    """B-splines of first order, by the recursion over orders (C. de Boor 1978); each channel has knots, the same for all."""
+    t, width = t[..., None], KNOTS[:, 1:-1] - KNOTS[:, :-2]
+    inside = ((t >= KNOTS[:, :-1]) & (t < KNOTS[:, 1:])).double()
+    return (t - KNOTS[:, :-2]) / width * inside[..., :-1] + (KNOTS[:, 2:] - t) / width * inside[..., 1:]
+
+
+def hats_value(call, x):
+    t, width = reshape(x, (4, 6, 8, 1)), known(KNOTS[:, 1:-1] - KNOTS[:, :-2])
+    inside = combine(torch.mul, combine(torch.ge, t, known(KNOTS[:, :-1])), combine(torch.lt, t, known(KNOTS[:, 1:])))
+    up = combine(torch.div, combine(torch.sub, t, known(KNOTS[:, :-2])), width)
+    down = combine(torch.div, combine(torch.sub, known(KNOTS[:, 2:]), t), width)
+    return combine(torch.add, combine(torch.mul, up, take(inside, 3, 0, 4)), combine(torch.mul, down, take(inside, 3, 1, 5)))
+
 
 # name: what tensors do, and what values do
 COMPOSITIONS = {
@@ -49,6 +66,7 @@ COMPOSITIONS = {
         lambda t: torch.sin(FREQUENCIES[:, None] * t[..., None, :]),
         lambda call, x: apply(torch.sin, combine(torch.mul, known(FREQUENCIES[:, None]), reshape(x, (4, 6, 1, 8)))),
     ),
+    "hats between knots that are equal for all channels": (hats, hats_value),
     "a mask along positions": (
         lambda t: torch.where(torch.arange(6)[:, None] > 1, t, -t.relu()),
         lambda call, x: mixture(

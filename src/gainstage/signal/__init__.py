@@ -24,10 +24,11 @@ from gainstage.signal.known import known, measured
 from gainstage.signal.linear import affine, dropout, mean_over
 from gainstage.signal.maxima import max_over
 from gainstage.signal.mixture import mixture
-from gainstage.signal.movement import expand, permute, reorder, reshape, select, take
+from gainstage.signal.movement import expand, permute, reorder, reshape
 from gainstage.signal.pairing import covariance_between, cross_table
 from gainstage.signal.pointwise import apply, combine, slope
 from gainstage.signal.selection import gathered, pick
+from gainstage.signal.slicing import select, take
 from gainstage.signal.value import Added, Value, coins, gaussian, independent
 
 __all__ = [

@@ -16,7 +16,7 @@ from gainstage.signal.filters import normalise
 from gainstage.signal.gather import same_index_table
 from gainstage.signal.joining import join
 from gainstage.signal.linear import affine, multiply
-from gainstage.signal.movement import merge_dim, parts_along, refine, take, with_axes
+from gainstage.signal.movement import merge_dim, parts_along, refine, with_axes
 from gainstage.signal.neighbours import Neighbours, made, through
 from gainstage.signal.pairing import amplitude_of
 from gainstage.signal.pointwise import align, combine
@@ -31,6 +31,7 @@ from gainstage.signal.quadrature import (
     weights,
 )
 from gainstage.signal.shares import Share
+from gainstage.signal.slicing import take
 from gainstage.signal.uneven import is_centred
 from gainstage.signal.value import Given, Value, gaussian
 

@@ -38,7 +38,7 @@ def join(values: Sequence[Value], dim: int) -> Value:
     between = _between(values, dim, ready[0][0])
     other = (inside + between) / (total * (total - 1))
     table = np.moveaxis(np.stack([other, np.asarray(same)]), 0, position)
-    key = ("join", *[axis for part in parts for axis in part.dims[dim]])
+    key = ("join", *sizes, *[axis for part in parts for axis in part.dims[dim]])
     anchor = next((axis for part in parts for axis in part.dims[dim]), Axis(1))
     new_axis = anchor.steps.setdefault(key, (Axis(total),))[0]
     dims = tuple((new_axis,) if d == dim else axes for d, axes in enumerate(shape))

@@ -12,7 +12,6 @@ import torch
 
 from gainstage.signal import levels
 from gainstage.signal.axes import Axis, Dim, axes_of, shape_of
-from gainstage.signal.marginal import Marginal
 from gainstage.signal.quadrature import Array
 from gainstage.signal.value import Value
 
@@ -191,61 +190,6 @@ def expand(x: Value, shape: Sequence[int]) -> Value:
     return replace(moved, amplitude=amplitude, prior=x.prior)
 
 
-def select(x: Value, dim: int, index: int) -> Value:
-    """One index along a dimension: the dimension goes, entries share it."""
-    dim %= len(x.dims)
-    index %= max(x.shape[dim], 1)
-    moved = _of_part(x, dim, index, index + 1) or _fix(x, dim, index)
-    prior = _prior_of(x, dim, slice(index, index + 1))
-    return replace(moved, dims=moved.dims[:dim] + moved.dims[dim + 1 :], prior=None if prior is None else prior.squeeze(dim))
-
-
-def _prior_of(x: Value, dim: int, part: slice) -> torch.Tensor | None:
-    """What is known beforehand of a range of a dimension."""
-    if x.prior is None:
-        return None
-    prior = full_prior(x)
-    return prior if prior.shape[dim] == 1 else prior[(slice(None),) * dim + (part,)]
-
-
-def _fix(x: Value, dim: int, index: int) -> Value:
-    """One coordinate of a dimension; two different ones are different tensors, with latents of their own."""
-    position = sum(len(d) for d in x.dims[:dim])
-    same = (slice(None),) * position + (1,) * len(x.dims[dim])
-    dims = tuple(() if d == dim else axes for d, axes in enumerate(x.dims))
-    profile, ratio = x.levels, 1.0
-    index %= max(x.shape[dim], 1)
-    for coordinate in np.unravel_index(index, [axis.size for axis in x.dims[dim]]) if x.dims[dim] else ():
-        profile, part = levels.sliced(profile, position, int(coordinate))
-        ratio *= part
-    fixed = map_tables(replace(x, levels=None), dims, lambda table: table[same], profile)
-    latent = ("select", x.marginal.latent, x.dims[dim], index) if x.dims[dim] else x.marginal.latent
-    marginal = Marginal(latent, lambda: x.marginal.even if profile is None else x.marginal.values, lambda: x.marginal.even)
-    return scaled(replace(fixed, source=object(), amplitude=None, marginal=marginal), ratio)
-
-
-def scaled(x: Value, ratio: float) -> Value:
-    """A part that is louder than its whole by a factor: everything about it scales."""
-    if ratio == 1.0:
-        return x
-    marginal = Marginal(x.marginal.latent, lambda: x.marginal.values * ratio, lambda: x.marginal.even * ratio)
-    amplitude = None if x.amplitude is None else x.amplitude * ratio
-    return replace(x, mean=x.mean * ratio, table=x.table * ratio**2, marginal=marginal, amplitude=amplitude)
-
-
-def _of_part(x: Value, dim: int, start: int, stop: int) -> Value | None:
-    """Range of a concatenation that lies in one of its parts."""
-    found = parts_along(x)
-    if found is None or found[0] != dim or stop <= start:
-        return None
-    before = 0
-    for part in found[1]:
-        if before <= start and stop <= before + part.shape[dim]:
-            return take(part, dim, start - before, stop - before)
-        before += part.shape[dim]
-    return None
-
-
 def parts_along(x: Value) -> tuple[int, tuple[Value, ...]] | None:
     """Dimension of a concatenation and its parts, with the dimensions that it has by now, as long as nothing was done to them."""
     joined = x.joined
@@ -254,47 +198,6 @@ def parts_along(x: Value) -> tuple[int, tuple[Value, ...]] | None:
     dim = x.dims.index((joined.axis,))
     kept = [tuple(part.dims[joined.dim] if d == dim else axes for d, axes in enumerate(x.dims)) for part in joined.parts]
     return dim, tuple(with_axes(part, dims) for part, dims in zip(joined.parts, kept, strict=True))
-
-
-def take(x: Value, dim: int, start: int, stop: int, step: int = 1) -> Value:
-    """Slice along a dimension: fewer coordinates, the same table."""
-    dim %= len(x.dims)
-    size = x.shape[dim]
-    start, stop, _ = slice(start, stop).indices(size)
-    count = len(range(start, stop, step))
-    if count == size:
-        return x
-    part = _of_part(x, dim, start, stop) if step == 1 else None
-    if part is None:
-        part = _fix(x, dim, start) if count == 1 else _range(x, dim, range(start, stop, step))
-    return replace(part, prior=_prior_of(x, dim, slice(start, stop, step)))
-
-
-def _range(x: Value, dim: int, chosen: range) -> Value:
-    """Some coordinates of a dimension, at equal distances."""
-    start, stop, step = chosen.start, chosen.stop, chosen.step
-    whole = x.dims[dim]
-    inner = prod(axis.size for axis in whole[1:])
-    if len(whole) > 1 and step == 1 and start % inner == 0 and stop % inner == 0:
-        part = slice(start // inner, stop // inner)
-        first = whole[0].part(part.start, part.stop, 1)
-        kept: Dim = (first, *whole[1:]) if first.size != 1 else whole[1:]
-    else:
-        x = merge_dim(x, dim)
-        whole = x.dims[dim]
-        part = slice(start, stop, step)
-        kept = (whole[0].part(start, stop, step),)
-    position = sum(len(d) for d in x.dims[:dim])
-    dims = tuple(kept if d == dim else axes for d, axes in enumerate(x.dims))
-    drop = len(kept) < len(whole)
-    index = (slice(None),) * position + ((1,) if drop else ())
-    profile, ratio = levels.sliced(x.levels, position, part)
-    if drop and profile is not None:
-        profile = np.take(profile, 0, axis=position)
-    moved = map_tables(replace(x, amplitude=None, levels=None), dims, lambda table: table[index], profile)
-    if profile is None and x.levels is not None:
-        moved = replace(moved, marginal=Marginal(x.marginal.latent, lambda: x.marginal.even))
-    return scaled(replace(moved, source=object()), ratio)
 
 
 def reorder(x: Value, dim: int, key: object) -> Value:

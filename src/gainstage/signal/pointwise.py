@@ -246,6 +246,8 @@ def _part_by_part(x: Value, y: Value) -> tuple[int, list[tuple[Value, Value]]] |
 def _parts_like(y: Value, dim: int, sizes: Sequence[int]) -> Sequence[Value] | None:
     if len(y.dims) < -dim or y.shape[dim] == 1:
         return [y] * len(sizes)
+    if y.constant is not None and y.shape[dim] == len(sizes):
+        return [known(y.constant.narrow(dim, k, 1)) for k in range(len(sizes))]
     found = parts_along(y)
     if found is None or found[0] != dim + len(y.dims) or [part.shape[dim] for part in found[1]] != list(sizes):
         return None
@@ -304,16 +306,30 @@ def _row_of_numbers(function: Function, x: Value, y: Value) -> Value | None:
     Where all of these are taken to be of one distribution, ``f(x - c)`` of a normal x is one of a mixture that is none.
     """
     for first, second in ((x, y), (y, x)):
-        numbers, rank = second.constant, max(len(x.dims), len(y.dims))
-        varying = [] if numbers is None else [d - numbers.dim() for d, size in enumerate(numbers.shape) if size > 1]
-        if numbers is None or first.constant is not None or first.statistic is not None or first.is_weight or len(varying) != 1:
+        if second.constant is None or first.constant is not None or first.statistic is not None or first.is_weight:
             continue
-        shape = (1,) * (rank - len(first.dims)) + first.shape
-        if shape[varying[0]] > 1 or numbers.numel() > MOST_NUMBERS or len(set(numbers.reshape(-1).tolist())) < numbers.numel():
+        rank = max(len(x.dims), len(y.dims))
+        shape, spread = ((1,) * (rank - len(v.dims)) + v.shape for v in (first, second))
+        numbers = _along_one(second.constant.reshape(spread), shape)
+        if numbers is None:
             continue
-        wide = replace(reshape(first, shape), uneven=None)  # which is followed through one function, not through a chain
-        return join([_with_number(function, wide, float(n), is_first=first is x) for n in numbers.reshape(-1)], rank + varying[0])
+        varying = next(d for d, size in enumerate(numbers.shape) if size > 1)
+        whole = [1 if d == varying else max(sizes) for d, sizes in enumerate(zip(shape, spread, strict=True))]
+        wide = replace(expand(reshape(first, shape), whole), uneven=None)  # which is followed through one function, not a chain
+        return join([_with_number(function, wide, float(n), is_first=first is x) for n in numbers.reshape(-1)], varying)
     return None
+
+
+def _along_one(numbers: torch.Tensor, shape: Sequence[int]) -> torch.Tensor | None:
+    """A few different numbers along a dimension of a tensor of this shape that has size 1; the same along all others."""
+    if not any(size > 1 and own == 1 for size, own in zip(numbers.shape, shape, strict=True)):
+        return None
+    for d, size in enumerate(numbers.shape):
+        first = numbers.narrow(d, 0, 1)
+        numbers = first if size > 1 and torch.equal(first.expand_as(numbers), numbers) else numbers
+    varying = [d for d, size in enumerate(numbers.shape) if size > 1]
+    is_row = len(varying) == 1 and shape[varying[0]] == 1 and numbers.numel() <= MOST_NUMBERS
+    return numbers if is_row and len(set(numbers.reshape(-1).tolist())) == numbers.numel() else None
 
 
 def _with_number(function: Function, x: Value, number: float, *, is_first: bool) -> Value:
