@@ -151,6 +151,14 @@ def rectified_branches(m, x):
     return x
 
 
+def less_terms(m, x):
+    """Token mixers of parallel branches less their input, as reparametrised networks have them; x is a sum in turn."""
+    for branch in m[1:4]:
+        mixed = 0.6 * m[0](x) + branch(x)
+        x = m[4](x + 0.7 * m[4](mixed - m[0](x)))
+    return x
+
+
 def by_hand(m, x):
     h = m[0](x)
     return m[1](h * torch.sigmoid(h))
@@ -198,6 +206,12 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[], torch.Tensor]]] = 
     "gate by chunks": (scripted(gate, lambda: [linear(WIDTH, 2 * WIDTH), linear()]), rows),
     "dense skips": (scripted(dense, dense_layers), rows),
     "branches that end in an activation": (scripted(rectified_branches, lambda: [linear() for _ in range(6)]), rows),
+    "sums less a term": (
+        scripted(
+            less_terms, lambda: [nn.LayerNorm(WIDTH, elementwise_affine=False), *(linear() for _ in range(3)), nn.Identity()]
+        ),
+        rows,
+    ),
     "x sigmoid(x)": (scripted(by_hand, lambda: [linear(), linear()]), rows),
     "layer norm by hand": (scripted(layer_norm, lambda: [linear(), linear()]), rows),
     "RMS norm by hand": (scripted(rms_norm, lambda: [linear(), linear()]), rows),

@@ -16,7 +16,7 @@ from gainstage.signal.gram import of_sum as gram_of_sum
 from gainstage.signal.marginal import Marginal, gaussian_marginal
 from gainstage.signal.neighbours import Neighbours, made, mixed
 from gainstage.signal.overlap import mixed as summed_overlap
-from gainstage.signal.pairing import amplitude_of, cross_table
+from gainstage.signal.pairing import amplitude_of, cross_table, summed
 from gainstage.signal.quadrature import (
     Array,
     coarse,
@@ -158,7 +158,6 @@ def add(x: Value, y: Value, sign: float = 1.0) -> Value:
         mean=mean,
         table=table,
         marginal=_sum_marginal(x, y, sign, (mean, max(variance, 0.0) ** 0.5), profile),
-        source=object(),
         lineage=x.lineage | y.lineage,
         read=x.read | y.read,
         log_variance=share**2 * x.log_variance + (1.0 - share) ** 2 * y.log_variance,
@@ -179,8 +178,8 @@ def add(x: Value, y: Value, sign: float = 1.0) -> Value:
         result = replace(result, lean=_summed_lean(x, y, profile))
     same_axes = all(a is b for a, b in zip(x.axes, y.axes, strict=True))
     if x.source is not None and x.source is y.source and same_axes:
-        result = replace(result, source=x.source, amplitude=amplitude_of(x) + sign * amplitude_of(y))
-    return result
+        return replace(result, source=x.source, amplitude=amplitude_of(x) + sign * amplitude_of(y))
+    return summed(result, x, y, sign)
 
 
 def without_common(x: Value) -> Neighbours | None:

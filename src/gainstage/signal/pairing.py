@@ -26,7 +26,9 @@ from gainstage.signal.known import measured
 from gainstage.signal.movement import expand, refine
 from gainstage.signal.quadrature import Array, covariance_series, invert_series, joint_series
 from gainstage.signal.uses import are_alike, covariance_of_uses, is_same
-from gainstage.signal.value import Origin, Value
+from gainstage.signal.value import Origin, Summed, Value
+
+MOST_SUMS = 64  # that are looked into for what two tensors have in common
 
 
 def spectrum(table: Array, sizes: Sequence[int]) -> Array:
@@ -58,10 +60,50 @@ def cross_table(x: Value, y: Value) -> Array:
     product = np.full_like(x.table, x.mean * y.mean)
     if x.source is not None and x.source is y.source:
         return product + _of_one_source(x, y)
-    if not any(one.origin is not None and one.origin.reuses for one in (x, y)):
-        return product
-    common = covariance_between(x, y)
+    if any(one.origin is not None and one.origin.reuses for one in (x, y)):
+        common = covariance_between(x, y)
+    else:
+        common = _of_summed(x, y, [MOST_SUMS])
     return product if common is None else product + common
+
+
+def summed(total: Value, x: Value, y: Value, sign: float) -> Value:
+    """The sum ``x + sign y``, known to have a part in all that x and y have a part in."""
+    of = frozenset([x.source, y.source]).union(*(one.source.of for one in (x, y) if isinstance(one.source, Summed)))
+    return replace(total, source=Summed(total.axes, amplitude_of(total), ((x, 1.0), (y, sign)), of))
+
+
+def _of_summed(x: Value, y: Value, left: list[int]) -> Array | None:
+    """Covariance of two aligned values of which one is linear in a sum: of each term of that, component by component.
+
+    ``left``: how many sums may still be looked into, which are more than there are where sums of sums meet.
+    """
+    if x.source is not None and x.source is y.source:
+        return _of_one_source(x, y)
+    one = _later(x, y)
+    if one is None:
+        return None
+    left[0] -= 1
+    if left[0] < 0:
+        return None
+    total = one.source
+    assert isinstance(total, Summed)
+    found = [(sign, _of_summed(*((term, y) if one is x else (x, term)), left)) for term, sign in total.terms]
+    known = [sign * common for sign, common in found if common is not None]
+    return _by_component(sum(known[1:], known[0]), total.amplitude, one) if known and left[0] >= 0 else None
+
+
+def _later(x: Value, y: Value) -> Value | None:
+    """The one of two values that is linear in a sum which has a part in what the other is linear in, if there is one.
+
+    Of two such sums one that has a part in the other, if there is one.
+    """
+    sums = [one.source.of if isinstance(one.source, Summed) and one.source.axes == one.axes else frozenset() for one in (x, y)]
+    if y.source in sums[0] or x.source in sums[1]:
+        return x if y.source in sums[0] else y
+    if sums[0].isdisjoint(sums[1]):
+        return None
+    return x if len(sums[0]) >= len(sums[1]) else y
 
 
 def _of_one_source(x: Value, y: Value) -> Array:
@@ -211,7 +253,12 @@ def _through(x: Value, y: Value, one: Value, operand: Value) -> Array | None:
     common = _instead(x, y, one, operand)
     if common is None or common.ndim != one.table.ndim:
         return None
-    before, after, sizes = amplitude_of(operand), amplitude_of(one), [axis.size for axis in one.axes]
+    return _by_component(common, amplitude_of(operand), one)
+
+
+def _by_component(common: Array, before: Array, one: Value) -> Array:
+    """What is shared with a tensor of components of these sizes, by one that is linear in it: component by component."""
+    after, sizes = amplitude_of(one), [axis.size for axis in one.axes]
     counts = np.abs(before) > 1e-9 * float(np.abs(before).max())
     gain = np.divide(after, before, out=np.zeros_like(after), where=counts)
     return table_of(gain * spectrum(common, sizes), sizes)

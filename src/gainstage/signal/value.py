@@ -119,6 +119,19 @@ class Sum:
     terms: tuple[tuple[Value, float], ...]
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Summed:
+    """Source of a sum: itself, and the terms, as aligned, with their signs, in whose sources it has a part.
+
+    ``amplitude``: of the sum in itself, by its axes. ``of``: all sources that it has a part in.
+    """
+
+    axes: tuple[Axis, ...]
+    amplitude: Array
+    terms: tuple[tuple[Value, float], ...]
+    of: frozenset[object]
+
+
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
 class Origin:
     """How a tensor came about, where weights are used more than once; void for a tensor with another distribution.
