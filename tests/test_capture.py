@@ -315,6 +315,28 @@ def test_identity_is_no_call_and_positions_count_what_is_left_out():
     assert graph.calls[-1].positions == (1,)
 
 
+def test_what_forward_keeps_is_kept_no_longer():
+    """A trace would leave tensors without values in a log and a cache of the model."""
+
+    def forward(s, x):
+        y = s.m[0](x)
+        s.log.append(y)
+        s.cache["y"] = s.last = y
+        return y
+
+    model = Scripted(forward, square())
+    first = torch.zeros(1)
+    model.log, model.cache, model.last = [first], {}, None
+    log, cache = model.log, model.cache
+    capture(model, (x(),))
+    assert model.log is log
+    assert len(log) == 1
+    assert log[0] is first
+    assert model.cache is cache
+    assert cache == {}
+    assert model.last is None
+
+
 @pytest.mark.parametrize("mode", [True, False])
 def test_model_generator_and_switches_are_left_alone(mode):
     model = nn.Sequential(Scripted(regions, square(), square()), Scripted(lambda s, d: s.m[0](d["h"][0]), nn.BatchNorm1d(8)))

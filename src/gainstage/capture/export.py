@@ -16,8 +16,9 @@ from torch.utils import _pytree as pytree
 from gainstage.capture.lowered import CallMark
 from gainstage.capture.provenance import UserFrame
 from gainstage.capture.refusal import refusal
-from gainstage.capture.surroundings import Request, marked_calls, on_device_of, plain_modules, quiet, seeded, untouched
+from gainstage.capture.surroundings import Request, marked_calls, on_device_of, plain_modules, quiet, seeded
 from gainstage.errors import GainstageError
+from gainstage.graph.attributes import same_attributes
 
 CALL_MARKS = "gainstage_calls"  # key in the meta of an exported node: which outputs of which module calls it is
 
@@ -44,7 +45,7 @@ def export(request: Request) -> Exported:
     args, kwargs, originals = on_device_of(model, request.args, request.kwargs)
     with (
         seeded(0),
-        untouched(model),
+        same_attributes(model),
         marked_calls(model, loss, _mark),
         plain_modules(),
         _all_user_frames(),

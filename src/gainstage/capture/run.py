@@ -19,10 +19,11 @@ from gainstage.capture.calls import canonical_paths
 from gainstage.capture.lowered import Lowered
 from gainstage.capture.recorder import recording
 from gainstage.capture.refusal import refusal
-from gainstage.capture.surroundings import Request, copied, hookable, marked_calls, on_device_of, plain_modules, quiet, seeded
+from gainstage.capture.surroundings import Request, copied, marked_calls, on_device_of, plain_modules, quiet, seeded
 from gainstage.capture.tape import Read, Tape
 from gainstage.errors import GainstageError
 from gainstage.graph import NodeKind
+from gainstage.graph.attributes import hookable
 from gainstage.graph.flatten import tensor_leaves
 
 _DRAWS = 8  # runs at most, where random numbers decide which way a run goes

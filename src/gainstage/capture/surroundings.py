@@ -23,6 +23,7 @@ from torch.utils.checkpoint import CheckpointFunction
 
 from gainstage.capture.lowered import CallMark
 from gainstage.errors import CaptureError, InputError
+from gainstage.graph.attributes import hookable
 from gainstage.graph.flatten import tensor_leaves
 
 Loss = Callable[[Any], torch.Tensor]
@@ -106,30 +107,6 @@ def copied(
     except Exception as error:
         raise CaptureError(f"the model or an input cannot be copied: {type(error).__name__}: {error}") from error
     return copies
-
-
-def hookable(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """The modules that run in Python, by path: scripted ones take no hooks and keep no attributes."""
-    return [(path, module) for path, module in model.named_modules() if not isinstance(module, torch.jit.ScriptModule)]
-
-
-@contextlib.contextmanager
-def untouched(model: nn.Module) -> Iterator[None]:
-    """Undo what forward stores on modules: a traced attribute would be a tensor without values."""
-    registries = ("_parameters", "_buffers", "_modules")
-    before = [
-        (module, dict(module.__dict__), {name: dict(module.__dict__[name]) for name in registries})
-        for _, module in hookable(model)
-    ]
-    try:
-        yield
-    finally:
-        for module, attributes, contents in before:
-            module.__dict__.clear()
-            module.__dict__.update(attributes)
-            for name, entries in contents.items():
-                module.__dict__[name].clear()
-                module.__dict__[name].update(entries)
 
 
 @contextlib.contextmanager

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import random
-from collections import deque
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,6 +13,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gainstage.graph import held
+from gainstage.graph.attributes import same_attributes
 
 
 @contextlib.contextmanager
@@ -26,7 +26,7 @@ def untouched(model: nn.Module) -> Iterator[None]:
     guard = _WriteGuard([*model.parameters()])
     buffers = [(buffer, buffer.data, buffer.detach().clone()) for buffer in model.buffers()]
     parameters = [(parameter, parameter.data, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
-    with torch.no_grad(), _same_attributes(model), _same_randomness(model), _plain_attention():
+    with torch.no_grad(), same_attributes(model), _same_randomness(model), _plain_attention():
         try:
             with guard:
                 yield
@@ -75,43 +75,6 @@ class _WriteGuard(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def restore(self) -> None:
         for parameter, values in self._saved:
             parameter.copy_(values)
-
-
-@contextlib.contextmanager
-def _same_attributes(model: nn.Module) -> Iterator[None]:
-    """Put back the attributes of every module, and the contents of its plain containers (a list that forward appends to)."""
-    before = [(module, dict(module.__dict__), _contents(module)) for module in model.modules()]
-    try:
-        yield
-    finally:
-        for module, attributes, contents in before:
-            module.__dict__.clear()
-            module.__dict__.update(attributes)
-            for container, entries in contents:
-                _refill(container, entries)
-
-
-def _contents(module: nn.Module) -> list[tuple[Any, list[Any]]]:
-    return [(value, _entries(value)) for value in module.__dict__.values() if isinstance(value, (dict, list, set, deque))]
-
-
-def _entries(container: Any) -> list[Any]:
-    return list(container.items()) if isinstance(container, dict) else list(container)
-
-
-def _refill(container: Any, entries: list[Any]) -> None:
-    now = _entries(container)
-    if len(now) == len(entries) and all(_is_same(a, b) for a, b in zip(now, entries, strict=True)):
-        return
-    container.clear()
-    if isinstance(container, (dict, set)):
-        container.update(entries)
-    else:
-        container.extend(entries)
-
-
-def _is_same(a: Any, b: Any) -> bool:
-    return a is b or (isinstance(a, tuple) and isinstance(b, tuple) and len(a) == 2 == len(b) and a[0] is b[0] and a[1] is b[1])
 
 
 @contextlib.contextmanager
