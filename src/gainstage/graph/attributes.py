@@ -18,7 +18,7 @@ def hookable(model: nn.Module) -> list[tuple[str, nn.Module]]:
 
 @contextlib.contextmanager
 def same_attributes(model: nn.Module) -> Iterator[None]:
-    """Put back the attributes of every module, and the contents of its plain containers (a list that forward appends to)."""
+    """Put back the attributes of every module, and the contents of its containers (a list that forward appends to)."""
     before = [(module, dict(module.__dict__), _contents(module)) for _, module in hookable(model)]
     try:
         yield
@@ -31,7 +31,15 @@ def same_attributes(model: nn.Module) -> Iterator[None]:
 
 
 def _contents(module: nn.Module) -> list[tuple[Any, list[Any]]]:
-    return [(value, _entries(value)) for value in module.__dict__.values() if isinstance(value, (dict, list, set, deque))]
+    """The containers of a module, also those inside of others, with what they hold."""
+    found: dict[int, tuple[Any, list[Any]]] = {}
+    stack = list(module.__dict__.values())
+    while stack:
+        value = stack.pop()
+        if isinstance(value, (dict, list, set, deque)) and id(value) not in found:
+            found[id(value)] = value, _entries(value)
+            stack += value.values() if isinstance(value, dict) else value
+    return list(found.values())
 
 
 def _entries(container: Any) -> list[Any]:
