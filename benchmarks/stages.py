@@ -17,13 +17,15 @@ from typing import Any
 import torch
 from benchmarks.zoo.reference import Example, reference_models
 
-from gainstage.api import measured_input, moments_of
+from gainstage.api import measured_input, moments_of, on_host
 from gainstage.apply import apply
 from gainstage.capture import capture
 from gainstage.cli.huggingface import cpu_torchvision_if_installed
+from gainstage.graph import ParameterInfo
 from gainstage.policies import find_policy
 from gainstage.propagate import parameter_moments, parameter_value, propagate
 from gainstage.roles import infer_roles
+from gainstage.signal import Value
 from gainstage.solve import Present, find_family, solve
 
 MODELS = ("torchvision:resnet50", "torchvision:vit_b_16", "gpt2", "llama")
@@ -69,11 +71,16 @@ def measure(name: str) -> Timing:
     graph = stage("capture", lambda: capture(model, example.args, example.kwargs))
     moments = parameter_moments({key: tensor for key, tensor in model.named_parameters() if key in graph.parameters})
     order = {key: index for index, key in enumerate(graph.parameters)}
-    stage("propagate", lambda: propagate(graph, lambda p: parameter_value(p, order[p.name], *moments[p.name]), measured_input))
-    roles = stage("roles", lambda: infer_roles(graph, None))
-    present = Present(moments=moments_of(model), kept={})
-    unit, normal = find_policy("unit"), find_family("normal")
-    plan = stage("solve", lambda: solve(graph, roles, unit, present=present, source=measured_input, family=normal))
+
+    def parameter(info: ParameterInfo) -> Value:
+        return parameter_value(info, order[info.name], *moments[info.name])
+
+    with on_host():  # as inspect and plan do
+        stage("propagate", lambda: propagate(graph, parameter, measured_input))
+        roles = stage("roles", lambda: infer_roles(graph, None))
+        present = Present(moments=moments_of(model), kept={})
+        unit, normal = find_policy("unit"), find_family("normal")
+        plan = stage("solve", lambda: solve(graph, roles, unit, present=present, source=measured_input, family=normal))
     stage("apply", lambda: apply(model, plan))
     with torch.no_grad():
         forward, _ = time_stage("forward", lambda: model(*example.args, **(example.kwargs or {})))

@@ -3,7 +3,7 @@
 from gainstage.api.checking import calibrate, verify
 from gainstage.api.planning import initialize, measure_inputs, plan
 from gainstage.api.predict import inspect, task_gradients
-from gainstage.api.present import measured_input, moments_of
+from gainstage.api.present import measured_input, moments_of, on_host
 from gainstage.apply import apply, tailor
 from gainstage.signal.gain import gain
 
@@ -16,6 +16,7 @@ __all__ = [
     "measure_inputs",
     "measured_input",
     "moments_of",
+    "on_host",
     "plan",
     "tailor",
     "task_gradients",

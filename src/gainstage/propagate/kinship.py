@@ -13,7 +13,7 @@ recurrence, W acts like fresh weights, but for what all its products have in com
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -24,6 +24,7 @@ from gainstage.graph.families import LOOKUP
 from gainstage.propagate.sample import samplings
 from gainstage.signal import Value, affine, combine, covariance_between
 from gainstage.signal.axes import Axis
+from gainstage.signal.copies import replace
 from gainstage.signal.gather import one_hot
 from gainstage.signal.quadrature import expectation
 from gainstage.signal.value import Origin

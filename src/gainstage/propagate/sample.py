@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,7 @@ from gainstage.propagate.host import run_on_host
 from gainstage.rules import Call
 from gainstage.signal import Value, known
 from gainstage.signal.axes import axes_of, new_dims
+from gainstage.signal.copies import replace
 from gainstage.signal.known import LARGE
 from gainstage.signal.marginal import Marginal
 from gainstage.signal.quadrature import sample_quantiles

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -14,6 +13,7 @@ from torch.nn.parameter import is_lazy
 from gainstage.errors import NonFiniteError, UnsupportedParameterError
 from gainstage.graph import ParameterInfo
 from gainstage.signal import Value, independent, known, levels, measured
+from gainstage.signal.copies import replace
 from gainstage.signal.quadrature import Array
 
 Slice = tuple[int, int, int, float]  # dimension, start, stop, standard deviation

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 
 from gainstage.rules.conditions import exclude, prefer
 from gainstage.rules.registry import Call, rule
 from gainstage.signal import Value, affine, combine, contract, dropout, expand, reshape, softmax
+from gainstage.signal.copies import replace
 
 aten = torch.ops.aten
 LETTERS = "abcdefgh"

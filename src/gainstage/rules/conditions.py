@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,6 +9,7 @@ import torch
 
 from gainstage.rules.registry import Call, elementwise, pointwise, rule
 from gainstage.signal import Added, Value, affine, combine, expand, known, mixture
+from gainstage.signal.copies import replace
 from gainstage.signal.sampling import draw
 
 aten = torch.ops.aten

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,6 +9,7 @@ import torch
 from gainstage.rules.conditions import add_known
 from gainstage.rules.registry import Call, binary, elementwise, identity, pointwise, rule
 from gainstage.signal import Value, affine, apply, combine, mixture, take
+from gainstage.signal.copies import replace
 from gainstage.signal.marginal import Marginal
 
 aten = torch.ops.aten

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 import torch
 
 from gainstage.rules.registry import Call, foreign_rule, rule
 from gainstage.signal import Value, contract, gaussian, select
 from gainstage.signal.axes import axes_of
+from gainstage.signal.copies import replace
 from gainstage.signal.gather import arrangement, same_index_table
 from gainstage.signal.movement import map_tables, merge_dim
 

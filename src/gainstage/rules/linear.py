@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,6 +12,7 @@ from gainstage.rules.conditions import add_known
 from gainstage.rules.registry import Call, rule
 from gainstage.signal import Added, Value, affine, combine, contract, convolve, mean_over, permute, reshape
 from gainstage.signal.contraction import Places
+from gainstage.signal.copies import replace
 
 aten = torch.ops.aten
 LETTERS = "abcdefghijklmnopqrstuvwxyz"

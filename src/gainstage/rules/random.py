@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,6 +9,7 @@ import torch
 
 from gainstage.rules.registry import Call, rule
 from gainstage.signal import Value, coins, combine, dropout, independent
+from gainstage.signal.copies import replace
 from gainstage.signal.marginal import Marginal
 from gainstage.signal.quadrature import cumulative
 

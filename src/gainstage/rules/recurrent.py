@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -11,6 +11,7 @@ import torch
 from gainstage.rules.registry import Call, rule
 from gainstage.signal import Value, contract, join, permute, take
 from gainstage.signal.axes import Axis, Dim
+from gainstage.signal.copies import replace
 from gainstage.signal.levels import normalised
 from gainstage.signal.marginal import Marginal
 from gainstage.signal.movement import merge_dim

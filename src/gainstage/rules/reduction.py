@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from math import prod
 from typing import Any
 
@@ -15,6 +14,7 @@ from gainstage.rules.registry import Call, rule
 from gainstage.signal import Value, affine, apply, filter_dim, known, max_over, mean_over, normalise, reshape, softmax
 from gainstage.signal.alike import averaged
 from gainstage.signal.contraction import Places
+from gainstage.signal.copies import replace
 from gainstage.signal.sampling import draw
 
 aten = torch.ops.aten

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -27,6 +26,7 @@ from gainstage.signal import (
     select,
     take,
 )
+from gainstage.signal.copies import replace
 from gainstage.signal.marginal import Marginal
 from gainstage.signal.quadrature import Array, quantiles, weights
 from gainstage.signal.rolling import roll

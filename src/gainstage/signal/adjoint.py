@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -12,6 +11,7 @@ import torch
 from gainstage.signal import levels, shares
 from gainstage.signal.alike import averaged, border, centred, mean_square
 from gainstage.signal.axes import Axis
+from gainstage.signal.copies import replace
 from gainstage.signal.filters import normalise
 from gainstage.signal.gather import same_index_table
 from gainstage.signal.joining import join
@@ -278,7 +278,7 @@ def to_summand(g: Value, total: Value, x: Value, y: Value, sign: float) -> Value
     known = total.marginal.values[order]
     places = x.marginal.values[:, None] + sign * y.marginal.values[None, ::8]
     mass = weights()[::8] / weights()[::8].sum()
-    mean, square = (np.interp(places, known, part[order]) @ mass for part in (g.given.mean, g.given.square))
+    mean, square = (np.vecdot(np.interp(places, known, part[order]), mass) for part in (g.given.mean, g.given.square))
     return replace(g, given=Given(mean, square, g.given.base).scaled())
 
 

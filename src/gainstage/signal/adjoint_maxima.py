@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import numpy as np
 import torch
@@ -12,6 +11,7 @@ from gainstage.signal import levels
 from gainstage.signal.adjoint import averaged_over, slices
 from gainstage.signal.axes import Dim
 from gainstage.signal.contraction import Places
+from gainstage.signal.copies import replace
 from gainstage.signal.joining import join
 from gainstage.signal.movement import merge_dim, parts_along
 from gainstage.signal.neighbours import pairs_by_lag
@@ -75,7 +75,7 @@ def _given_largest(x: Value, dims: Sequence[int], kernels: Sequence[int]) -> Giv
     shared = float(np.clip(_within_windows(x, dims, kernels), 0.0, 1.0))
     points, mass = coarse()
     own = np.sqrt(1.0 - shared) * nodes()[:, None] + np.sqrt(shared) * points[None, :]
-    chance = (torch.special.ndtr(torch.from_numpy(own)).numpy() ** (window - 1.0)) @ mass
+    chance = np.vecdot(torch.special.ndtr(torch.from_numpy(own)).numpy() ** (window - 1.0), mass)
     return Given(chance, chance)
 
 

@@ -10,13 +10,13 @@ right at any s, where ``exp(s^2) / n`` is right for small s only.
 
 from __future__ import annotations
 
-from dataclasses import replace
 from functools import lru_cache
 
 import numpy as np
 import torch
 
 from gainstage.signal import levels
+from gainstage.signal.copies import replace
 from gainstage.signal.known import measured
 from gainstage.signal.marginal import Marginal
 from gainstage.signal.movement import expand, merge_dim, refine
@@ -39,8 +39,8 @@ def participation(variance: float, count: float, flatness: float = 3.0) -> float
     tau = np.linspace(-top - 8.0, 4.0 * np.sqrt(variance) + 4.0, 600)
     exponent = tau[:, None] + logits[None, :]
     grown = np.exp(np.minimum(exponent, 700.0))
-    single = np.exp(-grown) @ weight
-    squared = np.exp(2.0 * exponent - grown) @ weight  # one exponential: the factors alone overflow at large variances
+    single = np.vecdot(np.exp(-grown), weight)
+    squared = np.vecdot(np.exp(2.0 * exponent - grown), weight)  # one exponential: the factors alone overflow at large variances
     integrand = squared * np.exp((count - 1) * np.log(np.maximum(single, 1e-300)))
     total = float(np.trapezoid(integrand, tau)) * count
     return min(max(total, 1.0 / count), 1.0)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass, field
+from functools import lru_cache
 from math import prod
 
 Dim = tuple["Axis", ...]
@@ -58,6 +59,7 @@ def new_dims(shape: tuple[int, ...]) -> tuple[Dim, ...]:
     return tuple((Axis(size),) if size != 1 else () for size in shape)
 
 
+@lru_cache(maxsize=1024)  # dimensions are handed on from tensor to tensor, and asked for this at each step
 def axes_of(dims: tuple[Dim, ...]) -> tuple[Axis, ...]:
     """All axes in order: the axes of a table."""
     return tuple(axis for dim in dims for axis in dim)
@@ -78,6 +80,7 @@ def distinct(dims: tuple[Dim, ...]) -> tuple[Dim, ...]:
     return tuple(result)
 
 
+@lru_cache(maxsize=1024)
 def shape_of(dims: tuple[Dim, ...]) -> tuple[int, ...]:
     """Shape of a tensor with these dimensions."""
     return tuple(prod(axis.size for axis in dim) for dim in dims)

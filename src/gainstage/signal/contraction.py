@@ -12,13 +12,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from gainstage.signal import levels
 from gainstage.signal.axes import Axis, Dim, axes_of, descends, distinct
+from gainstage.signal.copies import replace
 from gainstage.signal.directions import flatness_of_product
 from gainstage.signal.movement import expand, merge_dim, refine, reshape
 from gainstage.signal.neighbours import REACH, Neighbours, beyond, cut, made, outer
@@ -244,7 +244,7 @@ def _border_lean(profile: Array | None, windows: Sequence[Array], near: Neighbou
     """What all positions have in common comes through the taps that a border position shares with the average one."""
     if profile is None:
         return None
-    lean = levels.outer([window @ window.mean(0) for window in windows], profile.ndim)
+    lean = levels.outer([np.vecdot(window, window.mean(0)) for window in windows], profile.ndim)
     return Lean(profile, lean / lean.mean(), near)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 
 import numpy as np
 import torch
@@ -13,6 +12,7 @@ from gainstage.signal import levels
 from gainstage.signal.alike import averaged
 from gainstage.signal.axes import Axis, Dim
 from gainstage.signal.contraction import Places, Subscripts, match, stride_of
+from gainstage.signal.copies import replace
 from gainstage.signal.filters import common_part, without_mean
 from gainstage.signal.movement import merge_dim, reshape
 from gainstage.signal.neighbours import outer

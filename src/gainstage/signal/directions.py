@@ -14,10 +14,10 @@ r, the rest.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import numpy as np
 
+from gainstage.signal.copies import replace
 from gainstage.signal.pairing import spectrum, table_of
 from gainstage.signal.quadrature import Array
 from gainstage.signal.value import Value

@@ -15,11 +15,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 
 import numpy as np
 
 from gainstage.signal import levels
+from gainstage.signal.copies import replace
 from gainstage.signal.marginal import Marginal
 from gainstage.signal.neighbours import pairs_by_lag
 from gainstage.signal.quadrature import Array, expectation, nodes, quantiles, standardised, sum_quantiles, weights

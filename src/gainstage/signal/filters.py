@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import numpy as np
 
 from gainstage.signal import levels
 from gainstage.signal.alike import averaged, centred
 from gainstage.signal.axes import Axis
+from gainstage.signal.copies import replace
 from gainstage.signal.gram import Gram, modulated
 from gainstage.signal.joining import join
 from gainstage.signal.linear import affine, without_common

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from gainstage.signal.axes import Axis, Dim, axes_of, new_dims
+from gainstage.signal.copies import replace
 from gainstage.signal.known import spread_pairs
 from gainstage.signal.marginal import Marginal
 from gainstage.signal.movement import expand, map_tables, merge_dim, reshape

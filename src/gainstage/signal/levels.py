@@ -186,7 +186,7 @@ def normal_mixture(levels: Array) -> Array:
     sizes, shares = groups(levels)
     places = nodes() * sizes.max()
     scaled = torch.from_numpy(places[:, None] / np.maximum(sizes, 1e-9 * sizes.max()))
-    below = torch.special.ndtr(scaled).numpy() @ shares
+    below = np.vecdot(torch.special.ndtr(scaled).numpy(), shares)
     values = np.interp(cumulative(), below, places)
     return np.asarray(values / expectation(values**2) ** 0.5)
 
@@ -204,7 +204,7 @@ def mapped(levels: Array | None, even: Array, function: Callable[[Array], Array]
         return None
     top = float(levels.max())
     sizes = np.geomspace(max(float(levels.min()), 1e-3 * top), top, 9)
-    found = np.maximum(weights() @ function(even[:, None] * sizes) ** 2, 1e-300)
+    found = np.maximum(np.vecdot(function(sizes[:, None] * even) ** 2, weights()), 1e-300)
     powers = np.interp(np.log(np.maximum(levels, sizes[0])), np.log(sizes), np.log(found))
     return normalised(np.exp(0.5 * (powers - powers.max())))
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 
 import numpy as np
 
 from gainstage.signal import levels, shares
 from gainstage.signal.alike import averaged
 from gainstage.signal.axes import Axis
+from gainstage.signal.copies import replace
 from gainstage.signal.gram import Gram, factors_of, modulated
 from gainstage.signal.gram import of_sum as gram_of_sum
 from gainstage.signal.marginal import Marginal, gaussian_marginal
@@ -44,7 +44,7 @@ def affine(x: Value, scale: float, shift: float = 0.0) -> Value:
     """``scale x + shift``."""
     mean = scale * x.mean + shift
     table = scale**2 * x.covariance + mean**2
-    marginal = Marginal(x.marginal.latent, lambda: scale * x.marginal.values + shift, lambda: scale * x.marginal.even + shift)
+    marginal = x.marginal.affine(scale, shift)
     statistic, profile = None, None if shift else x.levels
     if x.statistic is not None:
         statistic, profile = statistic_at(x.statistic.of, scale * x.centres() + shift, profile)
@@ -248,7 +248,7 @@ def multiply(x: Value, y: Value) -> Value:
     if float(shared[full]) != 0.0:
         table = table + float(shared[full]) * (float(shared[full]) + 2 * x.mean * y.mean)
     if y.variance <= 1e-14 * y.second_moment:
-        marginal = Marginal(x.marginal.latent, lambda: x.marginal.values * y.mean, lambda: x.marginal.even * y.mean)
+        marginal = x.marginal.affine(y.mean)
         scaled = amplitude_of(x) * y.mean
         return replace(
             x, mean=mean, table=table, marginal=marginal, rho=x.correlation(), amplitude=scaled,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 
 import numpy as np
@@ -12,6 +12,7 @@ import torch
 from gainstage.signal import levels
 from gainstage.signal.axes import Axis
 from gainstage.signal.contraction import Places
+from gainstage.signal.copies import replace
 from gainstage.signal.joining import join
 from gainstage.signal.marginal import Marginal
 from gainstage.signal.movement import merge_dim, parts_along
@@ -21,6 +22,7 @@ from gainstage.signal.quadrature import (
     Array,
     coarse,
     evaluate_series,
+    expectation_of_two,
     invert_series,
     nodes,
     power_series,
@@ -70,7 +72,7 @@ class _Window:
     def apart(self, surface: Array, rho: Array) -> Array:
         """Second moment of two windows without a common place, whose places have the correlation rho."""
         points, mass = coarse()
-        series = power_series(np.interp(nodes(), points, surface @ mass))
+        series = power_series(np.interp(nodes(), points, np.vecdot(surface, mass)))
         return evaluate_series(series, np.clip(rho / max(self.shared, 1e-12), 0.0, 1.0))
 
     def slope(self, count: float) -> float:
@@ -78,7 +80,7 @@ class _Window:
         points, mass = coarse()
         z = np.sqrt(self.shared) * points[:, None] + np.sqrt(1.0 - self.shared) * largest(count)[None, :]
         ahead, behind = (np.interp(z + step, nodes(), self.values) for step in (STEP, -STEP))
-        return float(mass @ (ahead - behind) @ mass) / (2.0 * STEP)
+        return expectation_of_two(ahead - behind, mass) / (2.0 * STEP)
 
     def second_moment(self, sizes: Array, repeats: float) -> float:
         """``E max^2`` of places with levels s, each a number of times, by ``P(max < y | common) = prod P(s f < y | common)``."""
@@ -89,7 +91,7 @@ class _Window:
         middle = 0.5 * (levels_y[1:] + levels_y[:-1])
         z = np.interp(middle[:, None] / np.maximum(sizes, 1e-9 * top), rising, nodes())
         own = (z[:, None, :] - np.sqrt(self.shared) * points[:, None]) / max(1.0 - self.shared, 1e-9) ** 0.5
-        below = (torch.special.log_ndtr(torch.from_numpy(own)).sum(-1) * repeats).exp().numpy() @ mass
+        below = np.vecdot((torch.special.log_ndtr(torch.from_numpy(own)).sum(-1) * repeats).exp().numpy(), mass)
         return float(np.diff(np.r_[0.0, below, 1.0]) @ levels_y**2)
 
 
@@ -228,7 +230,7 @@ class _Correlations:
 def _excess(read: Sequence[tuple[int, Places]], pairs: _Correlations, window: _Window, surface: Array) -> tuple[Array, float]:
     """e(d) of the maxima, by the places that two windows share and by what the others have in common; far over own."""
     mass = coarse()[1]
-    own = float(mass @ surface**2 @ mass)
+    own = expectation_of_two(surface**2, mass)
     shape = [min(len(place), REACH) for _, place in read]
     between = np.array([pairs.between(index) for index in np.ndindex(*shape)]).reshape(shape)
     far = float(window.apart(surface, np.array([pairs.distant]))[0])

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 
+from gainstage.signal.copies import replace
 from gainstage.signal.linear import add, affine, multiply
 from gainstage.signal.marginal import Marginal
 from gainstage.signal.pairing import cross_table

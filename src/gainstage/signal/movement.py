@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from itertools import takewhile
 from math import prod
 
@@ -12,6 +11,7 @@ import torch
 
 from gainstage.signal import levels
 from gainstage.signal.axes import Axis, Dim, axes_of, shape_of
+from gainstage.signal.copies import replace
 from gainstage.signal.quadrature import Array
 from gainstage.signal.value import Value
 

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gainstage.signal.axes import Axis
-from gainstage.signal.quadrature import Array
+from gainstage.signal.quadrature import Array, matmul
 
 REACH = 12  # lags kept
 SMALL = 2e-3  # of the variance: what is below is as good as far
@@ -200,7 +200,7 @@ def filtered(near: Neighbours, axis: Axis, matrix: Array) -> tuple[Array, Array]
     lags, pairs = [], []
     for column in columns.T:
         pad = np.where(inside, column[np.minimum(distance, columns.shape[0] - 1)], 0.0)
-        product = matrix @ pad @ matrix.T
+        product = matmul(matmul(matrix, pad), matrix.T)
         trace = float(np.trace(product))
         lags.append(by_lag(product))
         pairs.append([(float(product.sum()) - trace) / max(outputs * (outputs - 1.0), 1.0), trace / outputs])

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from gainstage.signal.axes import Axis
+from gainstage.signal.copies import replace
 from gainstage.signal.neighbours import REACH, pairs_by_lag
 from gainstage.signal.quadrature import Array
 
@@ -187,7 +188,9 @@ def _kept_in_step(matrix: Array, e: Array, passed: float) -> float:
     if passed <= 0.0:
         return 0.0
     size, reach = matrix.shape[1], len(e)
-    middle = np.rint(np.abs(matrix) @ np.arange(size) / np.maximum(np.abs(matrix).sum(1), 1e-300)).astype(int)
+    middle = np.rint(
+        np.vecdot(np.abs(matrix), np.arange(size, dtype=np.float64)) / np.maximum(np.abs(matrix).sum(1), 1e-300)
+    ).astype(int)
     wide = np.pad(matrix, ((0, 0), (reach - 1, reach - 1)))
     at = np.array([wide[row, start : start + 2 * reach - 1] for row, start in enumerate(middle)]).mean(0)
     return float(at**2 @ np.append(e[:0:-1], e) / passed**0.5)

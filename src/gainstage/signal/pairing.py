@@ -17,11 +17,11 @@ common is left:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import numpy as np
 import torch
 
+from gainstage.signal.copies import replace
 from gainstage.signal.known import measured
 from gainstage.signal.movement import expand, refine
 from gainstage.signal.quadrature import Array, covariance_series, invert_series, joint_series

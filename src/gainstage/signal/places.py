@@ -15,10 +15,10 @@ and covariances of places grow like the variance. (What channels of one place sh
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 
 import numpy as np
 
+from gainstage.signal.copies import replace
 from gainstage.signal.marginal import Marginal
 from gainstage.signal.quadrature import Array, evaluate_series, expectation, few_scales, power_series
 from gainstage.signal.value import Value
@@ -35,12 +35,12 @@ def over_places(x: Value, result: Value, function: Callable[[Array], Array]) -> 
     scales, mass = few_scales(swell)
     unit = _at_one_level(x, float(mass @ scales))
 
-    def scaled(scale: float) -> Array:
-        return function(scale * unit)
-
-    each, before, rho = np.array([scaled(scale) for scale in scales]), function(x.marginal.even), x.correlation()
+    steps = np.array([1.0 + STEP, 1.0 - STEP, 1.0])
+    made = function(np.concatenate([scales, steps])[:, None] * unit)
+    each, before, rho = made[: len(scales)], function(x.marginal.even), x.correlation()
+    average = (mass[:, None] * each).sum(0)
     series, second = power_series(before), float(mass @ [expectation(values**2) for values in each])
-    gained = expectation(mass @ each) ** 2 - float(series[0])  # of the square of the mean
+    gained = expectation(average) ** 2 - float(series[0])  # of the square of the mean
     grown = (second - float(series[0]) - gained) / max(float(series[1:].sum()), 1e-300)
     # Covariances of places grow like their variances: averages over places that cancel in x still do in what is linear in it.
     table = result.table + gained + (grown - 1.0) * (evaluate_series(series, rho) - float(series[0]))
@@ -48,7 +48,7 @@ def over_places(x: Value, result: Value, function: Callable[[Array], Array]) -> 
     mean = float(np.copysign(max(result.mean**2 + gained, 0.0) ** 0.5, result.mean))
     std = max(float(table[(1,) * table.ndim]) - mean**2, 0.0) ** 0.5
     marginal = _moved(result, mean, std)
-    wider, narrower, level = (_level(scaled(scale), expectation(each.T @ mass)) for scale in (1.0 + STEP, 1.0 - STEP, 1.0))
+    wider, narrower, level = (_level(values, expectation(average)) for values in made[len(scales) :])
     power = (wider - narrower) / (4.0 * STEP * level) if level > 0.0 else 0.0
     overlap = replace(result.overlap, swell=x.overlap.swell * power**2, places=places, evened=x.overlap.evened * power**2)
     return replace(result, table=table, mean=mean, marginal=marginal, overlap=overlap)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 
 import numpy as np
 import torch
 
 from gainstage.signal import levels
 from gainstage.signal.axes import Dim, distinct
+from gainstage.signal.copies import replace
 from gainstage.signal.directions import divided
 from gainstage.signal.few import with_shapes
 from gainstage.signal.joining import join
@@ -27,8 +27,10 @@ from gainstage.signal.quadrature import (
     coarse,
     evaluate_series,
     expectation,
+    expectation_of_two,
     few_scales,
     invert_series,
+    matmul,
     nodes,
     power_series,
     quantiles,
@@ -59,9 +61,11 @@ def call_on(function: Function, *grids: Array) -> Array:
 def _within_domain(values: Array) -> Array:
     """Values on the grid, the nearest finite one where the function is not defined: far in the tail of a Gaussian stand-in."""
     finite = np.isfinite(values)
-    if finite.all() or not finite.any():
+    if finite.all():
         return values
-    return np.asarray(np.interp(nodes(), nodes()[finite], values[finite]))
+    if values.ndim > 1:
+        return np.array([_within_domain(row) for row in values])
+    return np.asarray(np.interp(nodes(), nodes()[finite], values[finite])) if finite.any() else values
 
 
 def on_latent(x: Value, values: Array, **changes: object) -> Value:
@@ -86,7 +90,7 @@ def _alike(x: Value, values: Array, **changes: object) -> Value:
         prior=x.prior,
         gram=x.gram,
     )
-    return replace(made, **changes) if changes else made  # type: ignore[arg-type]
+    return replace(made, **changes) if changes else made
 
 
 def _overlap_after(x: Value, series: Array, rho: Array) -> Overlap:
@@ -160,7 +164,7 @@ def over_draws(x: Value, result: Value, function: Callable[[Array], Array]) -> V
     if stray < LEAST_STRAY or x.levels is not None or x.statistic is not None:
         return result
     scales, mass = few_scales(stray)
-    each = [function(scale * x.marginal.values) for scale in scales]
+    each = function(scales[:, None] * x.marginal.values)
     series = sum(share * power_series(values) for share, values in zip(mass, each, strict=True))
     added = evaluate_series(np.asarray(series - power_series(result.marginal.values)), x.correlation())
     if float(np.abs(added).max()) <= 1e-9 * result.second_moment:  # x, ReLU and all that scales with its argument
@@ -411,11 +415,11 @@ def _two_latents(function: Function, x: Value, y: Value) -> Value:
     basis = np.polynomial.hermite_e.hermevander(points, order)
     norm = np.sqrt(np.cumprod(np.append(1.0, np.arange(1, order + 1))))
     basis = basis / norm * mass[:, None]
-    squares = (basis.T @ surface @ basis) ** 2
-    second = float(mass @ surface**2 @ mass)
+    squares = matmul(matmul(basis.T, surface), basis) ** 2
+    second = expectation_of_two(surface**2, mass)
     squares[-1, -1] += max(second - float(squares.sum()), 0.0)
     table = np.polynomial.polynomial.polyval2d(x.correlation(), y.correlation(), squares)
-    mean = float(mass @ surface @ mass)
+    mean = expectation_of_two(surface, mass)
     weight = mass[:, None] * mass[None, :]
     return Value(
         dims=x.dims,

@@ -3,6 +3,9 @@
 A function of one Gaussian is its values on a grid: 1,025 equidistant points on [-9, 9] with normal weights. On smooth
 functions the trapezoid rule is then exact to 1e-12 or better (Trefethen & Weideman 2014, section 5); at a kink
 that falls between two points the error is about ``step^2 / 8`` of the change of slope, 4e-5.
+
+Products of a matrix and a vector are taken row by row (``np.vecdot``), those of matrices by torch, which keeps to the threads
+that it is given: at sizes like these the threads of NumPy's library wait for each other far longer than they work.
 """
 
 from __future__ import annotations
@@ -58,6 +61,18 @@ def _weighted_hermite() -> Array:
     for n in range(1, ORDER):
         rows.append((z * rows[n] - np.sqrt(n) * rows[n - 1]) / np.sqrt(n + 1))
     return np.asarray(np.stack(rows) * weights())
+
+
+@cache
+def _hermite() -> Array:
+    """``He_n(z) / sqrt(n!)``, a row for each point z of the grid."""
+    return np.ascontiguousarray((_weighted_hermite() / weights()).T)
+
+
+def matmul(first: Array, second: Array) -> Array:
+    """Product of two matrices."""
+    a, b = (torch.from_numpy(np.ascontiguousarray(matrix, dtype=np.float64)) for matrix in (first, second))
+    return np.asarray((a @ b).numpy())
 
 
 def expectation(values: Array) -> float:
@@ -175,7 +190,7 @@ def _log_levels(values: Array, logs: Array) -> Array:
     inside = np.clip(scaled, -5.0, 5.0)
     ends = np.interp([-5.0, -4.0, 4.0, 5.0], nodes(), values)
     found = np.interp(inside, nodes(), values) + np.where(scaled > 0.0, ends[3] - ends[2], ends[1] - ends[0]) * (scaled - inside)
-    return np.asarray(np.log(np.maximum(found**2 @ weights(), 1e-300)))
+    return np.asarray(np.log(np.maximum(np.vecdot(found**2, weights()), 1e-300)))
 
 
 def power_series(values: Array) -> Array:
@@ -184,7 +199,7 @@ def power_series(values: Array) -> Array:
     ``c_n = a_n^2`` for the normalised Hermite coefficients ``a_n``; the last coefficient holds all that lies above ORDER, so
     that the sum at rho = 1 is ``E[f^2]`` exactly.
     """
-    squares = (_weighted_hermite() @ values) ** 2
+    squares = np.vecdot(_weighted_hermite(), values) ** 2
     rest = max(expectation(values * values) - float(squares.sum()), 0.0)
     return np.append(squares, rest)
 
@@ -193,8 +208,8 @@ def smoothed(values: Array, r: float) -> Array:
     """``E[f(sqrt(r) z + sqrt(1 - r) e) | z]`` on the grid, e normal: the n-th Hermite coefficient times ``r^(n/2)``."""
     if r > 0.98:  # higher orders than ORDER would count
         return values
-    coefficients = _weighted_hermite() @ values * r ** (0.5 * np.arange(ORDER + 1))
-    return np.asarray(coefficients @ (_weighted_hermite() / weights()))
+    coefficients = np.vecdot(_weighted_hermite(), values) * r ** (0.5 * np.arange(ORDER + 1))
+    return np.asarray(np.vecdot(_hermite(), coefficients))
 
 
 def covariance_series(f: Array, g: Array, rho: Array) -> Array:
@@ -206,13 +221,35 @@ def covariance_series(f: Array, g: Array, rho: Array) -> Array:
 
 def joint_series(f: Array, g: Array) -> Array:
     """Coefficients ``c_n = a_n b_n`` of ``E[f(z) g(z')] = sum_n c_n rho^n``; the last holds all that lies above ORDER."""
-    products = (_weighted_hermite() @ f) * (_weighted_hermite() @ g)
+    products = np.vecdot(_weighted_hermite(), f) * np.vecdot(_weighted_hermite(), g)
     return np.append(products, float(weights() @ (f * g)) - float(products.sum()))
+
+
+def normal_series(mean: float, slope: float) -> Array:
+    """Coefficients ``c_0, c_1`` of :func:`power_series` for ``f(z) = mean + slope z``; all others are 0."""
+    return np.array([mean**2, slope**2])
+
+
+def normal_square_series(mean: float, slope: float) -> Array:
+    """Coefficients ``c_0, c_1, c_2`` of :func:`power_series` for ``(mean + slope z)^2``."""
+    return np.array([(mean**2 + slope**2) ** 2, 4.0 * (mean * slope) ** 2, 2.0 * slope**4])
 
 
 def evaluate_series(series: Array, rho: Array) -> Array:
     """``sum_n c_n rho^n`` for each entry of rho."""
-    return np.asarray(np.polynomial.polynomial.polyval(rho, series))
+    return np.asarray(np.vecdot(_powers(rho, len(series)), series)).reshape(rho.shape)
+
+
+def _powers(rho: Array, count: int) -> Array:
+    """``rho^0, rho^1 ...``, a row for each entry of rho."""
+    return np.vander(rho.ravel(), count, increasing=True)
+
+
+@cache
+def _correlations(count: int) -> tuple[Array, Array]:
+    """Correlations from -1 to 1, and their powers."""
+    grid = np.linspace(-1.0, 1.0, 401)
+    return grid, np.ascontiguousarray(_powers(grid, count)[:, 1:])
 
 
 def invert_series(series: Array, covariance: Array) -> Array:
@@ -220,10 +257,8 @@ def invert_series(series: Array, covariance: Array) -> Array:
 
     Exact for a linear function. The series is increasing on [0, 1] always, and on [-1, 0] for monotone functions.
     """
-    grid = np.linspace(-1.0, 1.0, 401)
-    centred = series.copy()
-    centred[0] = 0.0
-    values = np.maximum.accumulate(evaluate_series(centred, grid))
+    grid, powers = _correlations(len(series))
+    values = np.maximum.accumulate(np.vecdot(powers, series[1:]))
     return np.asarray(np.interp(covariance, values, grid))
 
 
@@ -253,6 +288,11 @@ def coarse(every: int = 16) -> tuple[Array, Array]:
     return points, weight / weight.sum()
 
 
+def expectation_of_two(surface: Array, mass: Array) -> float:
+    """``E[f(z, z')]`` of two independent variables from the values of f on a grid of both, with the weights of its points."""
+    return float(np.vecdot(surface, mass) @ mass)
+
+
 def sum_quantiles(x: Array, y: Array) -> Array:
     """Values on the grid of the increasing function g with g(z) distributed as the sum of two independent entries.
 
@@ -268,6 +308,6 @@ def sum_quantiles(x: Array, y: Array) -> Array:
     low, high = x[0] + y[0] - middle, x[-1] + y[-1] - middle
     places = middle + np.where(reach < 0, -low, high) * np.sign(reach) * np.abs(reach) ** 2  # denser in the middle
     apart = places[:, None] - points[None, :]
-    below = np.interp(apart, y, cumulative(), left=0.0, right=1.0) @ mass
-    above = np.interp(-apart, -y[::-1], cumulative(), left=0.0, right=1.0) @ mass
+    below = np.vecdot(np.interp(apart, y, cumulative(), left=0.0, right=1.0), mass)
+    above = np.vecdot(np.interp(-apart, -y[::-1], cumulative(), left=0.0, right=1.0), mass)
     return _on_grid(below, above[::-1], places)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 
 from gainstage.signal.axes import Axis
+from gainstage.signal.copies import replace
 from gainstage.signal.movement import map_tables, merge_dim
 from gainstage.signal.quadrature import Array
 from gainstage.signal.value import Value

@@ -15,7 +15,7 @@ import numpy as np
 from gainstage.signal import levels as profiles
 from gainstage.signal.axes import Dim, axes_of, descends
 from gainstage.signal.gram import Gram, along, factors_of, grouped, of_sum, pairs, starts, ungrouped, widths
-from gainstage.signal.quadrature import Array
+from gainstage.signal.quadrature import Array, matmul
 from gainstage.signal.value import Value
 
 
@@ -125,8 +125,9 @@ def attend(pattern: Array, squares: Array, factors: Array | None, axes: tuple[in
     alike = np.diag(gram) * width
     every = np.outer(mass.sum(1), mass.sum(1))
     other = (every - same[0], every.diagonal() - same[1])
-    weighted = mass @ gram @ mass.T - (inner * alike) @ inner.T
-    corrected = np.diag(mass @ gram @ mass.T) - square @ np.diag(gram)
+    whole = matmul(matmul(mass, gram), mass.T)
+    weighted = whole - matmul(inner * alike, inner.T)
+    corrected = np.diag(whole) - np.vecdot(square, np.diag(gram))
     other_weighted = (weighted, corrected)
     ratios = np.ones((2, 2))
     own: list[Array] = []
@@ -143,4 +144,4 @@ def attend(pattern: Array, squares: Array, factors: Array | None, axes: tuple[in
 
 def _over_keys(mass: Array, square: Array, width: Array, squares: Array) -> tuple[Array, Array]:
     """The same key for two queries, and for one query twice."""
-    return (mass * (squares / width)) @ mass.T, square @ squares
+    return matmul(mass * (squares / width), mass.T), np.vecdot(square, squares)

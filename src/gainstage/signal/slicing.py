@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from math import prod
 
 import numpy as np
@@ -10,6 +9,7 @@ import torch
 
 from gainstage.signal import levels
 from gainstage.signal.axes import Dim
+from gainstage.signal.copies import replace
 from gainstage.signal.joining import join
 from gainstage.signal.marginal import Marginal
 from gainstage.signal.movement import full_prior, map_tables, merge_dim, parts_along
@@ -108,6 +108,6 @@ def scaled(x: Value, ratio: float) -> Value:
     """A part that is louder than its whole by a factor: everything about it scales."""
     if ratio == 1.0:
         return x
-    marginal = Marginal(x.marginal.latent, lambda: x.marginal.values * ratio, lambda: x.marginal.even * ratio)
+    marginal = x.marginal.affine(ratio)
     amplitude = None if x.amplitude is None else x.amplitude * ratio
     return replace(x, mean=x.mean * ratio, table=x.table * ratio**2, marginal=marginal, amplitude=amplitude)

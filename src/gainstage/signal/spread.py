@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 
 import numpy as np
 
 from gainstage.signal.alike import alike
 from gainstage.signal.axes import Axis
+from gainstage.signal.copies import replace
 from gainstage.signal.few import shaped
 from gainstage.signal.overlap import Overlap, Taps, after_kernel, mixed, patch_share
 from gainstage.signal.quadrature import kurtosis, stray_passed

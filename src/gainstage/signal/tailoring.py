@@ -138,7 +138,7 @@ def _scales(f: Function, shifts: Array, curvature: float) -> Array:
         middle = (low + high) / 2.0
         alphas = np.exp(middle)
         _, first, second = _derivatives(f, alphas, shifts)
-        ratio = alphas**2 * (second**2 @ mass) / np.maximum(first**2 @ mass, 1e-300)
+        ratio = alphas**2 * np.vecdot(second**2, mass) / np.maximum(np.vecdot(first**2, mass), 1e-300)
         above = ratio > curvature
         low, high = np.where(above, low, middle), np.where(above, middle, high)
     alphas = np.exp((low + high) / 2.0)
@@ -151,12 +151,12 @@ def _conditions(f: Function, alphas: Array, shifts: Array, sign: float) -> tuple
     value, first, _ = _derivatives(f, alphas, shifts)
     slope = first * alphas[:, None]
     z, w = coarse(_EVERY)
-    gammas = 1.0 / np.sqrt(np.maximum(slope**2 @ w, 1e-300))
-    mean = value @ w
-    variance = np.maximum((value - mean[:, None]) ** 2 @ w, 0.0)
+    gammas = 1.0 / np.sqrt(np.maximum(np.vecdot(slope**2, w), 1e-300))
+    mean = np.vecdot(value, w)
+    variance = np.maximum(np.vecdot((value - mean[:, None]) ** 2, w), 0.0)
     deltas = sign * np.sqrt(np.maximum(1.0 - gammas**2 * variance, 0.0)) - gammas * mean
     g = gammas[:, None] * value + deltas[:, None]
-    return (g * gammas[:, None] * slope * z) @ w - 1.0, gammas, deltas
+    return np.vecdot(g * gammas[:, None] * slope * z, w) - 1.0, gammas, deltas
 
 
 def _derivatives(f: Function, alphas: Array, shifts: Array) -> tuple[Array, Array, Array]:

@@ -11,12 +11,12 @@ of weights sum to zero.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import replace
 from itertools import chain
 
 import numpy as np
 
 from gainstage.signal.axes import Axis
+from gainstage.signal.copies import replace
 from gainstage.signal.quadrature import Array, expectation
 from gainstage.signal.value import Uneven, Value
 

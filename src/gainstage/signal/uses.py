@@ -8,12 +8,12 @@ the operation takes it from there, and of its result ``K[another] = E[y_i y'_j]`
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from gainstage.signal.axes import Axis, descends
+from gainstage.signal.copies import replace
 from gainstage.signal.quadrature import Array, expectation
 from gainstage.signal.value import Origin, Value
 

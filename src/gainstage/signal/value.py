@@ -14,7 +14,7 @@ Beside the table a value knows its marginal distribution, as a function g of a s
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from gainstage.signal import levels
 from gainstage.signal.axes import Axis, Dim, axes_of, new_dims, shape_of
+from gainstage.signal.copies import replace
 from gainstage.signal.gram import Gram
 from gainstage.signal.marginal import Marginal, gaussian_marginal
 from gainstage.signal.neighbours import Neighbours, far_of, write
@@ -260,8 +261,9 @@ class Value:
     sum: Sum | None = None
     unrolled: Unrolled | None = None
     axes: tuple[Axis, ...] = field(init=False)  # of the table, in order
-    _latent: Array | None = field(init=False, repr=False, default=None)  # its correlations, and those of squares, once asked for
-    _squares: Array | None = field(init=False, repr=False, default=None)
+    # Correlations of the latent, and of squares, once asked for: with what they were found from.
+    _latent: tuple[tuple[object, ...], Array] | None = field(init=False, repr=False, default=None)
+    _squares: tuple[tuple[object, ...], Array] | None = field(init=False, repr=False, default=None)
 
     def __post_init__(self) -> None:
         """List the axes, and check that the table has one dimension for each."""
@@ -297,23 +299,31 @@ class Value:
         """Correlations of the latent between two entries, by what they share."""
         if self.rho is not None:
             return self.rho
-        if self._latent is None:
+        if self._latent is None or not self._is_of(self._latent[0]):
             rho = invert_series(self.marginal.series, self.covariance)
             rho[(1,) * rho.ndim] = 1.0
             rho.flags.writeable = False
-            object.__setattr__(self, "_latent", rho)
+            object.__setattr__(self, "_latent", (self._distribution(), rho))
         assert self._latent is not None
-        return self._latent
+        return self._latent[1]
 
     def square_covariance(self) -> Array:
         """``Cov(x_i^2, x_j^2) / E[x^2]^2``, by what two entries share."""
-        if self._squares is None:
+        if self._squares is None or not self._is_of(self._squares[0]):
             series = self.marginal.square_series
             found = np.zeros_like(self.table) if series is None else evaluate_series(series, self.correlation())
             found.flags.writeable = False
-            object.__setattr__(self, "_squares", found)
+            object.__setattr__(self, "_squares", (self._distribution(), found))
         assert self._squares is not None
-        return self._squares
+        return self._squares[1]
+
+    def _distribution(self) -> tuple[object, ...]:
+        return self.table, self.rho, self.marginal, self.mean
+
+    def _is_of(self, distribution: tuple[object, ...]) -> bool:
+        """Whether that is the distribution still: copies with changes take along what was found."""
+        table, rho, marginal, mean = distribution
+        return table is self.table and rho is self.rho and marginal is self.marginal and mean == self.mean
 
     def average(self, table: Array) -> float:
         """Average over all pairs of entries of what is given by what they share."""

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 import torch
 
@@ -11,6 +9,7 @@ from gainstage.rules.backward.registry import BackwardCall, Gradient, backward
 from gainstage.rules.backward.sums import to_shape
 from gainstage.signal import Value, affine, apply, combine, gaussian, known, softmax
 from gainstage.signal.adjoint import together
+from gainstage.signal.copies import replace
 from gainstage.signal.quadrature import Array, expectation
 from gainstage.signal.value import Given
 
