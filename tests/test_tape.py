@@ -159,6 +159,36 @@ def test_what_export_refuses_is_recorded_from_one_run(name):
         assert_reaches_parameters(graph, model, args, {})
 
 
+class Forces(nn.Module):
+    """The gradient of an energy with respect to positions."""
+
+    def __init__(self):
+        super().__init__()
+        self.energy = nn.Sequential(nn.Linear(6, 64), nn.Tanh(), nn.Linear(64, 1))
+
+    def forward(self, positions):
+        positions = positions.requires_grad_()
+        return torch.autograd.grad(self.energy(positions).sum(), positions, create_graph=True)[0]
+
+
+def scripted_inside():
+    return nn.Sequential(torch.jit.script(nn.Sequential(nn.Linear(6, 6), nn.ReLU())), nn.Linear(6, 4))
+
+
+@pytest.mark.parametrize("build", [Forces, scripted_inside])
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
+def test_the_whole_way_with_what_only_a_run_shows(build):
+    """Plan, draw, verify: the graph is the same after the model has run, gradients and all."""
+    torch.manual_seed(0)
+    model, args = build(), (torch.randn(64, 6),)
+    plan = gs.initialize(model, args)
+    for _ in range(3):
+        model(*args)
+    assert gs.plan(model, args) == plan
+    check = gs.verify(model, args, plan=plan)
+    assert check.ok, check
+
+
 def test_one_path_seen_names_the_line():
     graph = capture(Scripted(branch, square(), square()), (x(),))
     (sentence,) = [text for text in graph.assumptions if text.startswith("One path seen")]

@@ -17,6 +17,7 @@ from gainstage.apply.holding import holdings_of
 from gainstage.apply.parts import Holding, join, walk
 from gainstage.errors import InputError
 from gainstage.graph import as_real, is_sharded, real_parameters, whole
+from gainstage.graph.attributes import hookable
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,7 +53,7 @@ def assembled(model: nn.Module, known: Container[str] = ()) -> Assembled:
     while isinstance(model, nn.parallel.DistributedDataParallel) and next(iter(dict(model.named_parameters())), "") not in known:
         model = model.module
     if not any(map(is_sharded, (*model.parameters(), *model.buffers()))) and not _fully_sharded(model):
-        modules = tuple(model.named_modules())
+        modules = tuple(hookable(model))
         return Assembled(running=model, code=model, buffers={}, modules=modules, parameters=real_parameters(model))
     holdings = holdings_of(model)
     paths: dict[int, str] = {}

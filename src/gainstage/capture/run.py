@@ -74,7 +74,8 @@ def _record(request: Request, seed: int) -> Recording:
 
 def _run(tape: Tape, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[torch.Tensor]:
     try:
-        with torch.enable_grad(), recording(tape):
+        # unoptimized: what has run before may run with its gradients cut off, to be computed in another way
+        with torch.enable_grad(), torch.jit.optimized_execution(False), recording(tape):  # type: ignore[attr-defined]
             outputs = tensor_leaves(model(*args, **kwargs))
     except GainstageError:
         raise

@@ -100,7 +100,7 @@ def run_forward(
     modules: Iterable[tuple[str, nn.Module]],
     look_at_output: Callable[[Mapping[int, torch.Tensor]], Mapping[int, tuple[float, float]]],
 ) -> Pass:
-    """Run the model once, measure, and leave it as it was.
+    """Run the model once, measure, and leave it as it was; once more where it differentiates inside of forward, as for forces.
 
     Args:
         model: in the mode that is to be measured.
@@ -112,6 +112,21 @@ def run_forward(
     Raises:
         InputError: forward failed; the message quotes the reason.
     """
+    try:
+        return _run(model, args, kwargs, modules, look_at_output, with_gradients=False)
+    except InputError:
+        return _run(model, args, kwargs, modules, look_at_output, with_gradients=True)
+
+
+def _run(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    modules: Iterable[tuple[str, nn.Module]],
+    look_at_output: Callable[[Mapping[int, torch.Tensor]], Mapping[int, tuple[float, float]]],
+    *,
+    with_gradients: bool,
+) -> Pass:
     found = Pass()
     copies = pytree.tree_map(lambda leaf: leaf.clone() if isinstance(leaf, torch.Tensor) else leaf, (args, dict(kwargs)))
     with (
@@ -121,7 +136,8 @@ def run_forward(
         sharded_again(model),
     ):
         try:
-            output = model(*copies[0], **copies[1])
+            with torch.set_grad_enabled(with_gradients):
+                output = model(*copies[0], **copies[1])
         except Exception as error:
             place = f" in module {stack[-1]!r}" if stack and stack[-1] else ""
             raise InputError(f"The forward pass failed{place}: {type(error).__name__}: {error}") from error
