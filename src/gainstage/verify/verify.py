@@ -258,5 +258,7 @@ def check_operations(plan: Plan, graph: Graph) -> None:
 
 def _input_level(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> float:
     """Largest second moment among the floating-point inputs."""
-    levels = [float(leaf.detach().float().square().mean()) for leaf in tensor_leaves((args, dict(kwargs))) if leaf.is_floating_point()]
+    levels = [
+        float(leaf.detach().float().square().mean()) for leaf in tensor_leaves((args, dict(kwargs))) if leaf.is_floating_point()
+    ]
     return max((level for level in levels if level < float("inf")), default=1.0)
