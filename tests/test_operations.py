@@ -229,6 +229,34 @@ def test_what_a_running_maximum_keeps_from_growing_is_one_operation_with_the_ave
     assert_level_over_draws(trace, RunningAverage, 12)
 
 
+class Hashed(nn.Module):
+    """Features of points from a table, by a hash of the corners of their cells (T. Müller et al. 2022, arXiv:2201.05989)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.out = nn.Embedding(256, 8), nn.Linear(8, WIDTH)
+
+    def forward(self, points):
+        cells, found = (8 * points).floor(), 0.0
+        for corner in range(2):
+            weight = (8 * points - cells) if corner else 1.0 - (8 * points - cells)
+            places = cells.long() + corner
+            found = found + self.table((places[:, 0] ^ places[:, 1] * 2654435761) % 256) * weight.prod(-1, keepdim=True)
+        return self.out(found)
+
+
+def test_bits_of_integers_that_depend_on_data():
+    torch.manual_seed(0)
+    model, points = Hashed(), torch.rand(512, 2)
+    trace = gs.inspect(model, (points,), gradients=False)
+    measured = []
+    for seed in range(16):
+        torch.manual_seed(seed)
+        with torch.no_grad():
+            measured.append(Hashed()(points).square().mean().item())
+    assert trace.modules[""][0].second_moment == pytest.approx(sum(measured) / 16, rel=0.1)
+
+
 class GraphNetwork(nn.Module):
     """Sums over neighbours, divided by the root of their number; by ``index_add`` or by ``scatter_add``."""
 

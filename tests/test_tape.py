@@ -106,6 +106,17 @@ def experts(s, x):
     return result
 
 
+def weighted_experts(s, x):
+    """The best two of three, weighted, and the rows of each found by a condition."""
+    x = x.reshape(-1, 8)
+    weights, chosen = s.m[3](x).softmax(-1).topk(2, -1)
+    result = torch.zeros_like(x)
+    for number in range(3):
+        rows, ranks = torch.where(chosen == number)
+        result.index_add_(0, rows, s.m[number](x[rows]) * weights[rows, ranks, None])
+    return x + result
+
+
 def conditional(s, x):
     return torch.cond(x.sum() > -1e9, s.m[0], s.m[1], (x,))
 
@@ -132,6 +143,11 @@ AWAY = {  # name -> model, arguments, a word of the reason why a lower rung was 
     "entries": (lambda: Scripted(positive_entries, square()), (x(),), "depends on values"),
     "layer drop": (lambda: Scripted(dropped_layers, *(square() for _ in range(4))), (x(),), "branches on the value"),
     "experts": (lambda: Scripted(experts, square(), square(), square()), (x(),), "branches on the value"),
+    "rows of experts": (
+        lambda: Scripted(weighted_experts, square(), square(), square(), nn.Linear(8, 3)),
+        (x(),),
+        "depends on values",
+    ),
     "condition": (lambda: Scripted(conditional, square(), square()), (x(),), "higher order"),
     "fixed point": (lambda: Scripted(fixed_point, square()), (x(),), "branches on the value"),
     "data": (lambda: Scripted(as_data, square(), square()), (x(),), "trace loses"),

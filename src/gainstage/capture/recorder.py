@@ -23,6 +23,7 @@ from gainstage.graph.flatten import tensor_leaves
 aten = torch.ops.aten
 
 _READS = frozenset({aten.item.default, aten.is_nonzero.default, aten._local_scalar_dense.default, aten.equal.default})
+_PLACES = frozenset({aten.where.default, aten.nonzero_numpy.default})  # where a condition holds, a tensor for each dimension
 _DECISIONS = frozenset({aten.is_nonzero.default, aten.equal.default})
 _LEAVING = frozenset({torch.Tensor.numpy, torch.Tensor.__array__, torch.Tensor.tolist, torch.Tensor.__dlpack__})
 _INDEXINGS = frozenset({"index", "index_put", "index_put_", "_index_put_impl_"})
@@ -92,6 +93,10 @@ def _write(tape: Tape, op: Callable[..., Any], args: tuple[Any, ...], kwargs: di
         return op(*args, **kwargs)
     if op in _READS:
         return _read(tape, op, args)
+    if op in _PLACES:
+        places = op(*args)
+        tape.find(args[0], places)
+        return places
     if name == "masked_select":
         op, args = aten.index.Tensor, _as_indexing(*args)
     if name in _INDEXINGS or op is aten.index.Tensor:

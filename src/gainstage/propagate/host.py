@@ -11,11 +11,14 @@ from torch._ops import OpOverload
 
 from gainstage.graph import Node, TensorMeta, tensor_leaves
 
+_INTEGERS = frozenset({torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8})
+
 
 def run_on_host(node: Node, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     """Result of a node's operation on CPU tensors.
 
-    What the CPU can do with floating-point numbers only (count integers in bins) is done with these, and is cast back.
+    What the CPU can do with floating-point numbers only (count integers in bins) is done with these, and is cast back; what it
+    can do with integers only (their bits) is done with what was drawn of them, rounded down.
     """
     assert node.op is not None
     placed = _mapped(with_conditions(node, args), _on_host)
@@ -23,6 +26,9 @@ def run_on_host(node: Node, args: Sequence[Any], kwargs: Mapping[str, Any]) -> A
     try:
         return node.op(*placed, **named)
     except NotImplementedError:
+        whole = node.meta.dtype if isinstance(node.meta, TensorMeta) else torch.bool
+        if whole in _INTEGERS and any(tensor.is_floating_point() for tensor in tensor_leaves(placed)):
+            return node.op(*_mapped(placed, lambda argument: _as_integers(argument, whole)), **named)
         wide, named = _mapped(placed, _widened), {name: _mapped(argument, _widened) for name, argument in named.items()}
         return _cast(node.op(*wide, **named), node.meta)
 
@@ -48,6 +54,10 @@ def _as_condition(argument: Any) -> Any:
 
 def _on_host(argument: Any) -> Any:
     return torch.device("cpu") if isinstance(argument, torch.device) else argument
+
+
+def _as_integers(argument: Any, dtype: torch.dtype) -> Any:
+    return argument.floor().to(dtype) if isinstance(argument, torch.Tensor) and argument.is_floating_point() else argument
 
 
 def _widened(argument: Any) -> Any:
