@@ -14,6 +14,7 @@ from gainstage.capture import capture
 from gainstage.errors import InputError, UnknownNameError
 from gainstage.graph import NodeKind
 from gainstage.propagate.interpret import resolve
+from gainstage.signal import is_multiple
 
 WIDTHS = (48, 64, 128, 32, 10)
 
@@ -174,3 +175,30 @@ def test_passages_are_those_that_autograd_measures(name, balance):
         assert sums[parameter] == pytest.approx(passage.backward, rel=0.17), parameter
         if balance == "backward" and plan.parameters[parameter].role == "hidden":
             assert passage.backward == pytest.approx(1.0, rel=2e-3)
+
+
+class Gated(nn.Module):
+    """A norm by hand, read by two weights of different widths and, through the other's activation, by none."""
+
+    def __init__(self):
+        super().__init__()
+        self.enter, self.leave = nn.Linear(24, 48), nn.Linear(16, 48)
+        self.scale, self.wide, self.narrow = nn.Parameter(torch.ones(48)), nn.Linear(48, 80), nn.Linear(48, 16)
+        self.out = nn.Linear(80, 16)
+
+    def forward(self, x):
+        x = self.enter(x)
+        y = self.scale * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6)
+        return x + self.leave(torch.tanh(self.out(torch.relu(self.wide(y)))) * self.narrow(y))
+
+
+def test_a_way_that_two_weights_have_in_common_is_gone_once(monkeypatch):
+    x, asked = torch.randn(8, 24), []
+    monkeypatch.setattr("gainstage.solve.passage.is_multiple", lambda g, other: asked.append(is_multiple(g, other)) or asked[-1])
+    once = gs.plan(Gated(), (x,))
+    monkeypatch.setattr("gainstage.solve.passage.is_multiple", lambda g, other: False)
+    twice = gs.plan(Gated(), (x,))
+    assert any(asked)
+    for name, parameter in twice.parameters.items():
+        if parameter.passage is not None:
+            assert once.parameters[name].passage.backward == pytest.approx(parameter.passage.backward, rel=1e-12), name

@@ -13,6 +13,9 @@ from torch import nn
 from gainstage.capture import capture
 from gainstage.cli.huggingface import cpu_torchvision_if_installed
 from gainstage.roles import Roles, infer_roles
+from gainstage.roles.infer import _Inference
+from gainstage.roles.sites import find_sites
+from gainstage.roles.wiring import wire
 
 Built = tuple[nn.Module, tuple, dict]
 
@@ -126,3 +129,16 @@ def test_every_parameter_of_a_real_model(case):
     assert all(branch.setters for stream in roles.streams for branch in stream.branches)
     assert (len(roles.merges), len(roles.logits)) == (case.merges, case.logits)
     assert [setter.use.parameter for head in roles.heads for setter in head.setters] == case.heads
+
+
+@pytest.mark.parametrize(("config", "head"), [("LlamaConfig", "LlamaForCausalLM"), ("GPT2Config", "GPT2LMHeadModel")])
+def test_blocks_that_repeat_are_walked_through_once(config, head):
+    """Each block makes views of the rotary tables for itself."""
+    sizes = {"hidden_size": 32, "num_attention_heads": 4} | ({} if head.startswith("GPT2") else {"intermediate_size": 64})
+    found = []
+    for layers in (2, 4):
+        model, args, kwargs = language(config, head, num_hidden_layers=layers, **sizes)()
+        wiring = wire(capture(model, args, kwargs))
+        _Inference(wiring, find_sites(wiring)).roles()
+        found.append(len(wiring.arrived))
+    assert found[0] == found[1] > 0

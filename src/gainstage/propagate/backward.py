@@ -55,15 +55,18 @@ def propagate_backward(graph: Graph, values: Mapping[str, Any]) -> Backward:
     return Backward(walk.found(), sampled)
 
 
-def propagate_back_along(segment: Sequence[Node], values: Mapping[str, Any]) -> Mapping[str, Value]:
-    """Gradients along a few nodes only: of the last one independent entries of second moment 1, of the others what comes of it.
+def propagate_back_along(
+    segment: Sequence[Node], values: Mapping[str, Any], gradient: Value | None = None
+) -> Mapping[str, Value]:
+    """Gradients along a few nodes only: of the last one as given, of the others what comes of it.
 
     Args:
         segment: nodes in execution order, the first of them as far as gradients go.
         values: result of every node that these read.
+        gradient: of the last one; without it independent entries of second moment 1.
     """
     walk = _Walk({node.name for node in segment}, values)
-    walk.accumulate(segment[-1].name, unit_gradient(values[segment[-1].name]))
+    walk.accumulate(segment[-1].name, unit_gradient(values[segment[-1].name]) if gradient is None else gradient)
     walk.back(segment[1:])
     return walk.found()
 

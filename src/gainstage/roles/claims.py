@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 
 from gainstage.graph import Graph
+from gainstage.roles.coordinates import distinct
 from gainstage.roles.model import Role, Setter, Use
 from gainstage.roles.sites import Site
 from gainstage.roles.walk import Found
@@ -52,14 +53,13 @@ class Claims:
         claims = self.made.get(id(site), [])
         info = self.graph.parameters[site.parameter]
         partial = [claim for claim in claims if claim.found.rows is not None]
-        all_rows = None if site.rows is None else torch.unique(site.rows)
+        all_rows = None if site.rows is None else distinct(site.rows)
         if not partial or all_rows is None:
             whole = all_rows is None or len(all_rows) == info.shape[site.dim]
             yield None, self._use(site, claims, () if whole or all_rows is None else ranges(all_rows))
             return
         signature = torch.zeros(info.shape[site.dim], dtype=torch.int64)
-        distinct = _distinct([claim.found.rows for claim in partial if claim.found.rows is not None])
-        for bit, rows in enumerate(distinct):
+        for bit, rows in enumerate(_distinct([claim.found.rows for claim in partial if claim.found.rows is not None])):
             signature[rows] += 1 << bit
         for code in dict.fromkeys(signature[all_rows].tolist()):
             rows = all_rows[signature[all_rows] == code]

@@ -25,6 +25,7 @@ from gainstage.signal.linear import affine, dropout, mean_over
 from gainstage.signal.maxima import max_over
 from gainstage.signal.mixture import mixture
 from gainstage.signal.movement import expand, permute, reorder, reshape
+from gainstage.signal.multiples import is_multiple
 from gainstage.signal.pairing import covariance_between, cross_table
 from gainstage.signal.pointwise import apply, combine, slope
 from gainstage.signal.selection import gathered, pick
@@ -52,6 +53,7 @@ __all__ = [
     "gathered",
     "gaussian",
     "independent",
+    "is_multiple",
     "join",
     "known",
     "largest_gradient",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from enum import StrEnum
 from typing import Any, final
 
@@ -13,7 +13,7 @@ from gainstage.graph.families import MOVEMENT, NOISE, POOLING
 from gainstage.plan import Passage
 from gainstage.propagate import propagate_back_along
 from gainstage.rules import is_pointwise
-from gainstage.signal import Value
+from gainstage.signal import Value, is_multiple
 from gainstage.solve.constraint import Own, data_operand, is_lookup
 
 # Operations that make a function of one signal out of it; of two signals they make a new one.
@@ -57,6 +57,7 @@ class Passages:
         self._position = {node.name: i for i, node in enumerate(graph.nodes)}
         self._carries: set[str] = set()  # anything that depends on an input, or on a parameter that is contracted
         self._origin: dict[str, str] = {}
+        self._gone: dict[str, tuple[Any, Value, float | None]] = {}  # by name: what was read, its gradient, what came of it
         for node in graph.nodes:
             data = [name for name in dict.fromkeys(node.operands()) if name in self._carries]
             if node.kind is NodeKind.INPUT or data or (node.kind is NodeKind.OP and is_lookup(node)):
@@ -80,11 +81,33 @@ class Passages:
         first = values[origin]
         if not isinstance(first, Value) or first.second_moment <= 0.0:
             return None
-        back = propagate_back_along(way, values).get(origin)
-        if back is None or not math.isfinite(back.second_moment):  # no moment: a slope without bound
+        back = self._back(way, values)
+        if back is None or not math.isfinite(back):  # no moment: a slope without bound
             return None
         forward = values[node.name].second_moment / first.second_moment
-        return Passage(origin=origin, forward=forward, backward=max(back.second_moment, 0.0))
+        return Passage(origin=origin, forward=forward, backward=max(back, 0.0))
+
+    def _back(self, way: Sequence[Node], values: Mapping[str, Any]) -> float | None:
+        """Second moment of the gradient at the origin.
+
+        Contractions that read one tensor (queries, keys and values, say) have one way from there back to the origin, and what
+        comes of a gradient is proportional to it: where theirs differ by a factor, the way is gone once.
+        """
+        origin, *between, contraction = way
+        read = {name for name in contraction.operands() if any(name == node.name for node in between)}
+        if len(read) != 1 or origin.name in contraction.operands():
+            return _second_moment(propagate_back_along(way, values).get(origin.name))
+        (operand,) = (self._graph.by_name[name] for name in read)
+        own = propagate_back_along([operand, contraction], values).get(operand.name)
+        if own is None or own.second_moment <= 0.0:
+            return None if own is None else 0.0
+        value = values[operand.name]
+        of, before, found = self._gone.get(operand.name, (None, own, None))
+        if of is value and is_multiple(own, before):
+            return None if found is None else found * own.second_moment / before.second_moment
+        found = _second_moment(propagate_back_along(way[:-1], values, own).get(origin.name))
+        self._gone[operand.name] = value, own, found
+        return found
 
     def between(self, own: Own, values: Mapping[str, Any]) -> list[str]:
         """Nodes that lie between the origin of a contraction's input and the contraction."""
@@ -122,6 +145,10 @@ class Passages:
                 agenda += [operand for operand in self._graph.by_name[name].operands() if operand in self._carries]
         between = sorted(inside - {origin}, key=self._position.__getitem__)
         return [*(self._graph.by_name[name] for name in (origin, *between)), contraction]
+
+
+def _second_moment(gradient: Value | None) -> float | None:
+    return None if gradient is None else gradient.second_moment
 
 
 def _is_transparent(node: Node) -> bool:
