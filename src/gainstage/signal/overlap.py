@@ -41,7 +41,8 @@ class Overlap:
     ``lags``: along axes of a map ``e(d)``, the squared covariances between channels of places at lag d, over those at lag 0; 1
     along any other axis. ``swell``: relative variance over places of the level that all channels of a place have in common;
     ``places``: the axes that these lie along, once a norm holds the average over them; ``evened``: how much of the variance is
-    that between channels, which the norm took.
+    that between channels, which the norm took. ``loud``: as ``swell``, what layers that read few numbers brought to it; see
+    :mod:`gainstage.signal.loudness`.
     """
 
     parts: tuple[tuple[Cause, float], ...] = ()
@@ -49,6 +50,7 @@ class Overlap:
     swell: float = 0.0
     places: tuple[Axis, ...] = ()
     evened: float = 0.0
+    loud: float = 0.0
 
     @property
     def variance(self) -> float:
@@ -65,7 +67,7 @@ class Overlap:
 
     def held(self) -> Overlap:
         """Where each place was divided by its own level, or where nothing is known of that."""
-        return replace(self, swell=0.0, places=(), evened=0.0)
+        return replace(self, swell=0.0, places=(), evened=0.0, loud=0.0)
 
     def times(self, factor: float) -> Overlap:
         """The same with another variance."""
@@ -211,10 +213,12 @@ def mixed(terms: Sequence[tuple[Overlap, float]]) -> Overlap:
     What comes of one cause adds up as it is. Lag by lag.
     """
     parts = [(overlap, overlap.variance * factor) for overlap, factor in terms if overlap.variance * factor > 0.0]
-    swell, evened = (sum(getattr(overlap, name) * factor for overlap, factor in terms) for name in ("swell", "evened"))
+    swell, evened, loud = (
+        sum(getattr(overlap, name) * factor for overlap, factor in terms) for name in ("swell", "evened", "loud")
+    )
     places = next((overlap.places for overlap, _ in terms if overlap.places), ())
     if not parts:
-        return Overlap(swell=swell, places=places, evened=evened)
+        return Overlap(swell=swell, places=places, evened=evened, loud=loud)
     sizes: dict[Cause, float] = {}
     for overlap, factor in terms:
         for cause, size in overlap.parts:
@@ -222,7 +226,7 @@ def mixed(terms: Sequence[tuple[Overlap, float]]) -> Overlap:
     total = sum(variance for _, variance in parts)
     axes = list(dict.fromkeys(axis for overlap, _ in parts for axis, _ in overlap.lags))
     lags = tuple((axis, np.asarray(sum((v / total) * overlap.along(axis, REACH) for overlap, v in parts))) for axis in axes)
-    return Overlap((), lags, swell, places, evened).with_causes({cause: size**2 for cause, size in sizes.items()})
+    return Overlap((), lags, swell, places, evened, loud).with_causes({cause: size**2 for cause, size in sizes.items()})
 
 
 def independent(variance: float) -> Overlap:

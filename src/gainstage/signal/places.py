@@ -33,7 +33,7 @@ def over_places(x: Value, result: Value, function: Callable[[Array], Array]) -> 
     if not places or x.statistic is not None or any(axis not in x.axes for axis in places):
         return result
     scales, mass = few_scales(swell)
-    unit = _at_one_level(x, float(mass @ scales))
+    unit = at_one_level(x, float(mass @ scales))
 
     steps = np.array([1.0 + STEP, 1.0 - STEP, 1.0])
     made = function(np.concatenate([scales, steps])[:, None] * unit)
@@ -47,14 +47,14 @@ def over_places(x: Value, result: Value, function: Callable[[Array], Array]) -> 
     table[(1,) * table.ndim] = result.second_moment + second - float(series.sum())
     mean = float(np.copysign(max(result.mean**2 + gained, 0.0) ** 0.5, result.mean))
     std = max(float(table[(1,) * table.ndim]) - mean**2, 0.0) ** 0.5
-    marginal = _moved(result, mean, std)
+    marginal = moved(result, mean, std)
     wider, narrower, level = (_level(values, expectation(average)) for values in made[len(scales) :])
     power = (wider - narrower) / (4.0 * STEP * level) if level > 0.0 else 0.0
     overlap = replace(result.overlap, swell=x.overlap.swell * power**2, places=places, evened=x.overlap.evened * power**2)
     return replace(result, table=table, mean=mean, marginal=marginal, overlap=overlap)
 
 
-def _at_one_level(x: Value, scale: float) -> Array:
+def at_one_level(x: Value, scale: float) -> Array:
     """Values of z in ``x = sqrt(l) z``: of x's second moment, and of the mean that ``E[sqrt(l)]``, given, makes x's of."""
     even = x.marginal.even
     mean = expectation(even)
@@ -67,7 +67,7 @@ def _level(values: Array, mean: float) -> float:
     return expectation((values - mean) ** 2)
 
 
-def _moved(x: Value, mean: float, std: float) -> Marginal:
+def moved(x: Value, mean: float, std: float) -> Marginal:
     """The distribution of x at another mean and deviation."""
     before, ratio = x.mean, std / x.variance**0.5 if x.variance > 0.0 else 1.0
 

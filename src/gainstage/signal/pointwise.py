@@ -16,6 +16,7 @@ from gainstage.signal.few import with_shapes
 from gainstage.signal.joining import join
 from gainstage.signal.known import known
 from gainstage.signal.linear import add, affine, modulate, multiply
+from gainstage.signal.loudness import over_loudness
 from gainstage.signal.marginal import Marginal
 from gainstage.signal.movement import expand, parts_along, refine, reshape, with_axes
 from gainstage.signal.neighbours import through
@@ -145,7 +146,7 @@ def apply(function: Function, x: Value) -> Value:
     result = on_latent(x, values) if x.levels is None else _on_levels(x, values, on_grid)
     stray = stray_passed(x.marginal.values, values, x.log_variance) if x.log_variance else 0.0
     result = replace(result, log_variance=stray)
-    for differing in (with_means, with_shapes, over_draws, over_places):
+    for differing in (with_means, with_shapes, over_draws, over_places, over_loudness):
         result = differing(x, result, lambda grid: _within_domain(on_grid(grid)))
     statistic = None
     if x.statistic is not None:

@@ -184,6 +184,17 @@ def few_scales(variance: float) -> tuple[Array, Array]:
     return np.sqrt(squares / float(mass @ squares)), mass
 
 
+def gamma_scales(variance: float) -> tuple[Array, Array]:
+    """Scales s and masses of a few points of a gamma-distributed level ``s^2`` of mean 1 and this variance.
+
+    Gauss-Laguerre quadrature from the matrix of the recurrence of its polynomials (Golub & Welsch 1969).
+    """
+    shape, order = 1.0 / variance, np.arange(9.0)
+    beside = np.sqrt(order[1:] * (order[1:] + shape - 1.0))
+    squares, vectors = np.linalg.eigh(np.diag(2.0 * order + shape) + np.diag(beside, 1) + np.diag(beside, -1))
+    return np.sqrt(squares / shape), vectors[0] ** 2
+
+
 def _log_levels(values: Array, logs: Array) -> Array:
     """``log E[f(s z)^2]`` for each ``log s^2``; beyond 5 deviations f goes on as it does from 4 to 5."""
     scaled = np.exp(0.5 * logs)[:, None] * nodes()

@@ -21,6 +21,8 @@ from gainstage.signal.quadrature import kurtosis, stray_passed
 from gainstage.signal.uneven import is_centred, of_weights
 from gainstage.signal.value import Value
 
+FEW = 32  # numbers that a layer reads: the level of more strays by less than 1/16 from place to place
+
 
 def weighted(
     y: Value, x: Value, weight: Value, terms: Mapping[int, float], *, alone: Sequence[int] = (), places: Sequence[int] = (),
@@ -63,7 +65,8 @@ def weighted(
     flatness, rows = kurtosis(x.marginal.even), math.prod(every.values()) * groups
     swell = (flatness - 1.0) / rows + x.overlap.swell * patch_share(x.overlap, taps or {})
     evened = (flatness - 1.0 - (flatness - 3.0) * weight.marginal.kurtosis / 3.0) / rows + 2.0 * passed
-    overlap = replace(overlap, swell=swell, evened=evened)
+    loud = (flatness - 1.0) * _differing(x, [*free, *places]) / rows if rows <= FEW else 0.0
+    overlap = replace(overlap, swell=swell, evened=evened, loud=loud + x.overlap.loud * patch_share(x.overlap, taps or {}))
     made = replace(
         y,
         log_variance=y.log_variance + (2.0 * (own + inherited) + (weight.marginal.kurtosis - 3.0) / number) / channels,
@@ -71,6 +74,13 @@ def weighted(
         uneven=of_weights(y, weight, alike=own + inherited, centred=left, number=number, every=math.prod(every.values())),
     )
     return shaped(made, x, terms)
+
+
+def _differing(x: Value, positions: Sequence[int]) -> float:
+    """Share of the variance of a square that is not what entries at two places, coordinates along these axes, have in common."""
+    squares = x.square_covariance()
+    own, apart = (float(squares[tuple(same if p in positions else 1 for p in range(squares.ndim))]) for same in (1, 0))
+    return 1.0 - min(max(apart / own, 0.0), 1.0) if own > 0.0 else 1.0
 
 
 def _unevenness(x: Value, terms: Mapping[int, float]) -> float:
@@ -122,7 +132,7 @@ def after_shift(y: Value, x: Value) -> Value:
         return y
     part = y.variance / y.second_moment * (x.second_moment / x.variance) if x.variance > 0.0 else 1.0
     stray = stray_passed(x.marginal.values, y.marginal.values, x.log_variance) if x.log_variance else 0.0
-    return replace(y, log_variance=stray, overlap=x.overlap.times(part**2))
+    return replace(y, log_variance=stray, overlap=replace(x.overlap.times(part**2), loud=x.overlap.loud * part**2))
 
 
 def product_stray(x: Value, y: Value, product: Value) -> float:
@@ -141,4 +151,5 @@ def product_overlap(x: Value, y: Value) -> Overlap:
     moments; c: the most that two entries have of them; o: overlaps. A gate that is the same for all places changes nothing.
     """
     alike = [float(np.max(np.abs(v.table.ravel()[:-1]), initial=0.0)) / max(v.second_moment, 1e-300) for v in (x, y)]
-    return mixed([(x.overlap, alike[1] ** 2), (y.overlap.renamed(y.axes, x.axes), alike[0] ** 2)])
+    found = mixed([(x.overlap, alike[1] ** 2), (y.overlap.renamed(y.axes, x.axes), alike[0] ** 2)])
+    return replace(found, loud=x.overlap.loud + y.overlap.loud)
