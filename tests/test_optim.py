@@ -400,3 +400,37 @@ def test_at_spectral_norms_the_rate_of_adam_falls_with_the_width():
         groups = gs.param_groups(model, plan, norm="spectral", relative_update=1e-3)
         rates[n] = next(group["lr"] for group in groups if "0.weight" in dict(group["params"]))
         assert rates[n] == pytest.approx(1e-3 * 2 / n, rel=0.02)
+
+
+class Blocks(nn.Module):
+    def __init__(self, depth):
+        super().__init__()
+        self.enter, self.head = nn.Linear(16, 32), nn.Linear(32, 10)
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.LayerNorm(32), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 32)) for _ in range(depth)
+        )
+
+    def forward(self, x):
+        x = self.enter(x)
+        for block in self.blocks:
+            x = x + block(x)
+        return self.head(nn.functional.layer_norm(x, (32,)))
+
+
+def test_rates_in_branches_fall_with_the_root_of_their_number():
+    """Norms and biases inside, too; the way in and the head stay."""
+    x = torch.randn(64, 16, generator=torch.Generator().manual_seed(0))
+    rates = {}
+    for depth in (2, 8):
+        model = Blocks(depth)
+        plan = gs.plan(model, (x,))
+        groups = gs.param_groups(model, plan, norm="spectral")
+        rates[depth] = {name: group["lr"] for group in groups for name, _ in group["params"]}
+        shown = {name: plan.parameters[name].branches for name in ("enter.weight", "blocks.0.0.weight", "blocks.1.1.bias")}
+        assert shown == {"enter.weight": 1, "blocks.0.0.weight": depth, "blocks.1.1.bias": depth}
+        assert plan.parameters["head.weight"].branches == 1
+        assert gs.Plan.from_json(plan.to_json()) == plan
+    assert rates[2]["enter.weight"] == pytest.approx(rates[8]["enter.weight"], rel=0.02)
+    assert rates[2]["blocks.0.0.weight"] == pytest.approx(2.0 * rates[8]["blocks.0.0.weight"], rel=0.02)
+    # The end of a branch is smaller itself, too, by the root of what it shares out.
+    assert rates[2]["blocks.0.3.weight"] == pytest.approx(4.0 * rates[8]["blocks.0.3.weight"], rel=0.1)

@@ -17,7 +17,7 @@ from gainstage.apply.parts import Holding
 from gainstage.errors import InputError, NonFiniteError, UnknownNameError, nearest
 from gainstage.optim.first import ROUNDING, FirstUpdate, Start
 from gainstage.optim.laws import find_law
-from gainstage.optim.scales import is_hidden_matrix, is_matrix, reached_scale, spectral_share, starting_rms
+from gainstage.optim.scales import is_hidden_matrix, is_matrix, output_share, reached_scale, starting_rms
 from gainstage.plan import ParameterPlan, Plan
 from gainstage.propagate.trace import Trace
 
@@ -61,7 +61,8 @@ def param_groups(
         plan: the sizes.
         relative_update: rms of a parameter's first update over its size, between 0 and 1.
         norm: what is compared: "entries", root mean squares; or "spectral", of matrices the spectral norms of update and weights,
-            which is how far outputs move. One relative update then serves networks of different widths.
+            which is how far outputs move, and all branches of a residual stream together. One relative update then serves
+            networks of different widths and depths.
         optimizer: sgd, adam, adamw, adamax, nadam, radam, rmsprop, adagrad, lion, adafactor, muon, or a law of your own. Muon
             takes hidden matrices; the other groups are for AdamW. Each group says so under "optimizer".
         weight_decay: of matrices. Biases, norms, embeddings (tied heads, too), slopes and tokens have none.
@@ -104,7 +105,7 @@ def param_groups(
             decay = weight_decay if name in decayed else 0.0
             own = settings if chosen is law else {}
             start = _start(planned, found[name], sizes.get(name), (gradients or {}).get(name), {**chosen.settings, **own})
-            share = spectral_share(planned, is_orthogonal=chosen.rest is not None) if norm == "spectral" else 1.0
+            share = output_share(planned, is_orthogonal=chosen.rest is not None) if norm == "spectral" else 1.0
             step = relative_update * share * (start.rms or reached_scale(planned, plan))
             members.append(_member(chosen, start, name=name, parameter=found[name].parameter, decay=decay, step=step))
     return _grouped(members)

@@ -39,6 +39,15 @@ def spectral_share(planned: ParameterPlan, *, is_orthogonal: bool) -> float:
     return (math.sqrt(outputs) + math.sqrt(inputs)) / math.sqrt(update)
 
 
+def output_share(planned: ParameterPlan, *, is_orthogonal: bool) -> float:
+    """``spectral share / sqrt(N)``: as much as the model's output moves by, of N branches that are added to one stream.
+
+    Each branch has 1/N of the stream's second moment. Updates that follow one gradient add up coherently, N times 1/sqrt(N) of
+    what a branch moves by (G. Yang et al. 2023, arXiv:2310.02244, section 3; B. Bordelon et al. 2023, arXiv:2309.16620, table 1).
+    """
+    return spectral_share(planned, is_orthogonal=is_orthogonal) / math.sqrt(planned.branches)
+
+
 def starting_rms(planned: ParameterPlan, holding: Holding) -> float:
     """sqrt(E[p^2]) over draws and entries, blocks of different distributions in proportion; of the values where they are kept.
 

@@ -172,12 +172,15 @@ class ParameterPlan:
     output_dims: tuple[int, ...] = (0,)
     derivation: tuple[str, ...] = ()  # lines of text, formula first, numbers filled in
     passage: Passage | None = None  # of a weight that passes on a gradient
+    branches: int = 1  # of the residual stream that it is in a branch of; 1 outside of branches
 
     def __post_init__(self) -> None:
         """Refuse what cannot be drawn into this shape and element type."""
         dtype = _TYPES.get(self.dtype)
         if dtype is None:
             raise InputError(f"{self.name}: {self.dtype!r} is not a floating-point type; known are {', '.join(_TYPES)}")
+        if self.branches < 1:
+            raise InputError(f"{self.name}: a stream with {self.branches} branches; one that is in none has 1")
         if any(size < 0 for size in self.shape):
             raise InputError(f"{self.name}: a dimension of shape {list(self.shape)} is negative")
         if len(set(self.output_dims)) < len(self.output_dims) or any(dim < 0 for dim in self.output_dims):

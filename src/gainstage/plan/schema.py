@@ -14,7 +14,7 @@ from gainstage.plan.activation import ActivationPlan
 from gainstage.plan.distribution import Block, Distribution, Family, ParameterPlan, Passage
 from gainstage.plan.mixing import Mixing
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 _T = TypeVar("_T")
 
@@ -58,6 +58,7 @@ def _parameter_to_dict(parameter: ParameterPlan) -> dict[str, Any]:
         "output_dims": list(parameter.output_dims),
         "derivation": list(parameter.derivation),
         "passage": None if (passage := parameter.passage) is None else asdict(passage),
+        "branches": parameter.branches,
     }
 
 
@@ -256,7 +257,7 @@ def _read_passage(value: object, place: str) -> Passage:
 
 
 def _read_parameter(name: str, value: object, place: str) -> ParameterPlan:
-    keys = ("shape", "dtype", "aliases", "role", "distribution", "blocks", "output_dims", "derivation", "passage")
+    keys = ("shape", "dtype", "aliases", "role", "distribution", "blocks", "output_dims", "derivation", "passage", "branches")
     entries = _record(value, place, keys)
     fields: dict[str, Any] = {
         "shape": _items(entries["shape"], f"{place}.shape", _integer),
@@ -268,5 +269,6 @@ def _read_parameter(name: str, value: object, place: str) -> ParameterPlan:
         "output_dims": _items(entries["output_dims"], f"{place}.output_dims", _integer),
         "derivation": _items(entries["derivation"], f"{place}.derivation", _text),
         "passage": None if entries["passage"] is None else _read_passage(entries["passage"], f"{place}.passage"),
+        "branches": _integer(entries["branches"], f"{place}.branches"),
     }
     return checked(lambda: ParameterPlan(name=name, **fields), place)

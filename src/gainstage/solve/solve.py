@@ -13,7 +13,7 @@ from gainstage.inputs import InputStatistics
 from gainstage.plan import ActivationPlan, Block, Distribution, Family, ParameterPlan, Plan
 from gainstage.policies import Level, Policy, UnitGates
 from gainstage.propagate import Signal, given_up
-from gainstage.roles import Role, Roles, Use
+from gainstage.roles import Role, Roles, Use, branches_beside
 from gainstage.signal import Value
 from gainstage.solve.constraint import is_contraction
 from gainstage.solve.demands import collect_demands
@@ -78,7 +78,10 @@ def solve(
     prepare = _preparations(graph, policy)
     solution = Walk(graph, settings, demands, source, prepare=prepare, passages=passages, first=first.layers).run()
     explainer = Explainer(graph, roles, demands, solution, passages)
-    parameters = {name: _parameter_plan(setting, explainer, family) for name, setting in solution.settings.items()}
+    beside = branches_beside(graph, roles)
+    parameters = {
+        name: _parameter_plan(setting, explainer, family, beside.get(name, 1)) for name, setting in solution.settings.items()
+    }
     for layer in first.layers.values():
         if layer.bias is not None:
             parameters[layer.bias] = layer.bias_of(parameters[layer.parameter], parameters[layer.bias])
@@ -118,7 +121,7 @@ def _preparations(graph: Graph, policy: Policy) -> dict[str, Prepare]:
     return {nodes[0].name: partial(unit_gates, nodes[0], len(nodes), parameter_of) for nodes in calls.values()}
 
 
-def _parameter_plan(setting: Setting, explainer: Explainer, family: Family) -> ParameterPlan:
+def _parameter_plan(setting: Setting, explainer: Explainer, family: Family, branches: int) -> ParameterPlan:
     graph, roles, info = explainer.graph, explainer.roles, setting.info
     use = next(iter(roles.uses.get(info.name, ())), None)
     contraction = next((u for u in roles.uses.get(info.name, ()) if is_contraction(graph.by_name[u.node])), use)
@@ -151,6 +154,7 @@ def _parameter_plan(setting: Setting, explainer: Explainer, family: Family) -> P
         output_dims=_output_dims(contraction, setting),
         derivation=lines,
         passage=explainer.passage(info.name),
+        branches=branches,
     )
 
 
