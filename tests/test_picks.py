@@ -57,7 +57,20 @@ def centred_by_the_largest(h, x):
     return h - h.gather(-1, h.argmax(-1, keepdim=True))
 
 
-PICKS = [picked_largest, place_in_bin, weights_of_the_two_largest, largest_where_inside, centred_by_the_largest]
+def logarithm_of_the_chance_of_what_was_drawn(h, x):
+    chances = (4.0 * h).log_softmax(-1)
+    drawn = chances.exp().flatten(0, -2).multinomial(1)
+    return chances.gather(-1, drawn.reshape(*chances.shape[:-1], 1))
+
+
+PICKS = [
+    picked_largest,
+    place_in_bin,
+    weights_of_the_two_largest,
+    largest_where_inside,
+    centred_by_the_largest,
+    logarithm_of_the_chance_of_what_was_drawn,
+]
 
 
 def compared(function):

@@ -26,6 +26,7 @@ MOVEMENT = RESHAPING | SELECTING
 UNCHANGED = frozenset({"alias", "detach", "contiguous", "clone", "lift_fresh", "to", "_to_copy", "type_as"})  # of RESHAPING
 INDEXED = frozenset({"index", "_unsafe_index"})
 GATHERS = INDEXED | {"gather", "index_select", "take_along_dim"}
+CHOICES = frozenset({"multinomial", "bernoulli", "binomial", "poisson"})  # drawn by chances that the operand gives
 # The result has the shape of the first operand.
 INTO = frozenset({
     "index_put", "scatter", "scatter_add", "scatter_reduce", "index_add", "index_copy", "index_fill", "masked_scatter",

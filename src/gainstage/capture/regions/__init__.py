@@ -10,6 +10,7 @@ from collections.abc import Collection, Sequence
 from gainstage.capture.regions.complex_values import complex_regions, with_real_ends
 from gainstage.capture.regions.decays import decays
 from gainstage.capture.regions.exponentials import exponentials
+from gainstage.capture.regions.factors import factors
 from gainstage.capture.regions.parametrizations import fuse_parametrizations
 from gainstage.capture.regions.picks import fuse_picks
 from gainstage.capture.regions.region import fuse
@@ -34,7 +35,7 @@ def fuse_regions(nodes: Sequence[Node], outputs: Sequence[str], marked: Collecti
     """
     wanted = {*outputs, *marked}
     found = list(nodes)
-    for regions in (stabilised, decays, exponentials):
+    for regions in (factors, stabilised, decays, exponentials):
         found = fuse(found, wanted, regions)
     found, names = with_real_ends(found, outputs)
     wanted = {*names, *marked}

@@ -1,8 +1,8 @@
 """Picks by integers that depend on data, as one operation with all that these integers were computed from.
 
-Which bin a sample falls in, which entry is the largest, which expert a token goes to: an integer says something of every tensor
-that it was computed from. What is picked from such a tensor, and what is computed from the pick and that tensor together, is of
-one draw. Tables of single tensors cannot show this, so the operations between become one, which is run on samples.
+Which bin a sample falls in, which entry is the largest, which action was drawn by its chance: an integer says something of every
+tensor that it was computed from. What is picked from such a tensor, and what is computed from the pick and that tensor
+together, is of one draw. Tables of single tensors cannot show this, so the operations between become one, run on samples.
 
 A region goes back to contractions, inputs and parameters, whose draws are independent, and on for as long as picks meet what
 they are related to. It holds no contraction: where one lies on the way from one of its tensors to another, the earlier is an
@@ -22,7 +22,7 @@ from gainstage.capture.regions.region import MOST, STOPS, as_one, in_order, with
 from gainstage.capture.regions.sizes import unsized
 from gainstage.capture.regions.wiring import Wiring
 from gainstage.graph import Node, NodeKind, Region, TensorMeta
-from gainstage.graph.families import GATHERS, INDEXED, INTO
+from gainstage.graph.families import CHOICES, GATHERS, INDEXED, INTO
 
 _PICKS = INTO | GATHERS - {"index_select"} | {"take", "masked_select"}
 
@@ -120,8 +120,10 @@ class _Flow(Wiring):
     def __init__(self, nodes: Sequence[Node]) -> None:
         super().__init__(nodes)
         self.stops = {
-            node.name for node in nodes if node.kind is not NodeKind.OP or node.may_draw or node.short_name in STOPS
-        }  # fmt: skip
+            node.name
+            for node in nodes
+            if node.kind is not NodeKind.OP or node.short_name in STOPS or (node.may_draw and node.short_name not in CHOICES)
+        }
         self.passing = self.nodes.keys() - self.stops
         self.dynamic = unsized(self)
 
