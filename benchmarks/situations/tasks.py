@@ -88,6 +88,11 @@ def labels(classes: int, seed: int, *shape: int) -> torch.Tensor:
     return torch.randint(classes, shape or (BATCH,), generator=torch.Generator().manual_seed(1000 + seed))
 
 
+def cross_entropy(logits: Callable[[Any], torch.Tensor], classes: torch.Tensor) -> Callable[[Any], torch.Tensor]:
+    """The loss of a head; the classes are data, which predictions see as they are."""
+    return lambda y: F.cross_entropy(logits(y), classes)
+
+
 def images(name: str, size: int) -> Callable[[int], dict[str, torch.Tensor]]:
     """Standard normal ones."""
     return lambda seed: {name: torch.randn(BATCH, 3, size, size, generator=torch.Generator().manual_seed(seed))}
@@ -108,19 +113,19 @@ def cases() -> list[Case]:
     sizes = BertConfig(hidden_size=128, num_hidden_layers=2, num_attention_heads=4, intermediate_size=512, vocab_size=200)
     return [
         Case("timm", "DeiT, label and teacher", distilled, images("x", 64), lambda seed: {
-            "label": lambda y: F.cross_entropy(y[0], labels(10, seed)),
-            "teacher": lambda y: F.cross_entropy(y[1], labels(10, seed + 50)),
+            "label": cross_entropy(lambda y: y[0], labels(10, seed)),
+            "teacher": cross_entropy(lambda y: y[1], labels(10, seed + 50)),
         }),
         Case("transformers", "BERT, words and next sentence", lambda: BertForPreTraining(sizes).eval(),
              lambda seed: {"input_ids": labels(200, seed, BATCH, 24)}, lambda seed: {
-            "words": lambda y: F.cross_entropy(y.prediction_logits.flatten(0, 1), labels(200, seed + 1, BATCH * 24)),
-            "next": lambda y: F.cross_entropy(y.seq_relationship_logits, labels(2, seed + 2)),
+            "words": cross_entropy(lambda y: y.prediction_logits.flatten(0, 1), labels(200, seed + 1, BATCH * 24)),
+            "next": cross_entropy(lambda y: y.seq_relationship_logits, labels(2, seed + 2)),
         }),
         Case("torchvision", "GoogLeNet, two auxiliary heads",
              lambda: torchvision.models.googlenet(aux_logits=True, init_weights=False, num_classes=10),
              images("x", 96), lambda seed: {
-            "main": lambda y: F.cross_entropy(y.logits, labels(10, seed)),
-            "first": lambda y: F.cross_entropy(y.aux_logits1, labels(10, seed)),
-            "second": lambda y: F.cross_entropy(y.aux_logits2, labels(10, seed)),
+            "main": cross_entropy(lambda y: y.logits, labels(10, seed)),
+            "first": cross_entropy(lambda y: y.aux_logits1, labels(10, seed)),
+            "second": cross_entropy(lambda y: y.aux_logits2, labels(10, seed)),
         }),
     ]  # fmt: skip
