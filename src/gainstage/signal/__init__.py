@@ -6,7 +6,6 @@ from gainstage.signal.adjoint import (
     along_weight,
     lookup_gradient,
     normalise_gradient,
-    softmax_gradient,
     through_slope,
     times_own,
     to_reader,
@@ -14,6 +13,7 @@ from gainstage.signal.adjoint import (
     turned_by,
 )
 from gainstage.signal.adjoint_maxima import largest_gradient
+from gainstage.signal.adjoint_softmax import agreeing, leaning, softmax_gradient
 from gainstage.signal.attention import participation, softmax
 from gainstage.signal.contraction import contract, convolve
 from gainstage.signal.correlation import convolution_weight_gradient
@@ -38,6 +38,7 @@ __all__ = [
     "accumulated",
     "across_rows",
     "affine",
+    "agreeing",
     "along_weight",
     "apply",
     "coins",
@@ -57,6 +58,7 @@ __all__ = [
     "join",
     "known",
     "largest_gradient",
+    "leaning",
     "lookup",
     "lookup_gradient",
     "max_over",

@@ -16,7 +16,7 @@ from gainstage.signal.filters import normalise
 from gainstage.signal.gather import same_index_table
 from gainstage.signal.joining import join
 from gainstage.signal.linear import affine, multiply
-from gainstage.signal.movement import merge_dim, parts_along, refine, with_axes
+from gainstage.signal.movement import parts_along, refine, with_axes
 from gainstage.signal.neighbours import Neighbours, made, through
 from gainstage.signal.pairing import amplitude_of
 from gainstage.signal.pointwise import align, combine
@@ -189,26 +189,6 @@ def _divided_levels(g: Value, x: Value, reduced: Sequence[int], level: float, ep
     variance = level * own.mean(axis=tuple(reduced), keepdims=True) + eps
     inverse = np.where(variance > 0.0, 1.0 / np.where(variance > 0.0, variance, 1.0), 0.0) * gradient
     return float(inverse.mean()), levels.normalised(np.sqrt(inverse))
-
-
-def softmax_gradient(g: Value, p: Value, dim: int, evenness: float = 1.0) -> Value:
-    """``p (g - sum p g)`` along a dimension: what g has in common along it goes.
-
-    ``K[S] = (1/n) U (1 - U) (K_g[same] - K_g[other])`` for keys that are the same, U the overlap ``sum p p'`` of the rows; the
-    sum over keys is zero. ``evenness``: mean of U (1 - U) over rows that see different numbers of keys, over its
-    value at the mean U.
-    """
-    g, p = together(g, p)
-    g, p = merge_dim(g, dim), merge_dim(p, dim)
-    if not g.dims[dim]:
-        return gaussian(g.dims, 0.0, np.zeros_like(g.table))
-    position = sum(len(d) for d in g.dims[:dim])
-    size = g.shape[dim]
-    own = np.take(g.table, 1, axis=position) - np.take(g.table, 0, axis=position)
-    overlap = np.clip(size * np.take(p.table, 1, axis=position), 0.0, 1.0)
-    same = own * overlap * (1.0 - overlap) * evenness / size
-    table = np.stack([-same / (size - 1.0), same], axis=position)
-    return gaussian(g.dims, 0.0, table, lineage=g.lineage | p.lineage, log_variance=g.log_variance)
 
 
 def lookup_gradient(g: Value, index: torch.Tensor, rows: int) -> Value:

@@ -10,6 +10,8 @@ right at any s, where ``exp(s^2) / n`` is right for small s only.
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
@@ -32,6 +34,13 @@ def participation(variance: float, count: float, flatness: float = 3.0) -> float
     """
     if count <= 1 or variance <= 0.0:
         return 1.0 / max(count, 1)
+    tau, single, powers = _integrand(variance, count, flatness, 2)
+    total = float(np.trapezoid(powers[2] * single ** (count - 1.0), tau)) * count
+    return min(max(total, 1.0 / count), 1.0)
+
+
+def _integrand(variance: float, count: float, flatness: float, most: int) -> tuple[Array, Array, dict[int, Array]]:
+    """Logs of t, ``E[exp(-t e^l)]``, and ``t^k E[exp(k l - t e^l)]`` for k from 2 on, for the integrals over ``log t``."""
     z, weight = nodes()[::4], weights()[::4]
     weight = weight / weight.sum()
     logits = np.sqrt(variance) * (z if flatness >= 3.0 else over_norm(flatness)[::4])
@@ -39,11 +48,43 @@ def participation(variance: float, count: float, flatness: float = 3.0) -> float
     tau = np.linspace(-top - 8.0, 4.0 * np.sqrt(variance) + 4.0, 600)
     exponent = tau[:, None] + logits[None, :]
     grown = np.exp(np.minimum(exponent, 700.0))
-    single = np.vecdot(np.exp(-grown), weight)
-    squared = np.vecdot(np.exp(2.0 * exponent - grown), weight)  # one exponential: the factors alone overflow at large variances
-    integrand = squared * np.exp((count - 1) * np.log(np.maximum(single, 1e-300)))
-    total = float(np.trapezoid(integrand, tau)) * count
-    return min(max(total, 1.0 / count), 1.0)
+    single = np.maximum(np.vecdot(np.exp(-grown), weight), 1e-300)
+    # one exponential: the factors alone overflow at large variances
+    return tau, single, {k: np.vecdot(np.exp(k * exponent - grown), weight) for k in range(2, most + 1)}
+
+
+@dataclass(frozen=True, slots=True)
+class Powers:
+    """Sums over the keys of a softmax, on average: of p^2, p^3, p^4, and the square of that of p^2."""
+
+    square: float
+    cube: float
+    fourth: float
+    both: float
+
+    def slope(self) -> float:
+        """``E sum_s a_s^2`` of ``a_s = p_s (d_s - sum p d)``, d independent: ``sum p^2 - 2 sum p^3 + (sum p^2)^2``."""
+        return self.square - 2.0 * self.cube + self.both
+
+    def between(self) -> float:
+        """Of two different keys: ``sum of da_s/dd_s da_s'/dd_s' + da_s/dd_s' da_s'/dd_s``, so much of what d has in common."""
+        return 1.0 - self.square - 2.0 * (self.square - self.cube) + 2.0 * (self.both - self.fourth)
+
+    def lean(self) -> float:
+        """``E sum of d^2 (p_s p_s') / dl_s dl_s'``: so much of what logits have in common, by Price's theorem."""
+        return 1.0 - self.square - 4.0 * (self.square - self.cube) + 6.0 * (self.both - self.fourth)
+
+
+@lru_cache(maxsize=4096)
+def powers_of(variance: float, count: float, flatness: float = 3.0) -> Powers:
+    """Of n independent logits, by the integrals of :func:`participation` for ``1/Z^3`` and ``1/Z^4``."""
+    n = max(count, 1.0)
+    if n <= 1.0 or variance <= 0.0:
+        return Powers(1.0 / n, n**-2.0, n**-3.0, n**-2.0)
+    tau, single, t = _integrand(variance, n, flatness, 4)
+    alone, pair = n * single ** (n - 1.0), n * (n - 1.0) * single ** max(n - 2.0, 0.0)
+    square, cube, fourth = (float(np.trapezoid(t[k] * alone, tau)) / math.factorial(k - 1) for k in (2, 3, 4))
+    return Powers(square, cube, fourth, fourth + float(np.trapezoid(t[2] ** 2 * pair, tau)) / 6.0)
 
 
 @lru_cache(maxsize=4096)
@@ -70,7 +111,7 @@ def relative_entropy(x: Value, variance: float) -> float:
     dim = len(x.dims) - 1
     if x.prior is None:
         return entropy(variance, x.shape[dim]) / float(np.log(x.shape[dim])) if x.shape[dim] > 1 else 1.0
-    share = _shares(x, dim).reshape(-1, x.shape[dim])
+    share = known_shares(x, dim).reshape(-1, x.shape[dim])
     seen = (share > 1e-9).sum(1).double()
     known, sizes = torch.special.entr(share).sum(1), 1.0 / share.square().sum(1)
     rows = torch.unique(
@@ -143,7 +184,7 @@ def _pattern(x: Value, dim: int) -> Array | None:
     """Levels of the probabilities, by query and key, as the prior makes them."""
     if x.prior is None or dim == 0 or not x.dims[dim - 1]:
         return None
-    share = _shares(x, dim)
+    share = known_shares(x, dim)
     others = tuple(d for d in range(share.dim()) if d not in (dim - 1, dim))
     square = share.square().mean(dim=others) if others else share.square()
     if square.shape[0] == 1:
@@ -152,7 +193,7 @@ def _pattern(x: Value, dim: int) -> Array | None:
     return levels.normalised(square.sqrt().numpy().reshape(shape))
 
 
-def _shares(x: Value, dim: int) -> torch.Tensor:
+def known_shares(x: Value, dim: int) -> torch.Tensor:
     """Softmax of what is known beforehand of each row; nothing for a row without keys."""
     assert x.prior is not None
     prior = x.prior.reshape((1,) * (len(x.dims) - x.prior.dim()) + tuple(x.prior.shape))
@@ -168,7 +209,7 @@ def _uniform(x: Value, dim: int, variance: float) -> tuple[Array | None, float, 
     size = x.shape[dim]
     if x.prior is None:
         return None, participation(round(variance, 9), size, x.flatness) * size, x
-    share = _shares(x, dim)
+    share = known_shares(x, dim)
     flat = expand(measured(share), x.shape)
     for d in range(len(x.dims)):
         x, flat = refine(x, flat, d, d)

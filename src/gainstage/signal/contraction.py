@@ -25,7 +25,7 @@ from gainstage.signal.neighbours import REACH, Neighbours, beyond, cut, made, ou
 from gainstage.signal.overlap import Taps
 from gainstage.signal.quadrature import Array
 from gainstage.signal.rows import kept, pattern_of, tilted
-from gainstage.signal.spread import weighted
+from gainstage.signal.spread import by_chance, weighted
 from gainstage.signal.value import Lean, Value, gaussian
 
 Places = NDArray[np.int64]
@@ -59,7 +59,7 @@ def contract(a: Value, b: Value, labels_a: str, labels_b: str, labels_out: str) 
         gained = np.einsum(tilt[0], index_a, tilt[1], index_b, *operands[4:], out_index)  # type: ignore[call-overload]
         table = table + gained
     summed = [n for n in index_a if n in index_b and n not in out_index]
-    table[(1,) * table.ndim] += _agreement(a, b, [a.axes[index_a.index(n)] for n in summed])
+    table[(1,) * table.ndim] += _agreement(a, b, [(a.axes[index_a.index(n)], b.axes[index_b.index(n)]) for n in summed])
     flatness = flatness_of_product(a, b, [index_a.index(n) for n in summed], [index_b.index(n) for n in summed])
     if pattern is None:
         profiles = [(a.levels, index_a), (b.levels, index_b)]
@@ -79,15 +79,31 @@ def _is_fresh(weight: Value) -> bool:
     return float(np.abs(weight.table).sum()) <= (1.0 + 1e-9) * weight.second_moment
 
 
-def _agreement(a: Value, b: Value, summed: Sequence[Axis]) -> float:
-    """``n (n - 1) K_a K_b Var(cos)``: a sum over n places of two projections of one tensor.
+def _agreement(a: Value, b: Value, summed: Sequence[tuple[Axis, Axis]]) -> float:
+    """``n (n - 1) K_a K_b Cov(cos, cos')``: a sum over n places of two tensors made of one, or of a gradient and its tensor.
 
     Over the weights the entries of each at two places share the cosine of what was read there, which strays, and is the same for
-    both.
+    both. ``summed``: pairs of axes, as a has them and as b has them.
     """
-    places = {axis for _, read in a.read & b.read for axis in summed if descends(axis, read)}
+    places = _in_common(a.read, b.read, [own for own, _ in summed])
+    covariance = a.overlap.shared(b.overlap) if places else 0.0
+    for one, other, at in ((a, b, 1), (b, a, 0)):
+        axes = [pair[at] for pair in summed]
+        along = frozenset((name, read) for name, read in one.read if len(read) < len(other.axes))
+        if own := _in_common(along, _names(other), axes):
+            chance = by_chance(other, {p: float(axis.size) for p, axis in enumerate(other.axes) if axis not in axes}) ** 0.5
+            places, covariance = own, one.overlap.shared(other.overlap) + one.overlap.of_entries(other.marginal.latent) * chance
     size = math.prod(axis.size for axis in places)
-    return size * (size - 1.0) * a.second_moment * b.second_moment * min(a.overlap.variance, b.overlap.variance)
+    each = math.prod(own.size for own, _ in summed) / size
+    return each * size * (size - 1.0) * a.second_moment * b.second_moment * covariance
+
+
+def _in_common(
+    first: frozenset[tuple[object, frozenset[Axis]]], second: frozenset[tuple[object, frozenset[Axis]]], summed: Sequence[Axis]
+) -> set[Axis]:
+    """Axes that are summed over, along which two tensors read the same."""
+    pairs = [(one, other) for name, one in first for known, other in second if name == known]
+    return {axis for axis in summed if any(descends(axis, one) and descends(axis, other) for one, other in pairs)}
 
 
 def _strayed(y: Value, x: Value, weight: Value, labels: tuple[str, str, str]) -> Value:

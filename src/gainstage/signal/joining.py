@@ -59,6 +59,7 @@ def join(values: Sequence[Value], dim: int) -> Value:
         marginal=parts[0].marginal if one else Marginal(object(), mixture),
         source=object(),
         lineage=_union(parts),
+        read=frozenset().union(*(part.read for part in parts)),
         log_variance=max(part.log_variance for part in parts),
         is_weight=all(part.is_weight for part in parts),
         levels=levels.of_parts([(part.levels, part.second_moment) for part in ordered], sizes, position, table.ndim),

@@ -263,6 +263,7 @@ def multiply(x: Value, y: Value) -> Value:
         marginal=_product_marginal(x, y, mean, max(float(table[full]) - mean**2, 0.0) ** 0.5),
         source=object(),
         lineage=x.lineage | y.lineage,
+        read=x.read | y.read,
         log_variance=x.log_variance + y.log_variance,
         is_weight=(x.is_weight or y.is_weight) and all(v.is_weight or v.constant is not None for v in (x, y)),
         prior=x.prior,

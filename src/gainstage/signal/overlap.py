@@ -57,6 +57,15 @@ class Overlap:
         """Variance over draws of the cosine between two places."""
         return float(sum(size**2 for _, size in self.parts))
 
+    def shared(self, other: Overlap) -> float:
+        """Covariance over draws of the cosines of two tensors between the same places: what comes of causes in common."""
+        sizes = dict(other.parts)
+        return float(sum(size * sizes.get(cause, 0.0) for cause, size in self.parts))
+
+    def of_entries(self, entries: object) -> float:
+        """Standard deviation that comes of the independent entries of a tensor that was read as it is."""
+        return math.sqrt(sum(size**2 for cause, size in self.parts if cause.of == (entries,)))
+
     def centred(self) -> Overlap:
         """Once the mean over all places and samples is gone."""
         return replace(self, parts=tuple((cause, size) for cause, size in self.parts if not cause.additive))

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from gainstage.signal.alike import alike
-from gainstage.signal.axes import Axis
+from gainstage.signal.axes import Axis, descends
 from gainstage.signal.copies import replace
 from gainstage.signal.few import shaped
 from gainstage.signal.overlap import Overlap, Taps, after_kernel, mixed, patch_share
@@ -89,6 +89,12 @@ def _unevenness(x: Value, terms: Mapping[int, float]) -> float:
     return uneven.variance if uneven is not None and all(x.axes.index(axis) in terms for axis in uneven.axes) else 0.0
 
 
+def by_chance(x: Value, terms: Mapping[int, float]) -> float:
+    """Variance of the cosine of what two places of x hold, less the mean of all, for its entries being independent."""
+    chance, level = alike(x, terms, [p for p in range(x.table.ndim) if p not in terms], (), {})
+    return chance * (level / x.second_moment) ** 2 if x.second_moment > 0.0 else 0.0
+
+
 def _dot_variance(x: Value, mean: float, terms: Mapping[int, float], alone: Sequence[int], places: Sequence[int]) -> float:
     """``Var(x_i . x_j)`` for what two outputs of a layer read, as if the entries of x were Gaussian and x had no overlap.
 
@@ -148,8 +154,22 @@ def product_overlap(x: Value, y: Value) -> Overlap:
     """``(o_x q_x^2 c_y^2 + o_y q_y^2 c_x^2) / (q_x q_y)^2`` for independent factors, aligned.
 
     Given all weights, what two places share of the product is what they share of x times what they share of y. q: second
-    moments; c: the most that two entries have of them; o: overlaps. A gate that is the same for all places changes nothing.
+    moments; c: the most that two entries have of them, of known numbers (sines of positions) what two have on average; o:
+    overlaps. A gate that is the same for all places changes nothing.
     """
-    alike = [float(np.max(np.abs(v.table.ravel()[:-1]), initial=0.0)) / max(v.second_moment, 1e-300) for v in (x, y)]
+    alike = [_most_alike(x, y), _most_alike(y, x)]
     found = mixed([(x.overlap, alike[1] ** 2), (y.overlap.renamed(y.axes, x.axes), alike[0] ** 2)])
     return replace(found, loud=x.overlap.loud + y.overlap.loud)
+
+
+def _most_alike(x: Value, other: Value) -> float:
+    """The most that two entries have of x, over its second moment; of known numbers the average over places of the other."""
+    places = {p for p, axis in enumerate(other.axes) if any(descends(axis, read) for _, read in other.read)}
+    if x.lineage or not places:
+        return float(np.max(np.abs(x.table.ravel()[:-1]), initial=0.0)) / max(x.second_moment, 1e-300)
+    total = pairs = 0.0
+    for shared in np.ndindex((2,) * x.table.ndim):
+        if not all(shared) and all(same or p in places for p, same in enumerate(shared)):
+            count = math.prod(1.0 if same else axis.size - 1.0 for same, axis in zip(shared, other.axes, strict=True))
+            total, pairs = total + count * float(x.table[shared]), pairs + count
+    return abs(total) / (pairs * x.second_moment) if pairs * x.second_moment > 0.0 else 0.0

@@ -12,34 +12,28 @@ from gainstage.rules.backward.sums import summed_over, to_shape
 from gainstage.signal import (
     Value,
     affine,
+    agreeing,
     combine,
     contract,
     dropout,
     expand,
+    leaning,
     mean_over,
     reshape,
     softmax,
     softmax_gradient,
 )
+from gainstage.signal.copies import replace
 
 aten = torch.ops.aten
 LETTERS = "abcdefgh"
-
-
-def evenness(logits: Value, dim: int) -> float:
-    """Mean over rows of ``U (1 - U)``, ``U = 1/m`` for m keys in sight, over that of the mean U."""
-    if logits.prior is None:
-        return 1.0
-    seen = logits.prior.softmax(dim).nan_to_num(1.0).square().sum(dim).numpy().ravel().clip(max=1.0)
-    mean = float(seen.mean())
-    return float((seen * (1.0 - seen)).mean()) / (mean * (1.0 - mean)) if 0.0 < mean < 1.0 else 1.0
 
 
 @backward(aten.softmax.int, aten._softmax.default)
 def softmax_backward(call: BackwardCall, g: Value, x: Value, dim: int, *args: Any, **kwargs: Any) -> tuple[Gradient, ...]:
     """``p (g - sum p g)``."""
     dim %= len(x.dims)
-    return (softmax_gradient(g, call.output, dim, evenness(x, dim - len(x.dims))),)
+    return (softmax_gradient(g, call.output, x, dim),)
 
 
 @backward(aten.log_softmax.int, aten._log_softmax.default)
@@ -67,14 +61,15 @@ def attention(
     if dropout_p > 0.0:
         to_weights = dropout(to_weights, 1.0 - dropout_p)
     factor = scale if scale is not None else q.shape[-1] ** -0.5
-    to_logits = affine(softmax_gradient(to_weights, weights, len(weights.dims) - 1, evenness(logits, -1)), factor)
-    to_q = contract(to_logits, wide_k, batch + "xz", batch + "zy", batch + "xy")
+    to_logits = affine(softmax_gradient(to_weights, weights, logits, len(weights.dims) - 1), factor)
+    alike = agreeing(to_logits, affine(to_weights, factor), v, logits)
+    to_q = contract(alike, wide_k, batch + "xz", batch + "zy", batch + "xy")
     to_k = contract(to_logits, q, batch + "xz", batch + "xy", batch + "zy")
     to_bias = None if attn_mask is None or attn_mask.constant is not None else affine(to_logits, 1.0 / factor)
     return (
         to_shape(to_q, q.shape),
-        _of_group(to_k, k),
-        _of_group(to_v, v),
+        replace(_of_group(to_k, k), overlap=alike.overlap, read=alike.read),
+        leaning(_of_group(to_v, v), k, logits),
         None if to_bias is None or attn_mask is None else to_shape(to_bias, attn_mask.shape),
     )
 

@@ -1,0 +1,189 @@
+"""Gradients through a softmax: ``a_s = p_s (d_s - sum p d)``, for d of mean 0 that is independent of the weights p.
+
+For independent d of variance 1, with the sums over the keys of one row and of two,
+
+    E sum_s a_s^2    = E[sum p^2 - 2 sum p^3 + (sum p^2)^2]
+    E sum_s a_s a'_s = E[sum p p' - sum p^2 p' - sum p p'^2 + (sum p p')^2]
+
+which is 1/n for n equal weights, and less than ``sum p^2`` where a few keys have it all.
+
+In attention nothing of this is independent from key to key: logits, values and so d are made of the same tensor, and two places
+at the cosine c have c in common in all of them. To first order in the variance of c, over n keys,
+
+    queries:            sum over s != s' of  E[a_s a_s'] k_s . k_s',    E[a_s a_s'] = c  (da_s/dd_s da_s'/dd_s' + ...)
+    weights of keys:    the same with x_s . x_s' in the place of k_s . k_s'
+    weights of values:  sum over s != s' of  E[p_s p_s'] x_s . x_s',    E[p_s p_s'] = c s^2 d^2 (p_s p_s') / dl_s dl_s'
+
+with s^2 the variance of the logits: n times as many terms as are in ``E sum a_s^2``, each a part 1/m of it for m channels. Of c
+counts what is left without what each place has in common with all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from gainstage.signal import levels
+from gainstage.signal.adjoint import together
+from gainstage.signal.attention import Powers, apart, known_shares, powers_of
+from gainstage.signal.axes import Axis
+from gainstage.signal.copies import replace
+from gainstage.signal.movement import merge_dim
+from gainstage.signal.quadrature import Array
+from gainstage.signal.value import Value, gaussian
+
+ROWS = 64  # of a mask, at most, of which all pairs are looked at
+
+
+def softmax_gradient(g: Value, p: Value, x: Value, dim: int) -> Value:
+    """``p (g - sum p g)`` along a dimension, p the softmax of x: what g has in common along it goes, and the sum over it is zero.
+
+    ``K[S] = (K_g[same] - K_g[other]) F(S) / n`` for keys that are the same. F as above for rows whose logits have nothing in
+    common, and for a row with itself; between the two a power law in their correlation.
+    """
+    g, p = together(g, p)
+    g, p, x = merge_dim(g, dim), merge_dim(p, dim), merge_dim(apart(x), dim)
+    if not g.dims[dim]:
+        return gaussian(g.dims, 0.0, np.zeros_like(g.table))
+    position = sum(len(d) for d in g.dims[:dim])
+    size = g.shape[dim]
+    slopes = _slopes(x, dim)
+    rho = np.zeros_like(np.take(p.table, 1, axis=position))
+    if p.tilt is not None and slopes.variance > 0.0:
+        rho = np.clip(np.take(p.tilt, 1, axis=position) / slopes.variance, 0.0, 1.0)
+    rho[(1,) * rho.ndim] = 1.0
+    overlap = np.clip(size * np.take(p.table, 1, axis=position), 0.0, 1.0)
+    passed = overlap * (1.0 - overlap) * slopes.apart ** (1.0 - rho) * slopes.own**rho
+    same = (np.take(g.table, 1, axis=position) - np.take(g.table, 0, axis=position)) * passed / size
+    profile, together_ = _profile(g, position, dim, slopes.pattern)
+    same[(1,) * same.ndim] *= together_
+    table = np.stack([-same / (size - 1.0), same], axis=position)
+    return gaussian(g.dims, 0.0, table, profile, lineage=g.lineage | p.lineage, log_variance=g.log_variance)
+
+
+def agreeing(a: Value, d: Value, values: Value, x: Value) -> Value:
+    """``a = p (d - sum p d)`` for ``d = g . v``, with what two keys have in common because their values do."""
+    n = float(a.shape[-1])
+    if n <= 1.0 or a.second_moment <= 0.0:
+        return a
+    pair = d.second_moment * _over_rows(x).between / (n * (n - 1.0))
+    return replace(a, overlap=values.overlap.centred().times((pair / a.second_moment) ** 2), read=_along_keys(values))
+
+
+def leaning(g: Value, keys: Value, x: Value) -> Value:
+    """The gradient ``p^T g`` of values, with what two keys have in common because the logits x do."""
+    rows, n = _over_rows(x), float(x.shape[-1])
+    if n <= 1.0 or rows.square <= 0.0:
+        return g
+    factor = x.variance * rows.lean / ((n - 1.0) * rows.square)
+    return replace(g, overlap=keys.overlap.centred().times(factor**2), read=_along_keys(keys))
+
+
+def _along_keys(x: Value) -> frozenset[tuple[object, frozenset[Axis]]]:
+    """What keys or values read; it is between those of one sample that gradients agree."""
+    return frozenset((name, frozenset(x.dims[-2])) for name, _ in x.read)
+
+
+@dataclass(frozen=True, slots=True)
+class _Slopes:
+    """F over ``U (1 - U)``, U the overlap of two rows: of a row with itself, and of rows whose logits have nothing in common.
+
+    ``variance``: of the logits over keys. ``square``, ``between``, ``lean``: of the powers of p, on average over rows.
+    ``pattern`` [query, key]: mean square of a, where it differs by what is known of the logits.
+    """
+
+    variance: float
+    own: float
+    apart: float
+    square: float
+    between: float
+    lean: float
+    pattern: Array | None = None
+
+
+def _over_rows(x: Value) -> _Slopes:
+    return _slopes(merge_dim(apart(x), len(x.dims) - 1), len(x.dims) - 1)
+
+
+def _slopes(x: Value, dim: int) -> _Slopes:
+    position = sum(len(d) for d in x.dims[:dim])
+    within = np.take(x.covariance, 1, axis=position) - np.take(x.covariance, 0, axis=position)
+    variance = round(max(float(within[(1,) * within.ndim]), 0.0), 9)
+    size = float(x.shape[dim])
+    if x.prior is None:
+        powers = powers_of(variance, size, x.flatness)
+        own, pairs = _over(powers.slope(), powers.square), _over(_of_two_rows(powers, size), 1.0 / size)
+        return _Slopes(variance, own, pairs, powers.square, powers.between(), powers.lean())
+    share = known_shares(x, dim).movedim(dim, -1)
+    rows = share.reshape(-1, share.shape[-1]).double()
+    squares = rows.square().sum(1).numpy()
+    counts = np.round(1.0 / np.maximum(squares, 1e-300), 3)
+    counts = counts[squares > 0.0]
+    picked = np.unique(counts)
+    picked = picked if len(picked) <= 24 else np.geomspace(picked[0], picked[-1], 24)
+    found = [powers_of(variance, float(n), x.flatness) for n in picked]
+
+    def mean(part: Sequence[float]) -> float:
+        return float(np.interp(counts, picked, part).sum()) / len(squares)
+
+    slope = [powers.slope() for powers in found]
+    square = mean([powers.square for powers in found])
+    between, lean = mean([powers.between() for powers in found]), mean([powers.lean() for powers in found])
+    size = 1.0 / max(float(squares.mean()), 1e-300)
+    pairs = _of_known_rows(rows) * _over(_of_two_rows(powers_of(variance, size, x.flatness), size), 1.0 / size)
+    pattern = _pattern(share, dim, (picked, np.array(slope)))
+    return _Slopes(variance, _over(mean(slope), square), pairs, square, between, lean, pattern)
+
+
+def _over(slope: float, overlap: float) -> float:
+    """``F / (U (1 - U))`` of means over rows."""
+    return slope / (overlap * (1.0 - overlap)) if 0.0 < overlap < 1.0 else 1.0
+
+
+def _of_two_rows(powers: Powers, size: float) -> float:
+    """F of rows whose logits are independent: their weights meet by chance, 1/n for each key."""
+    if size <= 1.0:
+        return 0.0
+    square = powers.square
+    return (1.0 - 2.0 * square + square**2) / size + (1.0 - square) ** 2 / (size * (size - 1.0))
+
+
+def _of_known_rows(rows: torch.Tensor) -> float:
+    """``F / (U (1 - U))`` of different rows of weights that are known, on average over pairs; of many rows, of some."""
+    rows = rows[:: max(len(rows) // ROWS, 1)]
+    if len(rows) < 2:
+        return 1.0
+    overlap, cubes = rows @ rows.T, rows.square() @ rows.T
+    slope = overlap - cubes - cubes.T + overlap.square()
+    count = len(rows) * (len(rows) - 1.0)
+    means = [float(part.sum() - part.diagonal().sum()) / count for part in (slope, overlap)]
+    return _over(*means)
+
+
+def _pattern(share: torch.Tensor, dim: int, slopes: tuple[Array, Array]) -> Array | None:
+    """Mean square of a for each query and key, by the weights that are known beforehand."""
+    if dim == 0 or share.dim() < 2 or share.shape[-2] == 1:
+        return None
+    flat = share.reshape(-1, *share.shape[-2:]).double()
+    square = flat.square().sum(-1, keepdim=True)
+    pattern = flat.square() * ((1.0 - flat).square() + square - flat.square())
+    plain = pattern.sum(-1, keepdim=True)
+    counts = 1.0 / square.clamp_min(1e-300).numpy()
+    gain = np.interp(counts, *slopes) / np.maximum(plain.numpy(), 1e-300)
+    return np.asarray((pattern.numpy() * np.where(plain.numpy() > 0.0, gain, 0.0)).mean(0))
+
+
+def _profile(g: Value, position: int, dim: int, pattern: Array | None) -> tuple[Array | None, float]:
+    """Levels of a, and how much louder it is on average for that loud gradients meet loud rows."""
+    own = np.ones((1,) * g.table.ndim) if g.levels is None else np.mean(g.levels**2, axis=position, keepdims=True)
+    if pattern is None or not g.dims[dim - 1]:
+        return levels.normalised(np.sqrt(own)), 1.0
+    shape = [n for d, axes in enumerate(g.dims) for n in ([a.size for a in axes] if d in (dim - 1, dim) else [1] * len(axes))]
+    if int(np.prod(shape)) != pattern.size:
+        return levels.normalised(np.sqrt(own)), 1.0
+    weight = pattern.reshape(shape)
+    both = own * weight
+    return levels.normalised(np.sqrt(both)), float(both.mean() / (own.mean() * weight.mean())) if weight.any() else 1.0
