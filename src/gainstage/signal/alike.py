@@ -33,8 +33,9 @@ if TYPE_CHECKING:
 def averaged(table: Array, positions: Sequence[int], axes: Sequence[Axis]) -> Array:
     """Table of the mean over some axes, which stay with one entry: ``K[0] + (K[1] - K[0]) / n`` along each."""
     for position, axis in zip(positions, axes, strict=True):
-        other, same = np.take(table, 0, axis=position), np.take(table, 1, axis=position)
-        table = np.expand_dims(other + (same - other) / axis.size, position)
+        before = (slice(None),) * position
+        other, same = table[(*before, slice(0, 1))], table[(*before, slice(1, 2))]
+        table = other + (same - other) / axis.size
     return table
 
 

@@ -30,6 +30,15 @@ def pairs_by_lag(count: int) -> Array:
     return np.where(lags > 0, 2.0, 1.0) * (count - lags)
 
 
+def padded(part: Array, shape: Sequence[int]) -> Array:
+    """An array of this shape that begins with a smaller one, and is 0 beyond."""
+    if part.shape == tuple(shape):
+        return part
+    whole = np.zeros(shape)
+    whole[tuple(slice(0, size) for size in part.shape)] = part
+    return whole
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Neighbours:
     """``excess``: e(d), one dimension for each of the axes; void for a tensor that lacks one of them."""
@@ -57,7 +66,7 @@ class Neighbours:
             wide = wide.with_axis(axis)
         excess = np.transpose(wide.excess, [wide.axes.index(axis) for axis in axes])
         cut = excess[tuple(slice(0, n) for n in shape)]
-        return np.pad(cut, [(0, int(n) - m) for n, m in zip(shape, cut.shape, strict=True)]) if cut.ndim else cut
+        return padded(cut, shape)
 
     def average(self, same: Sequence[bool]) -> float:
         """Average of e over pairs of places that are equal along some of the axes and differ along the others."""

@@ -15,7 +15,7 @@ import numpy as np
 
 from gainstage.signal.axes import Axis
 from gainstage.signal.copies import replace
-from gainstage.signal.neighbours import REACH, pairs_by_lag
+from gainstage.signal.neighbours import REACH, padded, pairs_by_lag
 from gainstage.signal.quadrature import Array
 
 MOST = 16  # causes kept apart
@@ -112,7 +112,7 @@ class Overlap:
         known = next((e for a, e in self.lags if a is axis), None)
         if known is None:
             return np.ones(count)
-        return np.asarray(np.pad(known[:count], (0, max(count - len(known), 0))))
+        return padded(known[:count], (count,))
 
 
 NONE = Overlap()
