@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+import gainstage as gs
 from gainstage import errors
 from gainstage.capture import capture
 from gainstage.cli.huggingface import cpu_torchvision_if_installed
@@ -313,6 +314,35 @@ def test_identity_is_no_call_and_positions_count_what_is_left_out():
 
     graph = capture(Scripted(returns_mask, square()), (x(),))
     assert graph.calls[-1].positions == (1,)
+
+
+class Neighbours(nn.Module):
+    """Averages over the neighbours of a node, by a sparse matrix."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(16, 64, bias=False), nn.Linear(64, 32, bias=False)
+
+    def forward(self, x, matrix):
+        return self.second(torch.relu(torch.sparse.mm(matrix, self.first(x))))
+
+
+@pytest.mark.parametrize("layout", [torch.Tensor.to_sparse, torch.Tensor.to_sparse_csr])
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta state")
+def test_sparse_inputs_are_known_like_what_they_stand_for(layout):
+    torch.manual_seed(0)
+    matrix = (torch.rand(50, 50) < 0.1).float()
+    model, x = Neighbours(), torch.randn(50, 16)
+    trace = gs.inspect(model, (x, layout(matrix)))
+    assert not trace.sampled
+    assert not trace.sampled_backward
+    measured = []
+    for seed in range(16):
+        torch.manual_seed(seed)
+        measured.append(Neighbours()(torch.randn(50, 16), layout(matrix)).detach().square().mean().item())
+    assert trace.modules["second"][0].second_moment == pytest.approx(sum(measured) / 16, rel=0.1)
+    plan = gs.initialize(model, (x, layout(matrix)))
+    assert gs.verify(model, (x, layout(matrix)), plan=plan).ok
 
 
 def test_what_forward_keeps_is_kept_no_longer():

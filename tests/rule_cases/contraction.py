@@ -40,6 +40,7 @@ PRODUCTS = [
     RuleCase(op=aten.matmul.default, args=(HEADS_A, weight(8, 3))),
     RuleCase(op=aten.matmul.default, args=(VECTOR, entries(8))),
     RuleCase(op=aten.mm.default, args=(ROWS, weight(8, 6))),
+    RuleCase(op=aten._sparse_mm.default, args=(ROWS, weight(8, 6)), stand_in=aten.mm.default),
     RuleCase(op=aten.bmm.default, args=(TOKENS, correlated((4, 5, 3), shares={(0,): 0.3}))),
     RuleCase(op=aten.mv.default, args=(ROWS, VECTOR)),
     RuleCase(

@@ -17,7 +17,7 @@ from gainstage.capture.regions import Wiring, fuse_parametrizations, fuse_region
 from gainstage.capture.rows import choose_rows
 from gainstage.capture.softmaxes import name_softmaxes
 from gainstage.errors import CaptureError, NonFiniteError, NoSignalError
-from gainstage.graph import Graph, Node, NodeKind, ParameterInfo, Ref, Region, TensorMeta, followed_uses
+from gainstage.graph import Graph, Node, NodeKind, ParameterInfo, Ref, Region, TensorMeta, dense, followed_uses
 
 
 def assemble(
@@ -189,7 +189,7 @@ def _check_buffers(nodes: Sequence[Node], model: nn.Module) -> None:
     spoiled = [
         names[node.name]
         for node in nodes
-        if node.name in names and node.value is not None and not node.value.is_meta and bool(node.value.isnan().any())
+        if node.name in names and node.value is not None and not node.value.is_meta and bool(dense(node.value).isnan().any())
     ]
     if spoiled:
         raise NonFiniteError(f"NaN in buffer(s) {', '.join(spoiled)}: load or compute them before the model is looked at.")

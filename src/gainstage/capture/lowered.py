@@ -74,7 +74,8 @@ class Lowered:
             is_input: whether the user feeds it.
             like: the tensor that stands for it in the run, if another one.
         """
-        is_signal = is_input and (value.is_floating_point() or value.is_complex()) and not _is_mask(value)
+        is_number = value.is_floating_point() or value.is_complex()
+        is_signal = is_input and is_number and value.layout is torch.strided and not _is_mask(value)
         node = Node(
             name=name,
             kind=NodeKind.INPUT if is_signal else NodeKind.CONSTANT,
@@ -111,5 +112,6 @@ def meta_of(value: Any) -> TensorMeta | tuple[TensorMeta | None, ...] | None:
 
 def _storage(value: Any) -> int | None:
     tensors = [value] if isinstance(value, torch.Tensor) else list(value) if isinstance(value, (tuple, list)) else []
-    keys = {tensor.untyped_storage()._cdata for tensor in tensors if isinstance(tensor, torch.Tensor)}
+    dense = [tensor for tensor in tensors if isinstance(tensor, torch.Tensor) and tensor.layout is torch.strided]
+    keys = {tensor.untyped_storage()._cdata for tensor in dense}
     return keys.pop() if len(keys) == 1 else None

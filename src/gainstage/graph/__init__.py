@@ -14,7 +14,7 @@ from gainstage.graph.model import (
     TensorMeta,
     short_name,
 )
-from gainstage.graph.real import as_real, held, is_sharded, real_parameters, whole
+from gainstage.graph.real import as_real, dense, held, is_sharded, real_parameters, whole
 from gainstage.graph.region import Region, parameters_of_regions
 from gainstage.graph.reuse import FOLLOWED, followed_uses
 
@@ -31,6 +31,7 @@ __all__ = [
     "TensorMeta",
     "as_real",
     "copied_layers",
+    "dense",
     "digest",
     "equal_values",
     "fingerprint",

@@ -89,7 +89,7 @@ _CONVOLUTIONS = frozenset({"conv1d", "conv2d", "conv3d", "convolution", "_convol
 _TRANSPOSED = frozenset({"conv_transpose1d", "conv_transpose2d", "conv_transpose3d"})
 CONVOLUTIONS = _CONVOLUTIONS | _TRANSPOSED
 PRODUCTS = frozenset(
-    {"matmul", "mm", "bmm", "mv", "dot", "vdot", "baddbmm", "addbmm", "einsum"}
+    {"matmul", "mm", "_sparse_mm", "bmm", "mv", "dot", "vdot", "baddbmm", "addbmm", "einsum"}
 )  # either operand may be the weight
 _PLACES: Mapping[str, tuple[int, int, int | None]] = {  # places of data, weight and bias
     **dict.fromkeys(CONVOLUTIONS | {"linear"}, (0, 1, 2)),
@@ -98,7 +98,8 @@ _PLACES: Mapping[str, tuple[int, int, int | None]] = {  # places of data, weight
     "baddbmm": (1, 2, 0),
     "addbmm": (1, 2, 0),
     **dict.fromkeys(
-        ("matmul", "mm", "bmm", "mv", "dot", "vdot", "_grouped_mm", "grouped_mm", "grouped_mm_fallback"), (0, 1, None)
+        ("matmul", "mm", "_sparse_mm", "bmm", "mv", "dot", "vdot", "_grouped_mm", "grouped_mm", "grouped_mm_fallback"),
+        (0, 1, None),
     ),
 }
 # The weight is known by its place even where data come from parameters too.

@@ -34,6 +34,11 @@ def held(value: Any) -> Any:
     return value.to_local() if is_sharded(value) else value
 
 
+def dense(tensor: torch.Tensor) -> torch.Tensor:
+    """What a sparse tensor stands for; any other as it is."""
+    return tensor if tensor.layout is torch.strided else tensor.to_dense()
+
+
 def whole(value: Any) -> Any:
     """All of a tensor, gathered from the processes that hold it; anything else as it is."""
     return value.full_tensor() if is_sharded(value) else value

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from gainstage.errors import UnsupportedOpError
-from gainstage.graph import Node
+from gainstage.graph import Node, dense
 from gainstage.propagate.host import run_on_host
 from gainstage.rules import Call
 from gainstage.signal import Value, known
@@ -61,7 +61,8 @@ def sample_node(node: Node, call: Call, args: Sequence[Any], kwargs: Mapping[str
 
 
 def constant_value(tensor: torch.Tensor) -> Value:
-    """Value of a known tensor; integers are carried, not measured."""
+    """Value of a known tensor; integers are carried, not measured. A sparse one is as good as what it stands for."""
+    tensor = dense(tensor)
     if tensor.is_floating_point():
         return known(tensor)
     dims = new_dims(tuple(tensor.shape))

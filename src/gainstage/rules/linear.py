@@ -49,7 +49,7 @@ def addmm(call: Call, bias: Value, x: Value, weight: Value, *, beta: float = 1, 
     return combine(torch.add, product, affine(bias, float(beta)))
 
 
-@rule(aten.matmul.default, aten.mm.default, aten.bmm.default, aten.mv.default)
+@rule(aten.matmul.default, aten.mm.default, aten.bmm.default, aten.mv.default, aten._sparse_mm.default)
 def matmul(call: Call, a: Value, b: Value) -> Value:
     """Sum over the last dimension of a and the last but one of b."""
     return contract(a, b, *matmul_labels(len(a.dims), len(b.dims)))

@@ -99,7 +99,7 @@ class Own:
 CONTRACTIONS = frozenset(
     {
         aten.linear.default, aten.addmm.default, aten.mm.default, aten.bmm.default, aten.matmul.default, aten.baddbmm.default,
-        aten.mv.default, aten.einsum.default, aten.bilinear.default, aten._trilinear.default,
+        aten.mv.default, aten._sparse_mm.default, aten.einsum.default, aten.bilinear.default, aten._trilinear.default,
         aten.conv1d.default, aten.conv2d.default, aten.conv3d.default,
         aten.conv1d.padding, aten.conv2d.padding, aten.conv3d.padding,
         aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input, aten.convolution.default,

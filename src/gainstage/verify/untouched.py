@@ -24,7 +24,8 @@ def untouched(model: nn.Module) -> Iterator[None]:
     a copy of all would double the model's memory.
     """
     guard = _WriteGuard([*model.parameters()])
-    buffers = [(buffer, buffer.data, buffer.detach().clone()) for buffer in model.buffers()]
+    dense = [buffer for buffer in model.buffers() if buffer.layout is torch.strided]  # others are not written in place
+    buffers = [(buffer, buffer.data, buffer.detach().clone()) for buffer in dense]
     parameters = [(parameter, parameter.data, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
     with torch.no_grad(), same_attributes(model), _same_randomness(model), _plain_attention():
         try:

@@ -15,7 +15,7 @@ from gainstage.apply.ranks import together
 from gainstage.apply.write import PATIENCE
 from gainstage.errors import InputError, NonFiniteError, PlanMismatchError
 from gainstage.findings import Finding
-from gainstage.graph import Graph, digest, fingerprint, held, tensor_leaves
+from gainstage.graph import Graph, dense, digest, fingerprint, held, tensor_leaves
 from gainstage.plan import Plan
 from gainstage.propagate import Trace, check_initialised
 from gainstage.verify import signals
@@ -43,7 +43,7 @@ def check_values(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, A
             "gs.materialize(model, plan) gives it values; with plan=plan, gs.verify can do without."
         )
     bad = [f"parameter {name}" for name, tensor in model.named_parameters() if not bool(held(tensor).isfinite().all())]
-    bad += [f"buffer {name}" for name, tensor in model.named_buffers() if bool(held(tensor).isnan().any())]
+    bad += [f"buffer {name}" for name, tensor in model.named_buffers() if bool(dense(held(tensor)).isnan().any())]
     _refuse(bad)
     check_inputs(args, kwargs)
 
@@ -55,7 +55,7 @@ def check_inputs(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         InputError: an input on the meta device.
         NonFiniteError: NaN or infinity in an input.
     """
-    leaves = [held(leaf) for leaf in tensor_leaves((args, dict(kwargs)))]
+    leaves = [dense(held(leaf)) for leaf in tensor_leaves((args, dict(kwargs)))]
     if any(leaf.is_meta for leaf in leaves):
         raise InputError("An input lies on the meta device; a real pass needs real inputs.")
     _refuse([f"input {position}" for position, leaf in enumerate(leaves) if not _is_input(leaf)])
@@ -258,7 +258,6 @@ def check_operations(plan: Plan, graph: Graph) -> None:
 
 def _input_level(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> float:
     """Largest second moment among the floating-point inputs."""
-    levels = [
-        float(leaf.detach().float().square().mean()) for leaf in tensor_leaves((args, dict(kwargs))) if leaf.is_floating_point()
-    ]
+    leaves = [dense(leaf.detach()) for leaf in tensor_leaves((args, dict(kwargs))) if leaf.is_floating_point()]
+    levels = [float(leaf.float().square().mean()) for leaf in leaves]
     return max((level for level in levels if level < float("inf")), default=1.0)

@@ -80,7 +80,7 @@ def addmm(
     return to_shape(affine(g, float(beta)), bias.shape), to_x, _dense_gradient(scaled, x, "az", "ay", "yz")
 
 
-@backward(aten.matmul.default, aten.mm.default, aten.bmm.default, aten.mv.default)
+@backward(aten.matmul.default, aten.mm.default, aten.bmm.default, aten.mv.default, aten._sparse_mm.default)
 def matmul(call: BackwardCall, g: Value, a: Value, b: Value) -> tuple[Gradient, ...]:
     """``g b^T`` and ``a^T g``."""
     return contract_backward(g, a, b, *matmul_labels(len(a.dims), len(b.dims)))
