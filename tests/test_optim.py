@@ -249,6 +249,25 @@ def test_a_fused_parameter_has_one_rate_of_its_whole_size():
     assert rates["1.self_attn.in_proj_weight"] == pytest.approx(1e-3 * rms(model[1].self_attn.in_proj_weight), rel=0.01)
 
 
+def test_complex_parameters_move_by_what_was_asked():
+    class Mixing(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight, self.head = nn.Parameter(torch.randn(16, 16, dtype=torch.complex64)), nn.Linear(16, 4)
+
+        def forward(self, x):
+            return self.head((x.to(torch.complex64) @ self.weight).abs())
+
+    torch.manual_seed(0)
+    model, x = Mixing(), torch.randn(64, 16)
+    groups = gs.param_groups(model, gs.plan(model, (x,)), relative_update=0.01, optimizer="adam")
+    before = model.weight.detach().clone()
+    optimizer = torch.optim.Adam(groups)
+    model(x).square().mean().backward()
+    optimizer.step()
+    assert ((model.weight.detach() - before).norm() / before.norm()).item() == pytest.approx(0.01, rel=0.02)
+
+
 def test_frozen_parameters_are_left_out_and_tied_ones_stand_once():
     class Tied(nn.Module):
         def __init__(self):

@@ -9,6 +9,7 @@ import torch
 
 from gainstage.apply.parts import Holding
 from gainstage.errors import InputError
+from gainstage.graph import as_real
 from gainstage.plan import Distribution, Family, ParameterPlan, Plan
 from gainstage.roles import CONTRACTED, Role
 
@@ -72,7 +73,7 @@ def _second_moment(distribution: Distribution) -> float:
 def _present_rms(name: str, holding: Holding) -> float:
     if holding.parameter.is_meta:
         raise InputError(f"{name} is kept as it is, and has no values on the meta device to compare its updates with")
-    norm: Any = torch.linalg.vector_norm(holding.parameter.detach(), dtype=torch.float64)
+    norm: Any = torch.linalg.vector_norm(as_real(holding.parameter.detach()), dtype=torch.float64)
     if holding.ranks:  # a DTensor: the sum over its shards
         norm = norm.full_tensor()
     rms = float(norm) / math.sqrt(math.prod(holding.shape))
