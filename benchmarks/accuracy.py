@@ -120,11 +120,13 @@ def covered(predicted: float, spread: float, moments: Sequence[float]) -> float:
     A level is a product of many factors, so its log is near normal; a log-normal variable of mean m has the median
     ``m exp(-s^2 / 2)``, about which 95 % of it lie within 1.96 s.
     """
-    if predicted <= 0.0 or min(moments) <= 0.0:
-        return float(predicted <= 0.0 and max(moments) <= 0.0)
+    found = np.array(moments)
+    if predicted <= 0.0:
+        return float(np.mean(found <= 0.0))
     s = math.hypot(spread, RESOLUTION)
-    off = np.log(np.array(moments) / predicted) + 0.5 * s**2
-    return float(np.mean(np.abs(off) <= 1.96 * s))
+    positive = found > 0.0  # the others, of branches that were dropped in all samples, lie outside
+    off = np.log(found[positive] / predicted) + 0.5 * s**2
+    return float(np.sum(np.abs(off) <= 1.96 * s)) / len(found)
 
 
 def bands(scores: list[Score]) -> dict[str, float]:
