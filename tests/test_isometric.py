@@ -14,7 +14,7 @@ import gainstage as gs
 from gainstage.cli import main
 from gainstage.errors import InputError, PlanFormatError, PlanMismatchError
 from gainstage.policies import find_policy
-from gainstage.signal import affine, apply, independent, overlap
+from gainstage.signal import affine, apply, independent, overlap, stray
 from gainstage.signal.tailoring import leaky_cosine, tailored_slope, tailored_smooth
 
 SMOOTH = {
@@ -85,7 +85,7 @@ def test_a_slope_takes_a_chain_to_its_target():
 
 
 def test_a_shift_that_is_taken_back_leaves_what_strays():
-    x = apply(torch.relu, independent((8, 16), 0.0, 1.0, log_variance=0.3, overlap=overlap.independent(0.2)))
+    x = apply(torch.relu, independent((8, 16), 0.0, 1.0, stray=stray.of(0.3), overlap=overlap.independent(0.2)))
     there = affine(x, 2.0, 5.0)
     # d log E[(2 s relu + 5)^2] / d log s^2 = (4 E[r^2] + 20 E[r] / 2) / (4 E[r^2] + 20 E[r] + 25), by a step of 5 %.
     mean = 1.0 / math.sqrt(2.0 * math.pi)

@@ -1,15 +1,20 @@
 """The predicted spread against the deviation over many real draws of weights and inputs."""
 
+import io
 import math
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from rich.console import Console
 from torch import nn
 
 import gainstage as gs
-from gainstage.signal.quadrature import nodes, stray_passed
+from gainstage.findings import FindingKind
+from gainstage.report.checks import check_report
+from gainstage.signal import apply, contract, filter_dim, independent, mean_over, normalise, stray
+from gainstage.signal.quadrature import nodes, stray_passed, weights
 
 DRAWS = 400
 
@@ -73,6 +78,32 @@ def skewed():
     return nn.Sequential(*stem, nn.BatchNorm2d(24), nn.SiLU())
 
 
+class Branch(nn.Module):
+    """Without a norm the branch has the level of the stream, whatever that is in this draw."""
+
+    def __init__(self):
+        super().__init__()
+        self.branch = nn.Sequential(nn.Linear(32, 32, bias=False), nn.ReLU(), nn.Linear(32, 32, bias=False))
+
+    def forward(self, x):
+        return x + self.branch(x)
+
+
+class Two(nn.Module):
+    """Two branches: of one trunk, both are loud or both quiet; of a trunk each, side by side, one is often as loud as both."""
+
+    def __init__(self, trunks):
+        super().__init__()
+        self.trunks = nn.ModuleList([nn.Sequential(*[nn.Linear(16, 16, bias=False) for _ in range(4)]) for _ in range(trunks)])
+        self.first, self.second = nn.Linear(16, 64, bias=False), nn.Linear(16, 64, bias=False)
+
+    def forward(self, x):
+        if len(self.trunks) == 2:
+            return torch.cat([self.first(self.trunks[0](x)), self.second(self.trunks[1](x))], -1)
+        x = self.trunks[0](x)
+        return self.first(x) * F.relu(self.second(x))
+
+
 class Gated(nn.Module):
     def __init__(self):
         super().__init__()
@@ -109,6 +140,9 @@ CASES = {
     "strided kernel that overlaps": (lambda: strided(False), maps(2, 3, 32), 0.1),
     "kernel over channels_last tokens": (lambda: strided(True), maps(2, 3, 32), 0.1),
     "gate": (Gated, rows(32, 32), 0.1),
+    "branches without norms": (lambda: nn.Sequential(*[Branch() for _ in range(6)]), rows(32, 32), 0.1),
+    "product of branches": (lambda: Two(1), rows(32, 16), 0.1),
+    "side by side": (lambda: Two(2), rows(32, 16), 0.1),
 }
 
 
@@ -157,6 +191,27 @@ def test_a_stray_level_is_passed_on_by_the_whole_of_the_function(function, varia
     assert function is not torch.relu or passed == pytest.approx(variance)
 
 
+@pytest.mark.parametrize("function", [F.silu, torch.relu])
+def test_averages_stray_by_what_all_entries_have_in_common(function):
+    """Of entries that are known to a factor only: averages over many go with their mean, rows that sum to 0 see the rest."""
+    torch.manual_seed(0)
+    x = independent((2, 256, 64, 64), 0.0, 1.0, stray=stray.of(9e-4))
+    y = apply(function, x)
+    levels = torch.exp(0.015 * torch.randn(2000, dtype=torch.float64))[:, None] * torch.from_numpy(nodes())
+    mass = torch.from_numpy(weights())
+    mean, second = (function(levels) ** power @ mass for power in (1, 2))
+    pooled = filter_dim(filter_dim(y, 2, np.full((1, 64), 1 / 64)), 3, np.full((1, 64), 1 / 64))
+    at_once = mean_over(y, [y.axes[2], y.axes[3]])
+    rows = independent((256, 64), 0.0, 1.0, is_weight=True)
+    rows = normalise(rows, rows.axes[:1], 0.0)
+    seen = contract(y, rows, "bcij", "co", "boij")
+    seen_pooled = contract(filter_dim(y, 2, np.kron(np.eye(32), np.full((1, 2), 0.5))), rows, "bcij", "co", "boij")
+    for value, level in (
+        (y, second), (pooled, mean**2), (at_once, mean**2), (seen, second - mean**2), (seen_pooled, second - mean**2),
+    ):  # fmt: skip
+        assert value.log_variance == pytest.approx(float(level.log().var()), rel=4.0 * (2.0 / 2000) ** 0.5)
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_the_spread_is_the_deviation_of_the_log_over_draws(name):
     make, inputs, tolerance = CASES[name]
@@ -199,3 +254,27 @@ def test_a_spread_without_bounds_leaves_levels_finite():
     plan = gs.plan(nn.Sequential(*layers, nn.Linear(32, 4)), (torch.randn(64, 32),))
     assert all(0.0 < part.std < 1.0 for name, p in plan.parameters.items() if "weight" in name for part in p.distributions)
     assert all(np.isfinite(spread).all() for spread in plan.spreads.values())
+
+
+def test_levels_that_no_draw_has_are_no_numbers_to_go_by():
+    """Sixty narrow layers of ReLU: draws stray by factors of 70; of four layers by 3."""
+    torch.manual_seed(0)
+    deep, shallow = chain(16, 60, nn.ReLU), chain(16, 4, nn.ReLU)
+    for model, is_lost in ((deep, True), (shallow, False)):
+        x, last = torch.randn(64, 16), str(len(model) - 2)
+        plan = gs.initialize(model, (x,), seed=1, policy="unit")
+        check = gs.verify(model, (x,), plan=plan)
+        shown = rendered(check_report(check))
+        assert check.ok
+        assert any("large spread" in note for note in plan.notes) is is_lost
+        assert ("draws that stray by factors beyond 20" in plan.explain(f"{last}.weight")) is is_lost
+        assert ("any: draws stray" in shown and "> 3" in shown) is is_lost
+        found = [finding for finding in gs.inspect(model, (x,)).findings if finding.kind is FindingKind.LARGE_SPREAD]
+        assert [finding.where != "" and not finding.kind.is_fault for finding in found] == [True] * is_lost
+    assert "draws that stray" not in plan.explain("2.weight")
+
+
+def rendered(report):
+    console = Console(width=160, record=True, file=io.StringIO())
+    console.print(report)
+    return console.export_text()

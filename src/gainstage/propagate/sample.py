@@ -25,6 +25,7 @@ from gainstage.signal.known import LARGE
 from gainstage.signal.marginal import Marginal
 from gainstage.signal.quadrature import sample_quantiles
 from gainstage.signal.sampling import common_profile, draw, pooled
+from gainstage.signal.stray import Stray
 
 ENTRIES = 2**20  # stop when the draws have this many entries together, of operands or results
 MOST, FEWEST = 32, 4
@@ -54,7 +55,7 @@ def sample_node(node: Node, call: Call, args: Sequence[Any], kwargs: Mapping[str
                     f"add a rule: @gainstage.rules.rule(torch.ops.{node.op_name})"
                 ) from error
             outputs.append(list(result) if isinstance(result, (tuple, list)) else [result])
-    stray = max((value.log_variance for value in operands), default=0.0)
+    stray = max((value.stray for value in operands), key=lambda stray: stray.variance, default=Stray()).hidden()
     origin = Sampled(reason)
     found = [pooled_value(list(draws), lineage, stray, origin) for draws in zip(*outputs, strict=True)]
     return tuple(found) if isinstance(node.meta, tuple) else found[0]
@@ -137,8 +138,8 @@ def filled(argument: Any, drawn: Any) -> Any:
     return argument
 
 
-def pooled_value(draws: list[Any], lineage: int, stray: float, origin: Sampled) -> Value | None:
-    """Value of a tensor from draws of it; what the mean over the draws strays by is added to the log variance ``stray``."""
+def pooled_value(draws: list[Any], lineage: int, stray: Stray, origin: Sampled) -> Value | None:
+    """Value of a tensor from draws of it; what the mean over the draws strays by is added to ``stray``."""
     if not isinstance(draws[0], torch.Tensor):
         return None
     if not draws[0].is_floating_point():
@@ -149,7 +150,7 @@ def pooled_value(draws: list[Any], lineage: int, stray: float, origin: Sampled) 
     assert len(axes_of(dims)) == table.ndim
     moments = np.array([float(sample.double().square().mean()) for sample in draws])
     if len(draws) > 1 and moments.mean() > 0.0:
-        stray += float(moments.var(ddof=1)) / len(draws) / float(moments.mean()) ** 2
+        stray = stray.with_cause(float(moments.var(ddof=1)) / len(draws) / float(moments.mean()) ** 2)
     profile = common_profile(draws)
     step = max(draws[0].numel() // 8192, 1)
     entries = torch.cat([sample.reshape(-1)[::step] for sample in draws]).double().numpy()
@@ -159,6 +160,6 @@ def pooled_value(draws: list[Any], lineage: int, stray: float, origin: Sampled) 
         alike = entries[along > 0.0] / along[along > 0.0]
         marginal = Marginal(marginal.latent, lambda: sample_quantiles(entries), lambda: sample_quantiles(alike))
     return Value(
-        dims=dims, mean=mean, table=table, marginal=marginal, source=origin, lineage=lineage, log_variance=stray,
+        dims=dims, mean=mean, table=table, marginal=marginal, source=origin, lineage=lineage, stray=stray,
         levels=profile,
     )  # fmt: skip

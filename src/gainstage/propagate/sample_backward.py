@@ -15,6 +15,7 @@ from gainstage.propagate.host import with_conditions
 from gainstage.propagate.sample import ENTRIES, FEWEST, MOST, Sampled, filled, operands_of, pooled_value
 from gainstage.signal import Value
 from gainstage.signal.sampling import draw
+from gainstage.signal.stray import Stray
 
 
 def sample_backward(node: Node, g: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, ...]:
@@ -68,7 +69,7 @@ def _leaf(tensor: torch.Tensor) -> torch.Tensor:
 
 def _pooled_gradient(draws: list[torch.Tensor | None]) -> Value | None:
     present = [draw for draw in draws if draw is not None]
-    return pooled_value(present, 0, 0.0, Sampled()) if present else None
+    return pooled_value(present, 0, Stray(), Sampled()) if present else None
 
 
 def _fill_gradients(argument: Any, found: Any) -> Any:

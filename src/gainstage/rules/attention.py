@@ -58,4 +58,4 @@ def attention(
         v = repeat_heads(v, q.shape[-3])
     batch = LETTERS[: len(q.dims) - 2]
     result = contract(weights, v, batch + "xz", batch + "zy", batch + "xy")
-    return replace(result, log_variance=v.log_variance)
+    return replace(result, stray=v.stray.hidden())

@@ -40,6 +40,4 @@ def grouped_product(
     equal = equal.reshape(equal.shape + (1,) * (same.table.ndim - equal.ndim))
     table = equal * same.table + (1.0 - equal) * other.table
     assert len(axes_of(same.dims)) == table.ndim
-    return gaussian(
-        same.dims, same.mean, table, lineage=x.lineage | weight.lineage, log_variance=same.log_variance, profile=same.levels
-    )
+    return gaussian(same.dims, same.mean, table, lineage=x.lineage | weight.lineage, stray=same.stray, profile=same.levels)

@@ -31,6 +31,7 @@ from gainstage.signal.recurrent import (
     simulate,
     tanh_step,
 )
+from gainstage.signal.stray import Stray, read
 
 aten = torch.ops.aten
 
@@ -120,7 +121,7 @@ def _state(value: Value, index: int) -> Process:
     return Process(within=np.array([[float(within)]]), between=np.array([[float(between)]]), mean=value.mean)
 
 
-def _signal(life: Process, entries: Array, dims: tuple[Dim, Dim, Dim], lineage: int, stray: float) -> Value:
+def _signal(life: Process, entries: Array, dims: tuple[Dim, Dim, Dim], lineage: int, stray: Stray) -> Value:
     """Value [time, batch, channel] of a hidden state; channels share their mean."""
     times = life.within.shape[0]
 
@@ -143,7 +144,7 @@ def _signal(life: Process, entries: Array, dims: tuple[Dim, Dim, Dim], lineage: 
     marginal = Marginal(object(), values)
     return Value(
         dims=dims, mean=life.mean, table=np.array(table[index]), marginal=marginal, source=object(), lineage=lineage,
-        log_variance=stray, levels=profile,
+        stray=stray, levels=profile,
     )  # fmt: skip
 
 
@@ -154,7 +155,7 @@ def recurrent(
     x = merge_dim(merge_dim(merge_dim(x, 0), 1), 2)
     times, batch = x.shape[0], x.dims[1]
     below: Process | None = None
-    lineage, stray, last_h, last_c = x.lineage, x.log_variance + x.fluctuation(), [], []
+    lineage, stray, last_h, last_c = x.lineage, read([(x, 1.0)]), [], []
     outputs: list[Value] = []
     for depth, directions in enumerate(layers):
         lives: list[Life] = []
@@ -240,7 +241,7 @@ def _cell(kind: Kind, x: Value, states: Sequence[Value], params: Sequence[Value 
         driven = [_driven_at(inputs, _rows(weights.input, g, kind.gates), units.steps) for g in range(kind.gates)]
         units.advance(_gates(kind, weights, driven), kind.step)
     life = units.last()
-    lineage, stray = x.lineage | weights.lineage, x.log_variance + x.fluctuation()
+    lineage, stray = x.lineage | weights.lineage, read([(x, 1.0)])
     channel = (Axis(weights.hidden.shape[1]),)
     found = []
     for moments in (life.hidden, life.cell):

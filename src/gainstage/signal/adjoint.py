@@ -89,7 +89,7 @@ def normalise_gradient(g: Value, x: Value, dims: Sequence[int], eps: float, *, c
     full = (1,) * table.ndim
     table[full] = max(float(table[full]), 0.0)
     near = _projected_neighbours(g, xhat, float(along[(-1,) * table.ndim]), float(common[(-1,) * table.ndim]))
-    extra = {"lineage": g.lineage | x.lineage, "log_variance": g.log_variance, "near": near, "uneven": x.uneven}
+    extra = {"lineage": g.lineage | x.lineage, "stray": g.stray.hidden(), "near": near, "uneven": x.uneven}
     to_x = gaussian(g.dims, 0.0, table * (inverse_factor * inverse), profile, **extra)
     amplitude = amplitude_of(g) * (inverse_factor * inverse) ** 0.5
     if centre:
@@ -214,7 +214,7 @@ def lookup_gradient(g: Value, index: torch.Tensor, rows: int) -> Value:
     other = (everything - same) / max(rows * (rows - 1.0), 1.0)
     table = np.stack([other, same / rows]) if rows > 1 else everything
     rows_dim = (Axis(rows),) if rows > 1 else ()
-    return gaussian((rows_dim, *g.dims[rank:]), 0.0, np.asarray(table), lineage=g.lineage, log_variance=g.log_variance)
+    return gaussian((rows_dim, *g.dims[rank:]), 0.0, np.asarray(table), lineage=g.lineage, stray=g.stray.hidden())
 
 
 def through_slope(g: Value, steepness: Value, against: float = 0.0) -> Value:

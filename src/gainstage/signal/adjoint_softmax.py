@@ -61,7 +61,7 @@ def softmax_gradient(g: Value, p: Value, x: Value, dim: int) -> Value:
     profile, together_ = _profile(g, position, dim, slopes.pattern)
     same[(1,) * same.ndim] *= together_
     table = np.stack([-same / (size - 1.0), same], axis=position)
-    return gaussian(g.dims, 0.0, table, profile, lineage=g.lineage | p.lineage, log_variance=g.log_variance)
+    return gaussian(g.dims, 0.0, table, profile, lineage=g.lineage | p.lineage, stray=g.stray.hidden())
 
 
 def agreeing(a: Value, d: Value, values: Value, x: Value) -> Value:

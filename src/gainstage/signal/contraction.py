@@ -25,7 +25,7 @@ from gainstage.signal.neighbours import REACH, Neighbours, beyond, cut, made, ou
 from gainstage.signal.overlap import Taps
 from gainstage.signal.quadrature import Array
 from gainstage.signal.rows import kept, pattern_of, tilted
-from gainstage.signal.spread import by_chance, weighted
+from gainstage.signal.spread import by_chance, multiplied, weighted
 from gainstage.signal.value import Lean, Value, gaussian
 
 Places = NDArray[np.int64]
@@ -147,14 +147,13 @@ class Subscripts:
 
 def contracted(a: Value, b: Value, dims: tuple[Dim, ...], mean: float, table: Array, *, profile: Array | None) -> Value:
     """Gaussian result of a sum over many products, with the history of its operands."""
-    stray = sum(x.log_variance + (0.0 if x.is_weight or x.constant is not None else x.fluctuation()) for x in (a, b))
     return gaussian(
         dims,
         mean,
         table,
         profile=profile,
         lineage=a.lineage | b.lineage,
-        log_variance=stray,
+        stray=multiplied(a, b),
         is_weight=a.is_weight and b.is_weight,
     )
 

@@ -22,6 +22,7 @@ from gainstage.signal.pairing import amplitude_of
 from gainstage.signal.quadrature import Array, nodes, standardised
 from gainstage.signal.shares import Share
 from gainstage.signal.spread import held
+from gainstage.signal.stray import averaged as averaged_stray
 from gainstage.signal.uneven import shape_alone
 from gainstage.signal.value import Value, gaussian
 
@@ -41,7 +42,8 @@ def filter_dim(x: Value, dim: int, matrix: Array) -> Value:
     along = np.ones(1) if x.levels is None or inputs == 1 else levels.over(x.levels, position, inputs)
     even = levels.evened(x.table, x.levels, [position]) if inputs > 1 else np.stack([x.table, x.table], axis=position)
     weighted = matrix * along
-    table = np.moveaxis(np.tensordot(_mixing(weighted), np.moveaxis(even, position, 0), axes=1), 0, position)
+    mixing = _mixing(weighted)
+    table = np.moveaxis(np.tensordot(mixing, np.moveaxis(even, position, 0), axes=1), 0, position)
     same_axes = outputs == inputs and inputs > 1
     out_axis = x.dims[dim] if same_axes else ((Axis(outputs),) if outputs > 1 else ())
     near = None
@@ -53,7 +55,9 @@ def filter_dim(x: Value, dim: int, matrix: Array) -> Value:
         table = np.take(table, 1, axis=position)
     dims = tuple(out_axis if d == dim else axes for d, axes in enumerate(x.dims))
     mean = x.mean * float(weighted.sum(1).mean() / along.mean())
-    result = gaussian(dims, mean, table, profile, lineage=x.lineage, log_variance=x.log_variance, is_weight=x.is_weight)
+    along_it = tuple(slice(None) if p == position else 1 for p in range(x.table.ndim))
+    stray = averaged_stray(x, lambda pairs: float(mixing[1] @ pairs[along_it])) if inputs > 1 else x.stray.hidden()
+    result = gaussian(dims, mean, table, profile, lineage=x.lineage, stray=stray, is_weight=x.is_weight)
     overlap, factor = filtered_overlap(x.overlap, x.dims[dim][0], matrix, out_axis) if inputs > 1 else (x.overlap, 1.0)
     factor *= (x.second_moment / result.second_moment) ** 2 if result.second_moment > 0.0 else 0.0
     result = replace(result, near=near, overlap=overlap.times(factor), uneven=x.uneven)

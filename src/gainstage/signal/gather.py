@@ -125,9 +125,9 @@ def lookup(weight: Value, dim: int, index: torch.Tensor) -> Value:
         marginal=Marginal(object(), lambda: weight.marginal.values),
         source=object(),
         lineage=weight.lineage,
-        log_variance=weight.log_variance,
+        stray=weight.stray.hidden(),
         overlap=independent(_repetition(equal)),
     )
     # Two look-ups of one row are equal, of two rows are not: on average over pairs that is more than a correlation shows.
     stray = rows.average(picked(weight.square_covariance())) - rows.fluctuation()
-    return replace(rows, log_variance=rows.log_variance + max(stray, 0.0))
+    return replace(rows, stray=rows.stray.with_cause(stray))

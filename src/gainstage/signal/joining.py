@@ -14,6 +14,7 @@ from gainstage.signal.marginal import Marginal
 from gainstage.signal.movement import full_prior, map_tables, merge_dim, refine, with_axes
 from gainstage.signal.overlap import Overlap, mixed
 from gainstage.signal.quadrature import Array, covariance_series, quantiles, weights
+from gainstage.signal.stray import Stray, summed
 from gainstage.signal.value import Joined, Value
 
 
@@ -60,7 +61,7 @@ def join(values: Sequence[Value], dim: int) -> Value:
         source=object(),
         lineage=_union(parts),
         read=frozenset().union(*(part.read for part in parts)),
-        log_variance=max(part.log_variance for part in parts),
+        stray=_stray(parts, sizes),
         is_weight=all(part.is_weight for part in parts),
         levels=levels.of_parts([(part.levels, part.second_moment) for part in ordered], sizes, position, table.ndim),
         joined=Joined(table, new_axis, tuple(parts), dim),
@@ -70,6 +71,12 @@ def join(values: Sequence[Value], dim: int) -> Value:
         ),
         prior=_prior(values, dim),
     )
+
+
+def _stray(parts: Sequence[Value], sizes: Sequence[int]) -> Stray:
+    """Levels of the parts, by what each has of the second moment."""
+    amounts = [n * part.second_moment for part, n in zip(parts, sizes, strict=True)]
+    return summed([(part, amount / max(sum(amounts), 1e-300)) for part, amount in zip(parts, amounts, strict=True)])
 
 
 def _shared_overlap(parts: Sequence[Value], sizes: Sequence[int], axes: Sequence[Axis]) -> Overlap:

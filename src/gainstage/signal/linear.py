@@ -30,6 +30,9 @@ from gainstage.signal.quadrature import (
     weights,
 )
 from gainstage.signal.spread import after_shift, product_overlap, product_stray
+from gainstage.signal.stray import Stray
+from gainstage.signal.stray import averaged as averaged_stray
+from gainstage.signal.stray import summed as summed_stray
 from gainstage.signal.uneven import of_product, of_sum
 from gainstage.signal.value import Lean, Statistic, Sum, Value, gaussian, statistic_at
 
@@ -66,18 +69,19 @@ def mean_over(x: Value, axes: Sequence[Axis]) -> Value:
     gone = [axis for axis in x.axes if axis in axes]
     if not gone:
         return x
-    table = averaged(x.table, [x.axes.index(axis) for axis in gone], gone)
+    positions = [x.axes.index(axis) for axis in gone]
+    table = averaged(x.table, positions, gone)
     index = tuple(0 if axis in gone else slice(None) for axis in x.axes)
     dims = tuple(tuple(axis for axis in dim if axis not in gone) for dim in x.dims)
     count = int(np.prod([axis.size for axis in gone]))
     latents = frozenset([x.marginal.latent]) | (x.statistic.of if x.statistic else frozenset())
-    positions = [x.axes.index(axis) for axis in gone]
     profile = levels.averaged(x.levels, positions)
     centre = x.mean / (1.0 if profile is None else float(profile.mean()))
     if x.statistic is not None:
         statistic, profile = statistic_at(latents, x.centres().mean(axis=tuple(positions)), profile)
         centre = statistic.centre
-    result = gaussian(dims, x.mean, table[index], profile, lineage=x.lineage, log_variance=x.log_variance, is_weight=x.is_weight)
+    stray = averaged_stray(x, lambda pairs: float(averaged(pairs, positions, gone)[(-1,) * pairs.ndim]))
+    result = gaussian(dims, x.mean, table[index], profile, lineage=x.lineage, stray=stray, is_weight=x.is_weight)
     shape = _average_marginal(x, result, count) if count < 8 else _common_marginal(x, result, gone)
     if shape is not None:
         result = replace(result, marginal=shape, rho=None)
@@ -160,7 +164,7 @@ def add(x: Value, y: Value, sign: float = 1.0) -> Value:
         marginal=_sum_marginal(x, y, sign, (mean, max(variance, 0.0) ** 0.5), profile),
         lineage=x.lineage | y.lineage,
         read=x.read | y.read,
-        log_variance=share**2 * x.log_variance + (1.0 - share) ** 2 * y.log_variance,
+        stray=_level_of_sum(x, y, sign * float(cross[(1,) * cross.ndim]), float(table[(1,) * table.ndim])),
         overlap=summed_overlap([(x.overlap, share**2), (y.overlap.renamed(y.axes, x.axes), (1.0 - share) ** 2)]),
         is_weight=x.is_weight and y.is_weight,
         uneven=of_sum(x, y, share),
@@ -180,6 +184,13 @@ def add(x: Value, y: Value, sign: float = 1.0) -> Value:
     if x.source is not None and x.source is y.source and same_axes:
         return replace(result, source=x.source, amplitude=amplitude_of(x) + sign * amplitude_of(y))
     return summed(result, x, y, sign)
+
+
+def _level_of_sum(x: Value, y: Value, cross: float, level: float) -> Stray:
+    """The level of a sum is made of ``E[x (x + y)]`` and ``E[y (x + y)]``."""
+    if level <= 0.0:
+        return Stray()
+    return summed_stray([(v, min(max((v.second_moment + cross) / level, 0.0), 1.0)) for v in (x, y)])
 
 
 def without_common(x: Value) -> Neighbours | None:
@@ -253,7 +264,7 @@ def multiply(x: Value, y: Value) -> Value:
         return replace(
             x, mean=mean, table=table, marginal=marginal, rho=x.correlation(), amplitude=scaled,
             lineage=x.lineage | y.lineage, constant=None, statistic=x.statistic,
-            is_weight=x.is_weight and y.is_weight, log_variance=x.log_variance + y.log_variance,
+            is_weight=x.is_weight and y.is_weight, stray=summed_stray([(x, 1.0), (y, 1.0)]),
             levels=levels.product(x.levels, y.levels),
         )  # fmt: skip
     product = Value(
@@ -264,7 +275,7 @@ def multiply(x: Value, y: Value) -> Value:
         source=object(),
         lineage=x.lineage | y.lineage,
         read=x.read | y.read,
-        log_variance=x.log_variance + y.log_variance,
+        stray=summed_stray([(x, 1.0), (y, 1.0)]),
         is_weight=(x.is_weight or y.is_weight) and all(v.is_weight or v.constant is not None for v in (x, y)),
         prior=x.prior,
         levels=levels.product(x.levels, y.levels),
@@ -278,7 +289,7 @@ def multiply(x: Value, y: Value) -> Value:
     if product.is_weight:
         mask = x.constant if y.constant is None else y.constant
         return replace(product, levels=levels.product(levels.of_mask(mask, product.axes), product.levels))
-    return replace(product, log_variance=product.log_variance + product_stray(x, y, product))
+    return replace(product, stray=product.stray.with_cause(product_stray(x, y, product)))
 
 
 def _product_marginal(x: Value, y: Value, mean: float, std: float) -> Marginal:
@@ -374,7 +385,7 @@ def dropout(x: Value, keep: float, shared: Sequence[int] = ()) -> Value:
     thrown = (1.0 / keep - 1.0) / coins if shared else 0.0  # where entries have a coin each, the marginal says it
     return replace(
         x, table=table, marginal=Marginal(object(), values), rho=None, amplitude=amplitude_of(x), statistic=None, constant=None,
-        log_variance=x.log_variance + thrown, near=_dropped_neighbours(x, keep, [axis for d in shared for axis in x.dims[d]]),
+        stray=x.stray.with_cause(thrown), near=_dropped_neighbours(x, keep, [axis for d in shared for axis in x.dims[d]]),
         steady=None if shared else shares.steady_after_dropout(x.steady, keep),
     )  # fmt: skip
 

@@ -138,7 +138,7 @@ def _pooled(x: Value, read: Sequence[tuple[int, Places]], rho: Array, distant: f
     result = Value(
         dims=tuple(out.get(d, axes) for d, axes in enumerate(x.dims)), mean=mean,
         table=np.asarray(table[tuple(1 if axis in gone else slice(None) for axis in x.axes)]), marginal=marginal,
-        source=object(), lineage=x.lineage, log_variance=x.log_variance, levels=profile,
+        source=object(), lineage=x.lineage, stray=x.stray.hidden(), levels=profile,
     )  # fmt: skip
     spans = tuple(axis for d, _ in read for axis in out[d])
     excess, apart = _excess(read, _Correlations(counts, rho, distant), window, surface)

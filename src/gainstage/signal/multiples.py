@@ -12,7 +12,7 @@ _ROUNDING = 1e-12
 
 # What no second moment depends on behind products with slopes, averages and movements: names, and how draws stray.
 _APART = frozenset(
-    {"dims", "mean", "table", "marginal", "rho", "source", "amplitude", "lineage", "log_variance", "overlap", "uneven", "read"}
+    {"dims", "mean", "table", "marginal", "rho", "source", "amplitude", "lineage", "stray", "overlap", "uneven", "read"}
 )
 
 

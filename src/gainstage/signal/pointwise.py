@@ -36,9 +36,9 @@ from gainstage.signal.quadrature import (
     power_series,
     quantiles,
     standardised,
-    stray_passed,
 )
 from gainstage.signal.spread import held
+from gainstage.signal.stray import Stray, passed
 from gainstage.signal.uneven import with_means
 from gainstage.signal.value import Value, statistic_at
 
@@ -85,7 +85,7 @@ def _alike(x: Value, values: Array, **changes: object) -> Value:
         rho=rho,
         source=object(),
         lineage=x.lineage,
-        log_variance=x.log_variance,
+        stray=x.stray.hidden(),
         overlap=_overlap_after(x, series, rho),
         is_weight=x.is_weight,
         prior=x.prior,
@@ -144,8 +144,7 @@ def apply(function: Function, x: Value) -> Value:
 
     values = _within_domain(on_grid(x.marginal.values))
     result = on_latent(x, values) if x.levels is None else _on_levels(x, values, on_grid)
-    stray = stray_passed(x.marginal.values, values, x.log_variance) if x.log_variance else 0.0
-    result = replace(result, log_variance=stray)
+    result = replace(result, stray=passed(x, values))
     for differing in (with_means, with_shapes, over_draws, over_places, over_loudness):
         result = differing(x, result, lambda grid: _within_domain(on_grid(grid)))
     statistic = None
@@ -275,7 +274,8 @@ def combine(function: Function, x: Value, y: Value) -> Value:
     numbers = (x.constant, y.constant)
     x, y = align(x, y)
     if _shares_latent(x, y):
-        result = on_latent(x, call_on(function, x.marginal.values, y.marginal.values))
+        values = call_on(function, x.marginal.values, y.marginal.values)
+        result = on_latent(x, values, stray=passed(x, values))
         if x.source is not None and x.source is y.source and function in (torch.add, torch.sub):
             sign = 1.0 if function is torch.add else -1.0
             result = replace(result, source=x.source, amplitude=amplitude_of(x) + sign * amplitude_of(y))
@@ -370,7 +370,7 @@ def _as_direction(scaled: Value, statistic: Value) -> Value:
     is_level, is_unit = (abs(square - 1.0) < 0.05 for square in (scaled.second_moment, length))
     if is_level or is_unit:
         scaled = divided(scaled, reduced)
-    return held(scaled) if is_level else replace(scaled, log_variance=0.0)
+    return held(scaled) if is_level else replace(scaled, stray=Stray())
 
 
 def _as_numbers(x: Value) -> Value:
@@ -429,6 +429,6 @@ def _two_latents(function: Function, x: Value, y: Value) -> Value:
         marginal=Marginal(object(), lambda: quantiles(surface, weight)),
         source=object(),
         lineage=x.lineage | y.lineage,
-        log_variance=max(x.log_variance, y.log_variance),
+        stray=max(x.stray, y.stray, key=lambda stray: stray.variance).hidden(),
         is_weight=x.is_weight and y.is_weight,
     )

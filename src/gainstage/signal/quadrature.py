@@ -10,6 +10,7 @@ that it is given: at sizes like these the threads of NumPy's library wait for ea
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 
 import numpy as np
@@ -18,6 +19,7 @@ from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
 _STEPS, _WIDEST = 30, 100.0  # of a fixed point; variance of log s^2
+_STEP = 0.1  # of log s^2, for derivatives
 ORDER = 40  # highest Hermite polynomial; what lies above is kept as one term
 
 
@@ -147,13 +149,11 @@ def stray_passed(before: Array, after: Array, variance: float) -> float:
 
     f and g: values before and after. The mean of s^2 is 1. To first order it grows by the square of
     ``d log E[g^2] / d log E[f^2]``; but GELU, which turns 1 % more into 1.3 % more, is linear for a signal that has strayed far,
-    to either side. A negative variance, of what a norm takes back, is passed on to first order.
+    to either side. What is small, or negative, is passed on to first order.
     """
-    turned, made = (float(np.ptp(_log_levels(values, np.array([0.0, 0.1])))) / 0.1 for values in (before, after))
-    if abs(turned) < 1e-6:
-        return 0.0
-    if variance <= 1e-4:
-        return variance * (made / turned) ** 2
+    turned, slope = _level_growth(before), level_slope(before, after)
+    if variance <= 1e-4 or slope == 0.0:
+        return variance * slope**2
     scale = variance / turned**2  # of log s^2; right at once where f is linear
     for _ in range(_STEPS):
         found = _log_variance(before, scale)
@@ -161,6 +161,31 @@ def stray_passed(before: Array, after: Array, variance: float) -> float:
             break
         scale = min(scale * variance / found, _WIDEST)
     return _log_variance(after, scale)
+
+
+def level_slope(before: Array, after: Array) -> float:
+    """``d log E[g(sz)^2] / d log E[f(sz)^2]`` at s = 1, from the values of f and g; 0 where f does not depend on s."""
+    turned = _level_growth(before)
+    return _level_growth(after) / turned if abs(turned) >= 1e-6 else 0.0
+
+
+def _level_growth(values: Array) -> float:
+    """``d log E[f(sz)^2] / d log s^2``."""
+    levels = _log_levels(values, np.array([0.0, _STEP]))
+    return float(levels[1] - levels[0]) / _STEP
+
+
+def average_slope(values: Array, share: Callable[[Array], float]) -> float:
+    """``d log q / d log E[f(sz)^2]`` at s = 1 of a level that is not that of the entries, such as that of averages of them.
+
+    ``share``: of the second moment of entries, from their Mehler coefficients, what is left.
+    """
+    turned = _level_growth(values)
+    if abs(turned) < 1e-6:
+        return 1.0
+    wider = _beyond(values, np.exp(0.5 * _STEP) * nodes())
+    left = [max(share(power_series(part)), 1e-300) for part in (values, wider)]
+    return float(np.log(left[1] / left[0])) / _STEP / turned
 
 
 def _log_variance(values: Array, scale: float) -> float:
@@ -196,12 +221,16 @@ def gamma_scales(variance: float) -> tuple[Array, Array]:
 
 
 def _log_levels(values: Array, logs: Array) -> Array:
-    """``log E[f(s z)^2]`` for each ``log s^2``; beyond 5 deviations f goes on as it does from 4 to 5."""
-    scaled = np.exp(0.5 * logs)[:, None] * nodes()
-    inside = np.clip(scaled, -5.0, 5.0)
-    ends = np.interp([-5.0, -4.0, 4.0, 5.0], nodes(), values)
-    found = np.interp(inside, nodes(), values) + np.where(scaled > 0.0, ends[3] - ends[2], ends[1] - ends[0]) * (scaled - inside)
+    """``log E[f(s z)^2]`` for each ``log s^2``."""
+    found = _beyond(values, np.exp(0.5 * logs)[:, None] * nodes())
     return np.asarray(np.log(np.maximum(np.vecdot(found**2, weights()), 1e-300)))
+
+
+def _beyond(values: Array, z: Array) -> Array:
+    """f(z), which beyond 5 goes on as it does from 4 to 5."""
+    inside = np.clip(z, -5.0, 5.0)
+    ends = np.interp([-5.0, -4.0, 4.0, 5.0], nodes(), values)
+    return np.asarray(np.interp(inside, nodes(), values) + np.where(z > 0.0, ends[3] - ends[2], ends[1] - ends[0]) * (z - inside))
 
 
 def power_series(values: Array) -> Array:

@@ -86,6 +86,6 @@ def _made(x: Value, dims: tuple[Dim, ...], table: Array) -> Value:
         marginal=Marginal(object(), lambda: x.marginal.values),
         source=object(),
         lineage=x.lineage,
-        log_variance=x.log_variance,
+        stray=x.stray.hidden(),
         is_weight=x.is_weight,
     )

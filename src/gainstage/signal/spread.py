@@ -17,11 +17,23 @@ from gainstage.signal.axes import Axis, descends
 from gainstage.signal.copies import replace
 from gainstage.signal.few import shaped
 from gainstage.signal.overlap import Overlap, Taps, after_kernel, mixed, patch_share
-from gainstage.signal.quadrature import kurtosis, stray_passed
+from gainstage.signal.quadrature import kurtosis
+from gainstage.signal.stray import Stray, growth, passed, read
 from gainstage.signal.uneven import is_centred, of_weights
 from gainstage.signal.value import Value
 
 FEW = 32  # numbers that a layer reads: the level of more strays by less than 1/16 from place to place
+
+
+def multiplied(a: Value, b: Value) -> Stray:
+    """Level of a contraction: that of its operands; rows of weights that sum to zero see ``d log Var(x) / d log E[x^2]`` of x."""
+    return read([(a, _seen(a, b)), (b, _seen(b, a))])
+
+
+def _seen(x: Value, weight: Value) -> float:
+    if not weight.is_weight or x.mean == 0.0 or x.variance <= 0.0 or not is_centred(weight):
+        return 1.0
+    return growth(x, (0.0, x.variance), lambda series: float(series[1:].sum()))
 
 
 def weighted(
@@ -67,9 +79,10 @@ def weighted(
     evened = (flatness - 1.0 - (flatness - 3.0) * weight.marginal.kurtosis / 3.0) / rows + 2.0 * passed
     loud = (flatness - 1.0) * _differing(x, [*free, *places]) / rows if rows <= FEW else 0.0
     overlap = replace(overlap, swell=swell, evened=evened, loud=loud + x.overlap.loud * patch_share(x.overlap, taps or {}))
+    stray = (2.0 * (own + inherited) + (weight.marginal.kurtosis - 3.0) / number) / channels
     made = replace(
         y,
-        log_variance=y.log_variance + (2.0 * (own + inherited) + (weight.marginal.kurtosis - 3.0) / number) / channels,
+        stray=y.stray.with_cause(stray - weight.stray.taken),  # of rows that were divided by their norms
         overlap=overlap,
         uneven=of_weights(y, weight, alike=own + inherited, centred=left, number=number, every=math.prod(every.values())),
     )
@@ -126,10 +139,10 @@ def _dot_variance(x: Value, mean: float, terms: Mapping[int, float], alone: Sequ
 def held(x: Value, share: float = 1.0) -> Value:
     """A tensor whose level is fixed by normalization: what its entries stray by, the norm takes back.
 
-    ``log_variance = -share fluctuation``, so that the level strays by nothing, and that of a function of it by the angles alone:
+    ``share^2 fluctuation`` is taken, so that the level strays by nothing, and that of a function of it by the angles alone:
     3/n after ReLU, where free entries have 5/n. ``share``: of the square that the norm divides by, what is not its epsilon.
     """
-    return replace(x, log_variance=-(share**2) * x.fluctuation())
+    return replace(x, stray=Stray(taken=share**2 * x.fluctuation()))
 
 
 def after_shift(y: Value, x: Value) -> Value:
@@ -137,8 +150,7 @@ def after_shift(y: Value, x: Value) -> Value:
     if y.second_moment <= 0.0:
         return y
     part = y.variance / y.second_moment * (x.second_moment / x.variance) if x.variance > 0.0 else 1.0
-    stray = stray_passed(x.marginal.values, y.marginal.values, x.log_variance) if x.log_variance else 0.0
-    return replace(y, log_variance=stray, overlap=replace(x.overlap.times(part**2), loud=x.overlap.loud * part**2))
+    return replace(y, stray=passed(x, y.marginal.values), overlap=replace(x.overlap.times(part**2), loud=x.overlap.loud * part**2))
 
 
 def product_stray(x: Value, y: Value, product: Value) -> float:

@@ -37,6 +37,7 @@ from gainstage.signal.quadrature import (
 )
 from gainstage.signal.recurrent import Unrolled
 from gainstage.signal.shares import Share
+from gainstage.signal.stray import Stray
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,8 +207,8 @@ class Value:
     """What is known of one tensor. Immutable; made by the functions of this package only.
 
     ``source`` and ``amplitude``: the tensor's linear part in an earlier tensor (often itself): its component in each subspace of
-    the axes, see :func:`gainstage.signal.pairing.cross_table`. ``log_variance``: variance over draws of the log of the level that
-    it inherits from upstream. ``overlap``: how the cosine between what two places hold strays. ``lineage``: bit mask of the
+    the axes, see :func:`gainstage.signal.pairing.cross_table`. ``stray``: what the level of one draw strays by, beyond what the
+    table shows. ``overlap``: how the cosine between what two places hold strays. ``lineage``: bit mask of the
     parameters it depends on. ``levels``: where some coordinates are louder than others by design (the query, key and value rows
     of one projection; the parts of a concatenation), the root mean square of each over that of the whole, with one dimension for
     each axis, of size 1 where it does not vary. ``lean``: how each of those coordinates leans on the average over all, where this
@@ -237,7 +238,7 @@ class Value:
     statistic: Statistic | None = None
     prior: torch.Tensor | None = None
     lineage: int = 0
-    log_variance: float = 0.0
+    stray: Stray = field(default_factory=Stray)
     overlap: Overlap = NONE
     constant: torch.Tensor | None = None
     is_weight: bool = False
@@ -324,6 +325,11 @@ class Value:
         """Whether that is the distribution still: copies with changes take along what was found."""
         table, rho, marginal, mean = distribution
         return table is self.table and rho is self.rho and marginal is self.marginal and mean == self.mean
+
+    @property
+    def log_variance(self) -> float:
+        """Variance over draws of the log of the level, beyond what the table shows."""
+        return self.stray.variance
 
     def average(self, table: Array) -> float:
         """Average over all pairs of entries of what is given by what they share."""
