@@ -6,6 +6,9 @@ from dataclasses import asdict, dataclass
 from enum import StrEnum
 from typing import Any
 
+# Of the log of a level, over draws: beyond it fewer than one draw in 700 make the average, and no draw is near it.
+WIDEST_SPREAD = 3.0
+
 
 class FindingKind(StrEnum):
     """What is the matter. Notes are worth knowing, but no fault: they do not turn a check to "not ok"."""

@@ -13,7 +13,7 @@ from gainstage.propagate.statistics import (
     parameter_value,
     table_value,
 )
-from gainstage.propagate.trace import AttentionSignal, CallSignals, ParameterStatistics, Signal, Trace
+from gainstage.propagate.trace import AttentionSignal, CallSignals, ParameterStatistics, Signal, Trace, no_level
 
 __all__ = [
     "AttentionSignal",
@@ -31,6 +31,7 @@ __all__ = [
     "input_value",
     "kurtosis",
     "level_profile",
+    "no_level",
     "parameter_moments",
     "parameter_value",
     "propagate",

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 
 from gainstage.errors import InputError
-from gainstage.findings import Finding, FindingKind
+from gainstage.findings import WIDEST_SPREAD, Finding, FindingKind
 from gainstage.graph import Graph, copied_layers
 from gainstage.propagate.depth import Depth
 from gainstage.signal import Value
@@ -50,7 +51,14 @@ class Signal:
     @property
     def spread(self) -> float:
         """Predicted deviation of the log second moment from one draw of the weights to another."""
+        if self.second_moment <= 0.0:
+            return 0.0
         return float(np.sqrt(max(self.value.log_variance + self.value.fluctuation(), 0.0)))
+
+    @property
+    def is_typical(self) -> bool:
+        """Whether draws are anywhere near the second moment, which is an average over them."""
+        return self.spread <= WIDEST_SPREAD
 
     def cosine(self, axis: int) -> float:
         """``E[x_i x_j] / E[x^2]`` for entries that differ in one dimension only.
@@ -89,6 +97,20 @@ class Signal:
         return (
             f"Signal(shape={self.shape}, mean={self.mean:.4g}, second_moment={self.second_moment:.4g}, spread={self.spread:.2g})"
         )
+
+
+def no_level(modules: Mapping[str, Sequence[Signal]]) -> Finding | None:
+    """Where draws stray so far that their average says nothing of any one of them."""
+    lost = {path: max(s.spread for s in signals) for path, signals in modules.items() if not all(s.is_typical for s in signals)}
+    if not lost:
+        return None
+    return Finding(
+        kind=FindingKind.LARGE_SPREAD,
+        where=next(iter(lost)),
+        evidence=f"second moments of {len(lost)} modules are averages over draws that few loud draws make: one draw strays from "
+        f"another by a factor of {math.exp(WIDEST_SPREAD):.0f} and more, so that the level of no draw is predicted.",
+        remedy="Bring the draw that is used to its levels (gs.calibrate), or hold levels by norms.",
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,8 +161,13 @@ class Trace:
 
     @property
     def findings(self) -> tuple[Finding, ...]:
-        """Layers that start as copies of one another; what depth does to inputs, where it is more than networks train with."""
-        return (*_copies(self), *(() if self.depth is None else self.depth.findings()))
+        """Layers that start as copies of one another; what depth does to inputs, where it is more than networks train with.
+
+        And where levels are those of no draw.
+        """
+        lost = no_level(self.modules)
+        depth = () if self.depth is None else self.depth.findings()
+        return (*_copies(self), *depth, *(() if lost is None else (lost,)))
 
     @property
     def modules(self) -> Mapping[str, tuple[Signal, ...]]:

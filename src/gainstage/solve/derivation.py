@@ -6,9 +6,11 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
+from gainstage.findings import WIDEST_SPREAD
 from gainstage.graph import Graph, NodeKind
 from gainstage.plan import Passage
 from gainstage.policies import Fan, FanScaled
+from gainstage.propagate.trace import Signal
 from gainstage.roles import Role, Roles
 from gainstage.signal import Value
 from gainstage.solve.constraint import Demand, Kind, Own, Quantity, data_operand, goal_value, is_lookup, measure
@@ -98,7 +100,7 @@ class Explainer:
             return self._balanced(own, level, setting, rows)
         return [
             f"{rows}Var(w) = E[y^2] / (n E[x^2]), so that the output starts with E[y^2] = {level:g}",
-            f"n = {fan_in:.6g}{padded}; E[x^2] = {x:.4g} predicted at {self._place(operand[0])}",
+            f"n = {fan_in:.6g}{padded}; {self._predicted(*operand)}",
             f"Var(w) = {level:g} / ({fan_in:.6g} x {x:.4g}) = {variance:.4g}, std {math.sqrt(variance):.4g}",
         ]
 
@@ -152,7 +154,7 @@ class Explainer:
             return []
         fan_in, _ = fans(own, self.graph, values, setting)
         level = operand[1].second_moment
-        given = f"n = {fan_in:.6g}; E[x^2] = {level:.4g} predicted at {self._place(operand[0])}"
+        given = f"n = {fan_in:.6g}; {self._predicted(*operand)}"
         goal = goal_value(demand.goal, values)
         if demand.kind is Kind.LOGITS:
             rest = math.sqrt(goal) / (fan_in * level * variance)
@@ -260,6 +262,12 @@ class Explainer:
     def _level(self, node: str) -> float:
         value = self.solution.values[node]
         return value.second_moment if isinstance(value, Value) else 0.0
+
+    def _predicted(self, name: str, x: Value) -> str:
+        predicted = f"E[x^2] = {x.second_moment:.4g} predicted at {self._place(name)}"
+        if Signal(x).is_typical:
+            return predicted
+        return f"{predicted}, an average over draws that stray by factors beyond {math.exp(WIDEST_SPREAD):.0f}"
 
     def _place(self, name: str) -> str:
         node = self.graph.by_name[name]

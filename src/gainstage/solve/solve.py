@@ -12,7 +12,7 @@ from gainstage.graph import Graph, Node, fingerprint
 from gainstage.inputs import InputStatistics
 from gainstage.plan import ActivationPlan, Block, Distribution, Family, ParameterPlan, Plan
 from gainstage.policies import Level, Policy, UnitGates
-from gainstage.propagate import Signal, given_up
+from gainstage.propagate import Signal, given_up, no_level
 from gainstage.roles import Role, Roles, Use, branches_beside
 from gainstage.signal import Value
 from gainstage.solve.constraint import is_contraction
@@ -95,7 +95,13 @@ def solve(
         balance=balance.value,
         predictions=predictions,
         spreads=spreads,
-        notes=(*_notes(policy, explainer), *given_up(graph, solution.values), *first.notes, *remarks),
+        notes=(
+            *_notes(policy, explainer),
+            *given_up(graph, solution.values),
+            *first.notes,
+            *remarks,
+            *_lost(explainer),
+        ),
         activations=activations,
     )
 
@@ -174,6 +180,16 @@ def _predictions(graph: Graph, values: Mapping[str, Any]) -> tuple[dict[str, tup
             predictions[key] = tuple(max(signal.second_moment, 0.0) for signal in signals)
             spreads[key] = tuple(signal.spread for signal in signals)
     return predictions, spreads
+
+
+def _lost(explainer: Explainer) -> tuple[str, ...]:
+    """A note where levels are those of no draw."""
+    modules: dict[str, list[Signal]] = {}
+    for call in explainer.graph.calls:
+        found = [Signal(value) for name in call.outputs if isinstance(value := explainer.solution.values.get(name), Value)]
+        modules.setdefault(call.path, []).extend(found)
+    finding = no_level(modules)
+    return () if finding is None else (str(finding),)
 
 
 def _listed(names: Sequence[str]) -> str:

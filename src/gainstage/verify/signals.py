@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from gainstage.findings import Finding, FindingKind
+from gainstage.findings import WIDEST_SPREAD, Finding, FindingKind
 from gainstage.graph import Graph, NodeKind, TensorMeta
 from gainstage.plan import Family, Plan
 from gainstage.verify.blame import first_attention, nearest_parameters, unused_parameters
@@ -113,11 +113,17 @@ def large_spread(graph: Graph, rows: Rows) -> list[Finding]:
             kind=FindingKind.LARGE_SPREAD,
             where=_where(graph, one, set()),
             evidence=f"{_call(row)}: second moment {row.measured:.4g}, predicted {row.predicted:.4g}, which is {_factor(row)}. "
-            f"From draw to draw that level varies by a factor of {math.exp(row.spread):.2g} (one deviation).",
+            f"From draw to draw that level varies by a factor of {_varied(row.spread)} (one deviation).",
             remedy="Bring this draw to its planned levels with one pass over real data: gs.calibrate(model, plan, args).",
         )
         for row, one in list(wide)[:1]
     ]
+
+
+def _varied(spread: float) -> str:
+    if spread <= WIDEST_SPREAD:
+        return f"{math.exp(spread):.2g}"
+    return f"{math.exp(WIDEST_SPREAD):.0f} and more, so that any level is as good as predicted"
 
 
 def _factor(row: CheckRow) -> str:
