@@ -10,6 +10,7 @@ from gainstage.signal import levels
 from gainstage.signal.alike import averaged, centred
 from gainstage.signal.axes import Axis
 from gainstage.signal.copies import replace
+from gainstage.signal.filtered import mapped, times
 from gainstage.signal.gram import Gram, modulated
 from gainstage.signal.joining import join
 from gainstage.signal.linear import affine, without_common
@@ -67,7 +68,8 @@ def filter_dim(x: Value, dim: int, matrix: Array) -> Value:
         factors = _kept_components(x, even, position, matrix)
         shape = [1] * table.ndim
         shape[position] = 2
-        result = replace(result, source=x.source, amplitude=amplitude_of(x) * factors.reshape(shape))
+        amplitude, maps = amplitude_of(x) * factors.reshape(shape), mapped(x, out_axis[0], matrix, result.table)
+        result = replace(result, source=x.source, amplitude=amplitude, filtered=maps)
     return result
 
 
@@ -200,7 +202,7 @@ def normalise(x: Value, reduced: Sequence[Axis], eps: float, *, centre: bool = T
         x,
         uneven=shape_alone(x.uneven), mean=mean, table=table, marginal=marginal, rho=x.correlation() if keeps_latent else None,
         amplitude=amplitude, statistic=None, constant=None, prior=None, levels=profile, gram=gram,
-        near=without_common(x) if centre else x.near,
+        near=without_common(x) if centre else x.near, filtered=times(x, scale, table),
         overlap=_left_overlap(x.overlap.over(tuple(reduced)) if over_places else x.overlap.held(), x.second_moment, level),
     )  # fmt: skip
     return held(replace(result, steady=Share(frozenset(reduced), (level * scale**2) ** 2)), level * scale**2)

@@ -11,6 +11,7 @@ from gainstage.signal import levels, shares
 from gainstage.signal.alike import averaged
 from gainstage.signal.axes import Axis
 from gainstage.signal.copies import replace
+from gainstage.signal.filtered import meeting, times
 from gainstage.signal.gram import Gram, factors_of, modulated
 from gainstage.signal.gram import of_sum as gram_of_sum
 from gainstage.signal.marginal import Marginal, gaussian_marginal
@@ -55,7 +56,7 @@ def affine(x: Value, scale: float, shift: float = 0.0) -> Value:
     amplitude = scale * amplitude_of(x)
     result = replace(
         x, mean=mean, table=table, marginal=marginal, rho=x.correlation(), statistic=statistic, constant=constant,
-        amplitude=amplitude, levels=profile,
+        amplitude=amplitude, levels=profile, filtered=None if shift else times(x, scale, table),
     )  # fmt: skip
     result = after_shift(result, x) if shift else result
     if x.joined is None or x.joined.table is not x.table:
@@ -148,15 +149,16 @@ def add(x: Value, y: Value, sign: float = 1.0) -> Value:
     """``x + sign y`` of aligned values on different latents."""
     if y.variance <= 0.0 and y.prior is None and y.constant is None and not x.is_weight:
         return replace(affine(x, 1.0, sign * y.mean) if y.mean else x, lineage=x.lineage | y.lineage, constant=None)
-    cross = cross_table(x, y)
-    table = np.array(x.table + y.table + 2.0 * sign * cross)
+    cross, met = cross_table(x, y), meeting(x, y, sign)
+    table = np.array(x.table + y.table + 2.0 * sign * cross) if met is None else met.table.copy()
     mean = x.mean + sign * y.mean
     table[(1,) * table.ndim] = max(float(table[(1,) * table.ndim]), mean**2)
     variance = float(table[(1,) * table.ndim]) - mean**2
     # Where x and y cancel, what is left of two entries carries the errors of both: no pair shares more than an entry has.
     table = mean**2 + np.clip(table - mean**2, -variance, variance)
     share = 0.0 if variance <= 0.0 else min(max(x.variance / variance, 0.0), 1.0)
-    profile = levels.of_sum([(x.levels, x.second_moment), (y.levels, y.second_moment)], table.ndim)
+    terms = [(x.levels, x.second_moment), (y.levels, y.second_moment)]
+    profile = levels.of_sum(terms, table.ndim) if met is None else met.levels
     result = Value(
         dims=x.dims,
         mean=mean,
@@ -182,7 +184,8 @@ def add(x: Value, y: Value, sign: float = 1.0) -> Value:
         result = replace(result, lean=_summed_lean(x, y, profile))
     same_axes = all(a is b for a, b in zip(x.axes, y.axes, strict=True))
     if x.source is not None and x.source is y.source and same_axes:
-        return replace(result, source=x.source, amplitude=amplitude_of(x) + sign * amplitude_of(y))
+        result = replace(result, source=x.source, amplitude=amplitude_of(x) + sign * amplitude_of(y))
+        return result if met is None else replace(result, near=met.near, filtered=replace(met.maps, table=table))
     return summed(result, x, y, sign)
 
 
@@ -266,6 +269,7 @@ def multiply(x: Value, y: Value) -> Value:
             lineage=x.lineage | y.lineage, constant=None, statistic=x.statistic,
             is_weight=x.is_weight and y.is_weight, stray=summed_stray([(x, 1.0), (y, 1.0)]),
             levels=levels.product(x.levels, y.levels),
+            filtered=times(x, y.mean, table),
         )  # fmt: skip
     product = Value(
         dims=x.dims,

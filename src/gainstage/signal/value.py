@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -38,6 +39,9 @@ from gainstage.signal.quadrature import (
 from gainstage.signal.recurrent import Unrolled
 from gainstage.signal.shares import Share
 from gainstage.signal.stray import Stray
+
+if TYPE_CHECKING:
+    from gainstage.signal.filtered import Filtered
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,7 +229,7 @@ class Value:
     ``steady``: of the variance of the squared norms of vectors, the share that is missing: all of it where each was divided by
     its own norm. ``across``: of a gradient's part along its own tensor, the share that is missing, as a norm takes it.
     ``origin``, ``sum``: how it came about, and the terms of a sum, in networks that use weights more than once. ``unrolled``: the
-    steps of a recurrent cell that it is the state of.
+    steps of a recurrent cell that it is the state of. ``filtered``: the linear maps along axes that made it of another tensor.
     """
 
     dims: tuple[Dim, ...]
@@ -261,6 +265,7 @@ class Value:
     origin: Origin | None = None
     sum: Sum | None = None
     unrolled: Unrolled | None = None
+    filtered: Filtered | None = None
     axes: tuple[Axis, ...] = field(init=False)  # of the table, in order
     # Correlations of the latent, and of squares, once asked for: with what they were found from.
     _latent: tuple[tuple[object, ...], Array] | None = field(init=False, repr=False, default=None)
