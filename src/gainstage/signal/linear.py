@@ -180,7 +180,7 @@ def add(x: Value, y: Value, sign: float = 1.0) -> Value:
         result = replace(result, near=mixed([(x.neighbours(), x.variance), (_on_axes(y, x), y.variance)], x.axes))
     if x.gram is not None or y.gram is not None:
         result = replace(result, gram=_summed_gram(x, y))
-    if profile is not None and not (x.lean is None and y.lean is None):
+    if profile is not None and met is None and not (x.lean is None and y.lean is None):
         result = replace(result, lean=_summed_lean(x, y, profile))
     same_axes = all(a is b for a, b in zip(x.axes, y.axes, strict=True))
     if x.source is not None and x.source is y.source and same_axes:

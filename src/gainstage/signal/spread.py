@@ -150,7 +150,8 @@ def after_shift(y: Value, x: Value) -> Value:
     if y.second_moment <= 0.0:
         return y
     part = y.variance / y.second_moment * (x.second_moment / x.variance) if x.variance > 0.0 else 1.0
-    return replace(y, stray=passed(x, y.marginal.values), overlap=replace(x.overlap.times(part**2), loud=x.overlap.loud * part**2))
+    overlap = replace(x.overlap.times(part**2), loud=x.overlap.loud * part**2)
+    return replace(y, stray=passed(x, y.marginal.values), overlap=overlap)
 
 
 def product_stray(x: Value, y: Value, product: Value) -> float:
