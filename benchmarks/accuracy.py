@@ -187,7 +187,7 @@ def _inspected(build: Callable[[int], Example]) -> dict[str, tuple[float, float]
     found: dict[str, list[tuple[float, float]]] = {}
     for seed in range(INSPECTED):
         example = build(seed)
-        for call in gs.inspect(example.model, example.args, example.kwargs).calls:
+        for call in gs.inspect(example.model, example.args, example.kwargs, gradients=False).calls:
             if call.outputs:
                 signal = call.outputs[0]
                 found.setdefault(f"{call.path}@{call.call}", []).append((signal.second_moment, signal.spread))

@@ -89,7 +89,7 @@ def predicted(build: Callable[[int], Example]) -> dict[str, float]:
     found: dict[str, list[float]] = {}
     for seed in range(INSPECTED):
         example = build(seed)
-        for call in gs.inspect(example.model, example.args, example.kwargs).calls:
+        for call in gs.inspect(example.model, example.args, example.kwargs, gradients=False).calls:
             for dim, value in _of_signal(call.outputs[0]).items() if call.outputs else ():
                 found.setdefault(f"{call.path}@{call.call} {dim}", []).append(value)
     return {key: float(np.mean(values)) for key, values in found.items()}

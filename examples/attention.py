@@ -27,7 +27,7 @@ def main() -> None:
 def report(title: str, model: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
     """Predicted from the present parameters."""
     print(title)
-    for signal in gs.inspect(model, args).attention:
+    for signal in gs.inspect(model, args, gradients=False).attention:
         print(f"  {signal.path}: logits {signal.logit_variance:.3f}, entropy {signal.entropy:.1%} of log {signal.keys}")
 
 

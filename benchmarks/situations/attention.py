@@ -61,7 +61,7 @@ def rows_of(subject: Subject) -> Iterator[Row]:
         found.append((logits.variances, logits.entropies))
     variances = np.mean([variance for variance, _ in found], axis=0)
     named = {"situation": "attention", "package": subject.package, "model": subject.name}
-    trace = gs.inspect(example.model, example.args, example.kwargs)
+    trace = gs.inspect(example.model, example.args, example.kwargs, gradients=False)
     entropies = np.mean([entropy for _, entropy in found], axis=0)
     by_place = {signal.path: signal.entropy for signal in trace.attention}  # several products may feed one softmax
     ratios = [found / float(entropy) for found, entropy in zip(by_place.values(), entropies, strict=True)]

@@ -82,7 +82,7 @@ def _show_modes(loaded: LoadedModel, *, as_json: bool, ungrouped: bool) -> None:
     import gainstage as gs
     from gainstage.report.modes import mode_rows, modes_report
 
-    traces = [gs.inspect(loaded.model.train(mode), loaded.args, loaded.kwargs) for mode in (True, False)]
+    traces = [gs.inspect(loaded.model.train(mode), loaded.args, loaded.kwargs, gradients=False) for mode in (True, False)]
     rows = mode_rows(*traces)
     if as_json:
         _write_json([row.to_dict() for row in rows])
