@@ -9,7 +9,7 @@ import torch
 
 from gainstage.signal import levels
 from gainstage.signal.adjoint import averaged_over, slices
-from gainstage.signal.axes import Dim
+from gainstage.signal.axes import Axis, Dim
 from gainstage.signal.contraction import Places
 from gainstage.signal.copies import replace
 from gainstage.signal.joining import join
@@ -22,9 +22,9 @@ from gainstage.signal.value import Given, Value, gaussian
 def largest_gradient(g: Value, x: Value, dims: Sequence[int], windows: Sequence[Places]) -> Value:
     """Gradient of x from that of the largest entries of its windows [outputs, taps] along some dimensions.
 
-    The sum over positions is that of g; a place is the largest as often as there are windows that hold it. Of a concatenation,
-    each part by itself. An entry at ``z = sqrt(r) common + sqrt(1 - r) own`` is the largest of its window with
-    probability ``Phi(own)^(positions - 1)``.
+    The sum over positions is that of g; a place is the largest as often as there are windows that hold it, and where it is so in
+    two of them their gradients add up. Of a concatenation, each part by itself. An entry at
+    ``z = sqrt(r) common + sqrt(1 - r) own`` is the largest of its window with probability ``Phi(own)^(positions - 1)``.
     """
     parts = parts_along(x)
     if parts is not None and parts[0] not in dims:
@@ -40,7 +40,7 @@ def largest_gradient(g: Value, x: Value, dims: Sequence[int], windows: Sequence[
     same = total / inputs**2
     other = same.copy()
     full = (1,) * same.ndim
-    same[full] = alike[full] * outputs / inputs
+    same[full] = (alike[full] + _of_shared(g, axes, [w for w in windows if len(w) > 1])) * outputs / inputs
     other[full] = (total[full] - alike[full] * outputs) / max(inputs * (inputs - 1.0), 1.0)
     places = tuple(dim for d in dims for dim in [x.dims[d]] if dim)
     table = np.broadcast_to(np.expand_dims(other, tuple(range(-len(places), 0))), other.shape + (2,) * len(places)).copy()
@@ -50,6 +50,37 @@ def largest_gradient(g: Value, x: Value, dims: Sequence[int], windows: Sequence[
     profile = _largest_levels(g, made_dims, dims, windows)
     made = gaussian(made_dims, 0.0, np.asarray(table), profile, lineage=g.lineage | x.lineage)
     return replace(made, given=_given_largest(x, dims, [places.shape[1] for places in windows]).scaled())
+
+
+def _of_shared(g: Value, axes: Sequence[Axis], windows: Sequence[Places]) -> float:
+    """``sum over other windows of E[g g'] |both| / |either|``: two windows have one largest entry if it lies in both of them.
+
+    Lag by lag along each of the axes of the outputs, with what windows at that lag have in common on average.
+    """
+    if not axes:
+        return 0.0
+    along = [_windows_by_lag(places) for places in windows]
+    moments, _ = g.lagged(axes, [len(counts) for counts, _, _ in along])
+    counts = common = np.ones(())
+    for number, shared, _ in along:
+        counts, common = np.multiply.outer(counts, number), np.multiply.outer(common, shared)
+    either = 2.0 * float(np.prod([size for _, _, size in along])) - common
+    terms = counts * moments * common / either
+    return float(terms.sum() - terms[(0,) * terms.ndim])
+
+
+def _windows_by_lag(places: Places) -> tuple[Array, Array, float]:
+    """At each lag how many windows there are for one, and the entries that two have in common, on average; and entries of one."""
+    count, held = len(places), [set(row[row >= 0].tolist()) for row in places]
+    size = sum(map(len, held)) / count
+    numbers, shared = [1.0], [size]
+    for lag in range(1, count):
+        both = sum(len(one & other) for one, other in zip(held, held[lag:], strict=False)) / (count - lag)
+        if both == 0.0:
+            break
+        numbers.append(2.0 * (count - lag) / count)
+        shared.append(both)
+    return np.array(numbers), np.array(shared), size
 
 
 def _largest_levels(g: Value, made_dims: Sequence[Dim], dims: Sequence[int], windows: Sequence[Places]) -> Array | None:

@@ -106,7 +106,7 @@ def max_pool(
 ) -> tuple[Gradient, ...]:  # fmt: skip
     """Each output's gradient to the largest entry of its window: ``E[g^2] outputs / inputs``, mostly where x is large.
 
-    Windows that overlap may share their largest entry; what they add there is counted as independent.
+    Windows that overlap may share their largest entry, where what they send adds up.
     """
     return (largest_gradient(g, x, *pooled_windows(x, call.shape, kernel, stride, padding, dilation)),)
 
