@@ -46,11 +46,11 @@ def _integrand(variance: float, count: float, flatness: float, most: int) -> tup
     logits = np.sqrt(variance) * (z if flatness >= 3.0 else over_norm(flatness)[::4])
     top = np.sqrt(2.0 * variance * np.log(count)) + 4.0 * np.sqrt(variance) + np.log(count)
     tau = np.linspace(-top - 8.0, 4.0 * np.sqrt(variance) + 4.0, 600)
-    exponent = tau[:, None] + logits[None, :]
-    grown = np.exp(np.minimum(exponent, 700.0))
-    single = np.maximum(np.vecdot(np.exp(-grown), weight), 1e-300)
-    # one exponential: the factors alone overflow at large variances
-    return tau, single, {k: np.vecdot(np.exp(k * exponent - grown), weight) for k in range(2, most + 1)}
+    # Finite to the fourth power; nothing is left by what is larger.
+    grown = np.exp(np.minimum(tau[:, None] + logits[None, :], 170.0))
+    left = np.exp(-grown)
+    single = np.maximum(np.vecdot(left, weight), 1e-300)
+    return tau, single, {k: np.vecdot(grown**k * left, weight) for k in range(2, most + 1)}
 
 
 @dataclass(frozen=True, slots=True)
