@@ -441,6 +441,26 @@ def test_the_row_of_the_padding_stays_zero():
     assert model.weight[4].all()
 
 
+class Typed(nn.Module):
+    """Tokens of one type, whose row is that of padding."""
+
+    def __init__(self):
+        super().__init__()
+        self.tokens, self.types, self.head = nn.Embedding(20, 16), nn.Embedding(2, 16, padding_idx=0), nn.Linear(16, 4)
+
+    def forward(self, index):
+        return self.head(self.tokens(index) + self.types(torch.zeros_like(index)))
+
+
+def test_rows_of_padding_alone_are_zero():
+    model, index = Typed(), torch.randint(0, 20, (4, 8))
+    plan = solved(model, (index,))
+    apply(model, plan, seed=0)
+    assert not model.types(torch.zeros_like(index)).any()
+    assert plan.predictions["types@0"] == (0.0,)
+    assert plan.predictions["@0"][0] > 0.0
+
+
 # Scales that cancel, recurrent modules, families
 
 

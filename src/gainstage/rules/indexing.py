@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from gainstage.rules.registry import Call, rule
-from gainstage.signal import Value, filter_dim, gathered, lookup, permute, pick, reshape
+from gainstage.signal import Value, affine, filter_dim, gathered, lookup, permute, pick, reshape
 
 aten = torch.ops.aten
 
@@ -24,9 +24,14 @@ def known_integers(index: Value) -> torch.Tensor:
 
 
 @rule(aten.embedding.default)
-def embedding(call: Call, weight: Value, index: Value, *args: Any) -> Value:
-    """Rows of the weight: the fan-in of a look-up is 1. Equal tokens share a row."""
-    return lookup(weight, 0, known_integers(index))
+def embedding(call: Call, weight: Value, index: Value, padding_idx: int = -1, *args: Any) -> Value:
+    """Rows of the weight: the fan-in of a look-up is 1. Equal tokens share a row.
+
+    Where all that is looked up is padding it is 0, which that row is kept at.
+    """
+    rows = known_integers(index)
+    found = lookup(weight, 0, rows)
+    return affine(found, 0.0) if padding_idx >= 0 and bool((rows == padding_idx).all()) else found
 
 
 @rule(aten.embedding_bag.padding_idx, aten.embedding_bag.default)
