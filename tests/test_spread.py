@@ -137,6 +137,7 @@ CASES = {
     "pooled": (pooled, maps(4, 3, 12), 0.1),
     "pooled depthwise": (depthwise, maps(2, 3, 12), 0.1),
     "channels of different shapes": (skewed, maps(2, 3, 32), 0.1),
+    "average of neighbours": (lambda: nn.Sequential(nn.AvgPool2d(9, 1), nn.Conv2d(4, 64, 1, bias=False)), maps(1, 4, 24), 0.1),
     "strided kernel that overlaps": (lambda: strided(False), maps(2, 3, 32), 0.1),
     "kernel over channels_last tokens": (lambda: strided(True), maps(2, 3, 32), 0.1),
     "gate": (Gated, rows(32, 32), 0.1),

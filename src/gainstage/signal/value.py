@@ -346,10 +346,19 @@ class Value:
         """Variance of the mean of x^2 over all entries, relative to its square: how far one draw's level strays.
 
         ``average over pairs (i, j) of Cov(x_i^2, x_j^2) / E[x^2]^2``: 2/n for n independent Gaussian entries, 5/n after ReLU;
-        and what channels of different shapes add.
+        and what channels of different shapes add, and places of a map that lie near each other.
         """
         uneven = 0.0 if self.uneven is None else self.uneven.stray
-        return max(self.average(self.square_covariance()), 0.0) + uneven
+        return max(self.average(self.square_covariance()), 0.0) + uneven + self._near_squares()
+
+    def _near_squares(self) -> float:
+        """What squares of what near places share are on average above the square of its average, which the table has."""
+        near, series = self.neighbours(), self.marginal.square_series
+        if near is None or series is None or self.variance <= 0.0:
+            return 0.0
+        own, far = self.apart(near)
+        rest = float(np.prod([axis.size for axis in self.axes if axis not in near.axes]))
+        return float(series[2]) * ((own - far) / self.variance) ** 2 * near.variance() / rest
 
     def leaning(self) -> Array:
         """``E[x_i mean(x)] / E[mean(x)^2]`` of each coordinate; its mean is 1."""
