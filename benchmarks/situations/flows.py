@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from benchmarks.situations.density import trainings
 from benchmarks.situations.rows import DRAWS, Measurement, Row, row_over
 from torch import nn
 
@@ -17,10 +18,8 @@ FEATURES, HIDDEN = 6, 64
 
 
 def measurements() -> list[Measurement]:
-    """Flows of three packages."""
-    return [
-        Measurement(package=package, model=name, rows=partial(rows_of, package, name, build)) for package, name, build in FLOWS
-    ]
+    """Flows of three packages at the start, and trained ones."""
+    return [*(Measurement(package=flow[0], model=flow[1], rows=partial(rows_of, *flow)) for flow in FLOWS), *trainings()]
 
 
 def rows_of(package: str, name: str, build: Callable[[], nn.Module]) -> Iterator[Row]:
