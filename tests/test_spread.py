@@ -279,3 +279,8 @@ def rendered(report):
     console = Console(width=160, record=True, file=io.StringIO())
     console.print(report)
     return console.export_text()
+
+
+def test_what_hardly_grows_with_a_level_strays_by_nothing_not_by_less():
+    for variance in (0.01, 0.1, 0.5):
+        assert 0.0 <= stray_passed(nodes(), 1.0 / (1.0 + np.exp(-1e-6 * nodes())), variance) < 1e-12

@@ -192,7 +192,7 @@ def _log_variance(values: Array, scale: float) -> float:
     """``Var log E[f(s z)^2]`` over a log-normal s, ``log s^2`` of this variance, ``E[s^2] = 1``."""
     points, mass = few_points()
     found = _log_levels(values, scale**0.5 * points - scale / 2.0)
-    return float(mass @ found**2 - (mass @ found) ** 2)
+    return float(mass @ (found - mass @ found) ** 2)
 
 
 @cache
