@@ -10,15 +10,19 @@ import torch
 from gainstage.rules.reduction import total
 from gainstage.rules.registry import Call, rule
 from gainstage.signal import Value, affine, apply, combine, normalise, reshape
+from gainstage.signal.copies import replace
 
 aten = torch.ops.aten
 
 
 def _scaled(y: Value, weight: Value | None, bias: Value | None, shape: Sequence[int]) -> Value:
-    if weight is not None:
-        y = combine(torch.mul, y, reshape(weight, shape))
-    if bias is not None:
-        y = combine(torch.add, y, reshape(bias, shape))
+    for function, operand, idle in ((torch.mul, weight, 1.0), (torch.add, bias, 0.0)):
+        if operand is None:
+            continue
+        if operand.mean == idle and operand.variance == 0.0:
+            y = replace(y, lineage=y.lineage | operand.lineage)
+        else:
+            y = combine(function, y, reshape(operand, shape))
     return y
 
 

@@ -141,12 +141,16 @@ def _pooled(x: Value, read: Sequence[tuple[int, Places]], rho: Array, distant: f
         source=object(), lineage=x.lineage, stray=x.stray.hidden(), levels=profile,
     )  # fmt: skip
     spans = tuple(axis for d, _ in read for axis in out[d])
-    excess, apart = _excess(read, _Correlations(counts, rho, distant), window, surface)
-    near = Neighbours(spans, excess[tuple(slice(None) if out[d] else 0 for d, _ in read)])
+    excess, ties, apart = _excess(read, _Correlations(counts, rho, distant), window, surface)
+    along = tuple(slice(None) if out[d] else 0 for d, _ in read)
+    near = Neighbours(spans, excess[along])
     if spans:
         result = result.with_neighbours(near, second, apart * second)
     overlap = _overlap(x, read, window, out).times((x.second_moment / second) ** 2 if second > 0.0 else 0.0)
-    return replace(result, near=made(near.axes, near.excess), largest=Largest(result.table, x, tuple(read)), overlap=overlap)
+    made_near = made(near.axes, near.excess)
+    if made_near is not None:
+        made_near = replace(made_near, ties=ties[along])
+    return replace(result, near=made_near, largest=Largest(result.table, x, tuple(read)), overlap=overlap)
 
 
 def _overlap(x: Value, read: Sequence[tuple[int, Places]], window: _Window, out: Mapping[int, tuple[Axis, ...]]) -> Overlap:
@@ -167,11 +171,12 @@ def _louder(x: Value, read: Sequence[tuple[int, Places]], window: _Window) -> li
     found = []
     for d, place in read:
         others = float(np.prod([p.shape[1] for e, p in read if e != d]))
-        rows = np.round(np.sort(levels.read(x.levels, x.axes.index(x.dims[d][0]), place), axis=1), 2)
-        kinds, which = np.unique(rows, axis=0, return_inverse=True)
+        rows = np.sort(levels.read(x.levels, x.axes.index(x.dims[d][0]), place), axis=1)
+        tops = np.maximum(rows[:, -1:], 1e-300)
+        kinds, which = np.unique(np.round(rows / tops, 2), axis=0, return_inverse=True)
         full = window.second_moment(np.ones(1), others * place.shape[1]) or 1.0  # of zeros the largest is zero
         ratio = [window.second_moment(kind[kind > 0.0], others) / full if (kind > 0.0).any() else 0.0 for kind in kinds]
-        found.append(np.array(ratio)[which.reshape(-1)])
+        found.append(np.array(ratio)[which.reshape(-1)] * tops[:, 0] ** 2)
     return found
 
 
@@ -227,8 +232,13 @@ class _Correlations:
         return round(float(np.prod([count[i, 0] for count, i in zip(self.counts, shift, strict=True)])))
 
 
-def _excess(read: Sequence[tuple[int, Places]], pairs: _Correlations, window: _Window, surface: Array) -> tuple[Array, float]:
-    """e(d) of the maxima, by the places that two windows share and by what the others have in common; far over own."""
+def _excess(
+    read: Sequence[tuple[int, Places]], pairs: _Correlations, window: _Window, surface: Array
+) -> tuple[Array, Array, float]:
+    """e(d) of the maxima, by the places that two windows share and by what the others have in common; far over own.
+
+    And the share of each window that is in the other as well.
+    """
     mass = coarse()[1]
     own = expectation_of_two(surface**2, mass)
     shape = [min(len(place), REACH) for _, place in read]
@@ -236,10 +246,11 @@ def _excess(read: Sequence[tuple[int, Places]], pairs: _Correlations, window: _W
     far = float(window.apart(surface, np.array([pairs.distant]))[0])
     apart = np.maximum((window.apart(surface, between) - far) / (own - far), 0.0) if own > far else np.zeros(shape)
     taps = int(np.prod([place.shape[1] for _, place in read]))
-    both = np.array([overlapping(taps, pairs.shared(index)) for index in np.ndindex(*shape)]).reshape(shape)
+    shared = np.array([pairs.shared(index) for index in np.ndindex(*shape)])
+    both = np.array([overlapping(taps, int(count)) for count in shared]).reshape(shape)
     excess = both + (1.0 - both) * apart
     excess[(0,) * excess.ndim] = 1.0
-    return excess, far / own if own > 0.0 else 0.0
+    return excess, (shared / taps).reshape(shape), far / own if own > 0.0 else 0.0
 
 
 def _pooled_levels(

@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gainstage.signal.axes import Axis
+from gainstage.signal.copies import replace
 from gainstage.signal.quadrature import Array, matmul
 
 REACH = 12  # lags kept
@@ -41,10 +42,14 @@ def padded(part: Array, shape: Sequence[int]) -> Array:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Neighbours:
-    """``excess``: e(d), one dimension for each of the axes; void for a tensor that lacks one of them."""
+    """``excess``: e(d), one dimension for each of the axes; void for a tensor that lacks one of them.
+
+    ``ties``: of places that hold the largest of windows, the share of their window that two places have in common.
+    """
 
     axes: tuple[Axis, ...]
     excess: Array
+    ties: Array | None = None
 
     def with_axis(self, axis: Axis) -> Neighbours:
         """Also along an axis in which neighbours share no more than others."""
@@ -53,7 +58,7 @@ class Neighbours:
     def renamed(self, old: Sequence[Axis], new: Sequence[Axis]) -> Neighbours:
         """The same with axes under other identities."""
         names = dict(zip(map(id, old), new, strict=True))
-        return Neighbours(tuple(names.get(id(axis), axis) for axis in self.axes), self.excess)
+        return replace(self, axes=tuple(names.get(id(axis), axis) for axis in self.axes))
 
     def lags(self, axis: Axis) -> int:
         """How many lags are kept along an axis."""
@@ -142,14 +147,21 @@ def write(near: Neighbours, table: Array, axes: Sequence[Axis], moments: tuple[f
     return result
 
 
-def through(near: Neighbours, own: float, far: float, function: Callable[[Array], Array]) -> tuple[Neighbours | None, float]:
-    """Lag by lag through a map of second moments; returns ``far`` after it as well."""
-    after = function(far + (own - far) * near.excess)
-    distant = float(function(np.array([far]))[0])
-    top = float(after[(0,) * after.ndim]) - distant
-    if top <= 0.0:
+def through(
+    near: Neighbours, own: float, far: float, function: Callable[[Array], Array], tied: tuple[Array, Array] | None = None
+) -> tuple[Neighbours | None, float]:
+    """Lag by lag through a map of second moments; returns ``far`` after it as well.
+
+    ``tied``: what of ``own - far`` places share for what they hold in common, before and after; the map is for the rest of them.
+    """
+    before, after = (np.zeros(1),) * 2 if tied is None else tied
+    alone, distant = (float(function(np.array([moment]))[0]) for moment in (own, far))
+    if alone <= distant:
         return None, distant
-    return made(near.axes, (after - distant) / top), distant
+    rest = np.where(before < 1.0, (near.excess - before) / np.where(before < 1.0, 1.0 - before, 1.0), 1.0)
+    moments = function(far + (own - far) * rest)
+    found = made(near.axes, after + (1.0 - after) * (moments - distant) / (alone - distant))
+    return None if found is None else replace(found, ties=near.ties), distant
 
 
 def _on(near: Neighbours | None, axes: Sequence[Axis]) -> Neighbours | None:

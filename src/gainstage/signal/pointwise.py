@@ -19,7 +19,7 @@ from gainstage.signal.linear import add, affine, modulate, multiply
 from gainstage.signal.loudness import over_loudness
 from gainstage.signal.marginal import Marginal
 from gainstage.signal.movement import expand, parts_along, refine, reshape, with_axes
-from gainstage.signal.neighbours import through
+from gainstage.signal.neighbours import Neighbours, through
 from gainstage.signal.overlap import NONE, Overlap
 from gainstage.signal.pairing import amplitude_of
 from gainstage.signal.places import over_places
@@ -36,7 +36,9 @@ from gainstage.signal.quadrature import (
     power_series,
     quantiles,
     standardised,
+    tied_correlation,
 )
+from gainstage.signal.slicing import part_by_part
 from gainstage.signal.spread import held
 from gainstage.signal.stray import Stray, passed
 from gainstage.signal.uneven import with_means
@@ -116,8 +118,16 @@ def _with_neighbours(x: Value, made: Value) -> Value:
         rho = invert_series(x.marginal.even_series, moments - x.marginal.even_series[0])
         return evaluate_series(made.marginal.even_series, np.where(moments >= own, 1.0, rho))
 
-    after, distant = through(near, own, far, function)
+    after, distant = through(near, own, far, function, _tied(near, x, made))
     return made.with_neighbours(after, made.second_moment, distant)
+
+
+def _tied(near: Neighbours, x: Value, made: Value) -> tuple[Array, Array] | None:
+    """Correlations of windows' maxima that come of places in both, before and after a function of them."""
+    if near.ties is None:
+        return None
+    share = near.ties[tuple(slice(0, n) for n in near.excess.shape)]
+    return tied_correlation(x.marginal.even, share), tied_correlation(made.marginal.even, share)
 
 
 def _on_levels(x: Value, values: Array, function: Callable[[Array], Array]) -> Value:
@@ -136,7 +146,7 @@ def _on_levels(x: Value, values: Array, function: Callable[[Array], Array]) -> V
 def apply(function: Function, x: Value) -> Value:
     """``f(x)`` for any function of one tensor, entry by entry; of several functions of one tensor side by side, of each."""
     parts = parts_along(x)
-    if parts is not None and len({part.marginal.latent for part in parts[1]}) == 1:
+    if parts is not None:
         return join([apply(function, part) for part in parts[1]], parts[0])
 
     def on_grid(grid: Array) -> Array:
@@ -233,31 +243,6 @@ def _shares_latent(x: Value, y: Value) -> bool:
     return x.marginal.latent == y.marginal.latent and all(a is b for a, b in zip(x.axes, y.axes, strict=True))
 
 
-def _part_by_part(x: Value, y: Value) -> tuple[int, list[tuple[Value, Value]]] | None:
-    """Dimension (from the end) and pairs of parts of two equal concatenations, or of one and what is the same for all parts."""
-    for first, second in ((x, y), (y, x)):
-        found = parts_along(first)
-        if found is None:
-            continue
-        dim = found[0] - len(first.dims)
-        others = _parts_like(second, dim, [part.shape[dim] for part in found[1]])
-        if others is not None:
-            pairs = zip(found[1], others, strict=True)
-            return dim, [(a, b) if first is x else (b, a) for a, b in pairs]
-    return None
-
-
-def _parts_like(y: Value, dim: int, sizes: Sequence[int]) -> Sequence[Value] | None:
-    if len(y.dims) < -dim or y.shape[dim] == 1:
-        return [y] * len(sizes)
-    if y.constant is not None and y.shape[dim] == len(sizes):
-        return [known(y.constant.narrow(dim, k, 1)) for k in range(len(sizes))]
-    found = parts_along(y)
-    if found is None or found[0] != dim + len(y.dims) or [part.shape[dim] for part in found[1]] != list(sizes):
-        return None
-    return found[1]
-
-
 def combine(function: Function, x: Value, y: Value) -> Value:
     """``f(x, y)`` entry by entry, for addition, subtraction, multiplication, division and the rest.
 
@@ -265,7 +250,7 @@ def combine(function: Function, x: Value, y: Value) -> Value:
     maximum) meets a number. What else is not independent shares a source, see :func:`cross_table`.
     """
     x, y = _as_numbers(x), _as_numbers(y)
-    parts = _part_by_part(x, y)
+    parts = part_by_part(x, y)
     if parts is not None:
         return join([combine(function, a, b) for a, b in parts[1]], parts[0])
     row = _row_of_numbers(function, x, y)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import pairwise
 from math import prod
 
 import numpy as np
@@ -11,6 +13,7 @@ from gainstage.signal import levels
 from gainstage.signal.axes import Dim
 from gainstage.signal.copies import replace
 from gainstage.signal.joining import join
+from gainstage.signal.known import known
 from gainstage.signal.marginal import Marginal
 from gainstage.signal.movement import full_prior, map_tables, merge_dim, parts_along
 from gainstage.signal.value import Value
@@ -111,3 +114,31 @@ def scaled(x: Value, ratio: float) -> Value:
     marginal = x.marginal.affine(ratio)
     amplitude = None if x.amplitude is None else x.amplitude * ratio
     return replace(x, mean=x.mean * ratio, table=x.table * ratio**2, marginal=marginal, amplitude=amplitude)
+
+
+def part_by_part(x: Value, y: Value) -> tuple[int, list[tuple[Value, Value]]] | None:
+    """Dimension (from the end) and pairs of parts of two equal concatenations, or of one and what is the same for all parts."""
+    for first, second in ((x, y), (y, x)):
+        found = parts_along(first)
+        if found is None:
+            continue
+        dim = found[0] - len(first.dims)
+        others = _parts_like(second, dim, [part.shape[dim] for part in found[1]])
+        if others is not None:
+            pairs = zip(found[1], others, strict=True)
+            return dim, [(a, b) if first is x else (b, a) for a, b in pairs]
+    return None
+
+
+def _parts_like(y: Value, dim: int, sizes: Sequence[int]) -> Sequence[Value] | None:
+    if len(y.dims) < -dim or y.shape[dim] == 1:
+        return [y] * len(sizes)
+    if y.constant is not None and y.shape[dim] == len(sizes):
+        return [known(y.constant.narrow(dim, k, 1)) for k in range(len(sizes))]
+    if y.levels is None and y.variance <= 1e-14 * y.second_moment:  # one number
+        bounds = np.cumsum([0, *sizes])
+        return [take(y, dim, int(start), int(stop)) for start, stop in pairwise(bounds)] if bounds[-1] == y.shape[dim] else None
+    found = parts_along(y)
+    if found is None or found[0] != dim + len(y.dims) or [part.shape[dim] for part in found[1]] != list(sizes):
+        return None
+    return found[1]
