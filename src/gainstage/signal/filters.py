@@ -54,6 +54,8 @@ def filter_dim(x: Value, dim: int, matrix: Array) -> Value:
     profile = _filtered_levels(x.levels, even, weighted, position)
     if outputs == 1:
         table = np.take(table, 1, axis=position)
+    elif inputs > 1:
+        table = _conserved(x, table, position, matrix)
     dims = tuple(out_axis if d == dim else axes for d, axes in enumerate(x.dims))
     mean = x.mean * float(weighted.sum(1).mean() / along.mean())
     along_it = tuple(slice(None) if p == position else 1 for p in range(x.table.ndim))
@@ -71,6 +73,18 @@ def filter_dim(x: Value, dim: int, matrix: Array) -> Value:
         amplitude, maps = amplitude_of(x) * factors.reshape(shape), mapped(x, out_axis[0], matrix, result.table)
         result = replace(result, source=x.source, amplitude=amplitude, filtered=maps)
     return result
+
+
+def _conserved(x: Value, table: Array, position: int, matrix: Array) -> Array:
+    """Where all inputs count alike, the sum over outputs is that of the inputs, as often; levels are followed axis by axis only."""
+    counts, size = matrix.sum(0), matrix.shape[0]
+    if np.ptp(counts) > 1e-9 * np.abs(counts).max():
+        return table
+    ratio = float(counts.sum()) / size
+    before, after = averaged(x.table, [position], [x.axes[position]]), averaged(table, [position], [Axis(size)])
+    table = table.copy()
+    np.moveaxis(table, position, 0)[0] += np.take(ratio**2 * before - after, 0, axis=position) * (size / (size - 1.0))
+    return table
 
 
 def _kept_components(x: Value, even: Array, position: int, matrix: Array) -> Array:
