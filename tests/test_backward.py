@@ -401,3 +401,24 @@ def test_a_gradient_that_is_not_asked_for_is_left_out_and_changes_no_other(name)
     assert all(isinstance(gradient, Value) for gradient in every)
     assert not any(one[1:])
     assert (one[0].table == every[0].table).all()
+
+
+class PoolLessIdentity(nn.Module):
+    """What a pool adds to a stream that a kernel reads at every second place, all of them alike."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.pool = nn.GroupNorm(1, 8), nn.AvgPool2d(3, 1, 1, count_include_pad=False)
+        self.conv = nn.Conv2d(8, 8, 3, 2, 1)
+
+    def forward(self, x):
+        y = self.norm(x)
+        return self.conv(x + self.pool(y) - y).mean((2, 3))
+
+
+def test_a_pool_less_its_input_has_no_gradient_for_a_shift():
+    """Averages sum to 1, so that the sum of ``P'g - g`` is zero wherever g is loud; else it is as large as for the scale."""
+    torch.manual_seed(0)
+    parameters = gs.inspect(PoolLessIdentity(), (torch.randn(2, 8, 12, 12),)).parameters
+    shift, scale = (parameters[f"norm.{name}"].gradient_second_moment for name in ("bias", "weight"))
+    assert shift <= 1e-9 * scale

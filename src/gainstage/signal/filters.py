@@ -76,7 +76,7 @@ def filter_dim(x: Value, dim: int, matrix: Array) -> Value:
 
 
 def _conserved(x: Value, table: Array, position: int, matrix: Array) -> Array:
-    """Where all inputs count alike, the sum over outputs is that of the inputs, as often; levels are followed axis by axis only."""
+    """Where all inputs count alike, the sum over outputs is that of inputs, as often: levels are followed axis by axis only."""
     counts, size = matrix.sum(0), matrix.shape[0]
     if np.ptp(counts) > 1e-9 * np.abs(counts).max():
         return table
@@ -100,7 +100,9 @@ def _kept_components(x: Value, even: Array, position: int, matrix: Array) -> Arr
     excess = near.excess[tuple(slice(None) if p == at else 0 for p in range(near.excess.ndim))]
     distance = np.abs(np.subtract.outer(np.arange(inputs), np.arange(inputs)))
     e = np.where(distance < excess.size, excess[np.minimum(distance, excess.size - 1)], 0.0)
-    total = float(matrix.sum()) / inputs
+    lean = x.leaning()
+    lean = lean.mean(axis=tuple(p for p in range(lean.ndim) if p != position))
+    total = float((matrix.sum(0) * lean).mean() / lean.mean())
     other = float(even[tuple(0 if p == position else 1 for p in range(even.ndim))])
     apart = own - other
     if apart <= 1e-12 * abs(own):
