@@ -136,7 +136,7 @@ HEALTHY = {
     "residual, training": (lambda: residual().train(), (8, 3, 16, 16)),
     "residual, evaluation": (lambda: residual().eval(), (8, 3, 16, 16)),
     "transformer": (
-        lambda: nn.TransformerEncoder(nn.TransformerEncoderLayer(64, 4, 128, batch_first=True), 6, enable_nested_tensor=False),
+        lambda: nn.Sequential(*(nn.TransformerEncoderLayer(64, 4, 128, batch_first=True) for _ in range(6))),
         (4, 16, 64),
     ),
     "He, 20 layers": (lambda: plain(nn.ReLU, 20, math.sqrt(2.0)), (16, WIDTH)),
