@@ -3,13 +3,16 @@
 import statistics
 from collections import OrderedDict
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 import gainstage as gs
 from gainstage.propagate import kurtosis
+from gainstage.signal import gaussian, levels, normalise_gradient
 from gainstage.signal.alike import centred, mean_square
+from gainstage.signal.axes import new_dims
 
 
 class Branches(nn.Module):
@@ -168,3 +171,13 @@ def test_a_norm_takes_nothing_twice_and_what_it_made_has_one_length():
     assert statistics.mean(predicted) == pytest.approx(
         statistics.mean(found), rel=0.03
     )  # a standard error of 1 %; the next order in 1/16
+
+
+def test_loud_places_with_loud_gradients_are_even_behind_a_norm():
+    """``g_t = l_t u`` at places of the levels l: divided by these, all places have the same gradient."""
+    profile = levels.normalised(np.array([4.0, 1.0, 1.0, 1.0, 1.0, 0.5])[:, None])
+    dims, own = new_dims((6, 512)), np.array([[0.0, 0.0], [0.0, 1.0]])
+    shared = np.array([[0.0, levels.pair_factor(profile.ravel())], [0.0, 1.0]])
+    x, g = gaussian(dims, 0.0, own, profile), gaussian(dims, 0.0, shared, profile)
+    table = normalise_gradient(g, x, [1], 0.0, centre=False)[0].table
+    assert table[0, 1] == pytest.approx(table[1, 1], rel=0.01)  # 1/512 goes along x

@@ -90,7 +90,8 @@ def normalise_gradient(g: Value, x: Value, dims: Sequence[int], eps: float, *, c
     table[full] = max(float(table[full]), 0.0)
     near = _projected_neighbours(g, xhat, float(along[(-1,) * table.ndim]), float(common[(-1,) * table.ndim]))
     extra = {"lineage": g.lineage | x.lineage, "stray": g.stray.hidden(), "near": near, "uneven": x.uneven}
-    to_x = gaussian(g.dims, 0.0, table * (inverse_factor * inverse), profile, **extra)
+    table = _between_levels(table, g, profile) * (inverse_factor * inverse)
+    to_x = gaussian(g.dims, 0.0, table, profile, **extra)
     amplitude = amplitude_of(g) * (inverse_factor * inverse) ** 0.5
     if centre:
         amplitude[tuple(0 if axis in axes else slice(None) for axis in g.axes)] = 0.0
@@ -189,6 +190,16 @@ def _divided_levels(g: Value, x: Value, reduced: Sequence[int], level: float, ep
     variance = level * own.mean(axis=tuple(reduced), keepdims=True) + eps
     inverse = np.where(variance > 0.0, 1.0 / np.where(variance > 0.0, variance, 1.0), 0.0) * gradient
     return float(inverse.mean()), levels.normalised(np.sqrt(inverse))
+
+
+def _between_levels(table: Array, g: Value, profile: Array | None) -> Array:
+    """What places of two levels share, relative to the second moment, once those of g are those of a profile."""
+    table = table.copy()
+    for position, axis in enumerate(g.axes):
+        before, after = (levels.pair_factor(levels.over(own, position, axis.size)) for own in (g.levels, profile))
+        if axis.size > 1 and before > 0.0:
+            np.moveaxis(table, position, 0)[0] *= after / before
+    return table
 
 
 def lookup_gradient(g: Value, index: torch.Tensor, rows: int) -> Value:
