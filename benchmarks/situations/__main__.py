@@ -30,24 +30,32 @@ def main() -> int:
     parser.add_argument("--model", default="", help="models whose package or name has this in it")
     chosen = parser.parse_args()
     one_thread()
-    found: dict[str, list[dict[str, Any]]] = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
     for name in SITUATIONS if chosen.only is None else (chosen.only,):
-        found[name] = measured(name, chosen.model, found.get(name, []))
+        anew = measured(name, chosen.model)
+        found = _written()  # now: another run may have ended meanwhile
+        known = found.get(name, [])
+        found[name] = [row for of, rows in anew for row in (known_of(known, *of) if rows is None else rows)]
         show(name, found[name])
-        ordered = {known: found[known] for known in SITUATIONS if known in found}
+        ordered = {situation: found[situation] for situation in SITUATIONS if situation in found}
         RESULTS.write_text(json.dumps(ordered, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    return 0 if all(row["ok"] for rows in found.values() for row in rows) else 1
+    return 0 if all(row["ok"] for rows in _written().values() for row in rows) else 1
 
 
-def measured(name: str, wanted: str, known: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Rows of one situation in their order: of the models that are wanted anew, of the others as known."""
-    rows: list[dict[str, Any]] = []
-    for one in import_module(f"benchmarks.situations.{name}").measurements():
-        if wanted in f"{one.package} {one.model}":
-            rows += [row.to_dict() for row in one.rows()]
-        else:
-            rows += [row for row in known if (row["package"], row["model"]) == (one.package, one.model)]
-    return rows
+def _written() -> dict[str, list[dict[str, Any]]]:
+    return json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
+
+
+def measured(name: str, wanted: str) -> list[tuple[tuple[str, str], list[dict[str, Any]] | None]]:
+    """Packages and models of one situation, in their order, each with its rows; None for those that are not wanted."""
+    return [
+        ((one.package, one.model), [row.to_dict() for row in one.rows()] if wanted in f"{one.package} {one.model}" else None)
+        for one in import_module(f"benchmarks.situations.{name}").measurements()
+    ]
+
+
+def known_of(rows: list[dict[str, Any]], package: str, model: str) -> list[dict[str, Any]]:
+    """Rows of one model."""
+    return [row for row in rows if (row["package"], row["model"]) == (package, model)]
 
 
 def show(name: str, rows: list[dict[str, Any]]) -> None:
