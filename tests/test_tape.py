@@ -19,6 +19,7 @@ from gainstage import errors
 from gainstage.capture import capture
 from gainstage.capture.capture import RUNGS
 from gainstage.graph import Graph, NodeKind
+from gainstage.verify.measure import run_forward
 
 STAGE = importlib.import_module("gainstage.capture.capture")
 RUN = importlib.import_module("gainstage.capture.run")
@@ -357,3 +358,16 @@ def test_a_parameter_that_is_touched_outside_of_autograd_takes_its_gradient_all_
     graph = capture(model, (x(),))
     torch.testing.assert_close(run_graph(graph, model, (x(),))[graph.outputs[0]], copy.deepcopy(model)(x()).detach())
     assert_reaches_parameters(graph, model, (x(),), {})
+
+
+def test_a_pass_that_fails_is_not_tried_again():
+    """With more than one process the others would wait for it."""
+    seen = []
+
+    def failing(_module, x):
+        seen.append(x)
+        raise ValueError("no")
+
+    with pytest.raises(errors.InputError, match="ValueError: no"):
+        run_forward(Scripted(failing), (x(),), {}, modules=(), look_at_output=lambda _: {})
+    assert len(seen) == 1

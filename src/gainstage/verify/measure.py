@@ -20,6 +20,7 @@ from gainstage.verify.untouched import untouched
 
 FEW_KEYS = 8  # a softmax over fewer entries may well put half of its weight on one
 _QUERIES = 64  # rows of one attention that are looked at
+_NEEDS_GRADIENTS = "does not require grad"  # what torch says of a derivative that is taken where none are recorded
 
 CallKey = tuple[str, int]  # module path, number of the call
 
@@ -112,37 +113,32 @@ def run_forward(
     Raises:
         InputError: forward failed; the message quotes the reason.
     """
+    samples = samples_in(args, kwargs)
+
+    def run(*, with_gradients: bool) -> Pass:
+        found = Pass()
+        copies = pytree.tree_map(lambda leaf: leaf.clone() if isinstance(leaf, torch.Tensor) else leaf, (args, dict(kwargs)))
+        with (
+            untouched(model),
+            _hooked(modules, found, samples) as stack,
+            AttentionWatch(found, stack),
+            sharded_again(model),
+        ):
+            try:
+                with torch.set_grad_enabled(with_gradients):
+                    output = model(*copies[0], **copies[1])
+            except Exception as error:
+                place = f" in module {stack[-1]!r}" if stack and stack[-1] else ""
+                raise InputError(f"The forward pass failed{place}: {type(error).__name__}: {error}") from error
+            found.first_losses.update(look_at_output(dict(enumerate(map(whole, tensor_leaves(output))))))
+        return found
+
     try:
-        return _run(model, args, kwargs, modules, look_at_output, with_gradients=False)
-    except InputError:
-        return _run(model, args, kwargs, modules, look_at_output, with_gradients=True)
-
-
-def _run(
-    model: nn.Module,
-    args: tuple[Any, ...],
-    kwargs: Mapping[str, Any],
-    modules: Iterable[tuple[str, nn.Module]],
-    look_at_output: Callable[[Mapping[int, torch.Tensor]], Mapping[int, tuple[float, float]]],
-    *,
-    with_gradients: bool,
-) -> Pass:
-    found = Pass()
-    copies = pytree.tree_map(lambda leaf: leaf.clone() if isinstance(leaf, torch.Tensor) else leaf, (args, dict(kwargs)))
-    with (
-        untouched(model),
-        _hooked(modules, found, samples_in(args, kwargs)) as stack,
-        AttentionWatch(found, stack),
-        sharded_again(model),
-    ):
-        try:
-            with torch.set_grad_enabled(with_gradients):
-                output = model(*copies[0], **copies[1])
-        except Exception as error:
-            place = f" in module {stack[-1]!r}" if stack and stack[-1] else ""
-            raise InputError(f"The forward pass failed{place}: {type(error).__name__}: {error}") from error
-        found.first_losses.update(look_at_output(dict(enumerate(map(whole, tensor_leaves(output))))))
-    return found
+        return run(with_gradients=False)
+    except InputError as error:
+        if _NEEDS_GRADIENTS not in str(error.__cause__):
+            raise
+        return run(with_gradients=True)
 
 
 def samples_in(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:

@@ -28,4 +28,4 @@ def decays(wiring: Wiring) -> list[set[str]]:
                 ends.setdefault(next(iter(read)), []).append(name)
         elif node.short_name == "cumsum" and wiring.is_floating(name):
             sums[name] = name
-    return [{*found, *wiring.within(found, sums) & sums.keys()} for found in ends.values()]
+    return [wiring.behind(found, {*found, *sums}) for found in ends.values()]

@@ -23,9 +23,8 @@ def factors(wiring: Wiring) -> list[set[str]]:
     inside = _passing(wiring) if any(node.short_name in _FACTORED for node in wiring.nodes.values()) else set()
     for name, node in wiring.nodes.items():
         if node.short_name in _FACTORED and name in inside:
-            before = wiring.within([name], inside) & inside
-            after = _after(wiring, name, inside)
-            if before and len(before) + len(after) <= MOST:
+            before, after = wiring.behind([name], inside), wiring.ahead(name, inside)
+            if len(before) > 1 and len(before | after) <= MOST:
                 regions = with_region(regions, before | after)
     return regions
 
@@ -40,14 +39,4 @@ def _passing(wiring: Wiring) -> set[str]:
             weights.add(name)
         elif node.kind is NodeKind.OP and not node.may_draw and not (node.short_name in STOPS and weights.intersection(operands)):
             found.add(name)
-    return found
-
-
-def _after(wiring: Wiring, name: str, inside: set[str]) -> set[str]:
-    """A node and what operations of a set make of it."""
-    found, stack = {name}, [name]
-    while stack:
-        others = [reader for reader in wiring.readers[stack.pop()] if reader in inside and reader not in found]
-        found.update(others)
-        stack += others
     return found

@@ -45,6 +45,6 @@ def fuse_parametrizations(nodes: Sequence[Node]) -> list[Node]:
     found = list(nodes)
     for place, result in enumerate(nodes):
         if result.name in weights & read & entangled and isinstance(result.meta, TensorMeta):
-            inside = {result.name, *wiring.within([result.name], weights) & weights}
+            inside = wiring.behind([result.name], weights)
             found[place] = as_one([node for node in nodes if node.name in inside], [result])[0]
     return found

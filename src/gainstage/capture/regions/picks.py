@@ -258,7 +258,7 @@ class _Flow(Wiring):
 
     def _back(self, name: str) -> tuple[set[str], set[str]]:
         """Operations that lead to one without a contraction between, itself included, and where they end."""
-        inside = {name, *(other for other in self.within([name], self.passing) if other in self.passing)}
+        inside = {name, *self.behind(self.operands[name], self.passing)}
         ends = {other for each in inside for other in self.operands[each]}
         earlier = self.before(ends & self.stops, self.first(inside | ends))
         inside = inside - earlier | {name}

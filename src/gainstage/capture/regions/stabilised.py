@@ -8,7 +8,6 @@ and denominator are of one draw as well. A maximum over a dimension is none of t
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable
 
 import torch
 from torch._ops import OpOverload
@@ -26,25 +25,25 @@ _MOVES = frozenset(
 
 def stabilised(wiring: Wiring) -> list[set[str]]:
     """Sets of exponentials that maxima keep from growing, with what they are weighed against."""
-    by_name = wiring.nodes
+    entrywise = {name for name, node in wiring.nodes.items() if _is_entrywise(node)}
     regions: list[set[str]] = []
-    for node in by_name.values():
-        if node.short_name == "exp" and _is_stabilised(node, by_name):
-            regions = with_region(regions, _behind([node.name], by_name, _is_entrywise))
-    return [_with_ratios(region, by_name) for region in regions]
+    for node in wiring.nodes.values():
+        if node.short_name == "exp" and _is_stabilised(node, wiring, entrywise):
+            regions = with_region(regions, wiring.behind([node.name], entrywise))
+    return [_with_ratios(region, wiring, entrywise) for region in regions]
 
 
-def _is_stabilised(node: Node, by_name: dict[str, Node]) -> bool:
+def _is_stabilised(node: Node, wiring: Wiring, entrywise: set[str]) -> bool:
     """Whether an exponential is one of a difference from an entrywise maximum of what the first term is made of."""
-    difference = _before_moves(node.operands()[0], by_name)
+    difference = _before_moves(node.operands()[0], wiring)
     names = difference.operands()
     if difference.short_name != "sub" or len(names) != 2:
         return False
-    first, largest = (_before_moves(name, by_name) for name in names)
+    first, largest = (_before_moves(name, wiring) for name in names)
     if not _is_maximum(largest):
         return False
-    behind = [_behind([each.name], by_name, _is_entrywise) | {each.name} for each in (first, largest)]
-    return bool(behind[0] & behind[1] or _read_by(behind[0], by_name) & _read_by(behind[1], by_name))
+    behind = [wiring.behind([each.name], entrywise) | {each.name} for each in (first, largest)]
+    return bool(behind[0] & behind[1] or _read_by(behind[0], wiring) & _read_by(behind[1], wiring))
 
 
 def _is_maximum(node: Node) -> bool:
@@ -52,47 +51,36 @@ def _is_maximum(node: Node) -> bool:
     return is_of_two and (node.short_name in _MAXIMA or str(node.op) == "aten.max.other")
 
 
-def _with_ratios(region: set[str], by_name: dict[str, Node]) -> set[str]:
+def _with_ratios(region: set[str], wiring: Wiring, entrywise: set[str]) -> set[str]:
     """A region with quotients of which both parts depend on it, what puts these together, and where its operands are picked."""
-    made = {name for name in region if by_name[name].short_name == "exp"}  # and what depends on them, entry by entry
-    for node in by_name.values():
-        if _is_entrywise(node) and any(name in made for name in node.operands()):
-            made.add(node.name)
-    ratios = [node.name for node in by_name.values() if node.short_name == "div" and made.issuperset(node.operands())]
-    grown = region | _behind(ratios, by_name, lambda node: node.name in made | region)
-    for node in by_name.values():
-        if _is_move(node) and node.name not in grown and _depends_only_on(node, grown, by_name):
-            grown.add(node.name)
-    return grown | _behind(_read_by(grown, by_name), by_name, _is_move)
+    made = {name for name in region if wiring.nodes[name].short_name == "exp"}  # and what depends on them, entry by entry
+    for name, read in wiring.operands.items():
+        if name in entrywise and not made.isdisjoint(read):
+            made.add(name)
+    ratios = [name for name, read in wiring.operands.items() if wiring.nodes[name].short_name == "div" and made.issuperset(read)]
+    grown = region | wiring.behind(ratios, made | region)
+    moves = {name for name, node in wiring.nodes.items() if _is_move(node)}
+    for name in wiring.nodes:
+        if name in moves and name not in grown and _depends_only_on(name, grown, wiring):
+            grown.add(name)
+    return grown | wiring.behind(_read_by(grown, wiring), moves)
 
 
-def _depends_only_on(node: Node, names: set[str], by_name: dict[str, Node]) -> bool:
-    varying = [name for name in node.operands() if by_name[name].kind is not NodeKind.CONSTANT]
-    return bool(varying) and all(name in names for name in varying)
+def _depends_only_on(name: str, names: set[str], wiring: Wiring) -> bool:
+    varying = [other for other in wiring.operands[name] if wiring.nodes[other].kind is not NodeKind.CONSTANT]
+    return bool(varying) and names.issuperset(varying)
 
 
-def _read_by(names: Iterable[str], by_name: dict[str, Node]) -> set[str]:
+def _read_by(inside: set[str], wiring: Wiring) -> set[str]:
     """What some nodes read that is none of them, and no constant."""
-    inside = set(names)
-    read = {name for each in inside for name in by_name[each].operands()}
-    return {name for name in read - inside if by_name[name].kind is not NodeKind.CONSTANT}
+    read = {name for each in inside for name in wiring.operands[each]}
+    return {name for name in read - inside if wiring.nodes[name].kind is not NodeKind.CONSTANT}
 
 
-def _behind(ends: Iterable[str], by_name: dict[str, Node], is_inside: Callable[[Node], bool]) -> set[str]:
-    """All that leads to some nodes through operations of a kind, these nodes included if they are of it."""
-    waiting, found = [name for name in ends if is_inside(by_name[name])], set()
-    while waiting:
-        name = waiting.pop()
-        if name not in found:
-            found.add(name)
-            waiting += [other for other in by_name[name].operands() if is_inside(by_name[other])]
-    return found
-
-
-def _before_moves(name: str, by_name: dict[str, Node]) -> Node:
-    node = by_name[name]
+def _before_moves(name: str, wiring: Wiring) -> Node:
+    node = wiring.nodes[name]
     while _is_move(node):
-        node = by_name[node.operands()[0]]
+        node = wiring.nodes[node.operands()[0]]
     return node
 
 

@@ -63,6 +63,20 @@ class Wiring:
                         stack.append(other)
         return found
 
+    def behind(self, names: Collection[str], inside: Collection[str]) -> set[str]:
+        """Those of some nodes that a set holds, and what leads to them through it."""
+        found = {name for name in names if name in inside}
+        return found | {name for name in self.within(found, inside) if name in inside}
+
+    def ahead(self, name: str, inside: Collection[str]) -> set[str]:
+        """A node and what operations of a set make of it."""
+        found, stack = {name}, [name]
+        while stack:
+            others = [reader for reader in self.readers[stack.pop()] if reader in inside and reader not in found]
+            found.update(others)
+            stack += others
+        return found
+
     def is_floating(self, name: str) -> bool:
         """Whether a node is one tensor of real numbers."""
         meta = self.nodes[name].meta
