@@ -22,11 +22,15 @@ def pooled(x):
     return filter_dim(filter_dim(x, 2, averaging(SIZE)), 3, averaging(SIZE))
 
 
+@pytest.mark.parametrize("mean", [0.0, 0.8])
 @pytest.mark.parametrize("smoothed", [0, 3])
-def test_what_is_left_of_a_map_less_its_own_average_is_exact(smoothed):
-    """Of white noise, averaged a few times before, then moved towards and away from its averages: all is one matrix of places."""
+def test_what_is_left_of_a_map_less_its_own_average_is_exact(smoothed, mean):
+    """Of white noise, averaged a few times before, then moved towards and away from its averages: all is one matrix of places.
+
+    Averages leave a mean as it is, and nothing of it in a difference.
+    """
     one = np.kron(averaging(SIZE), averaging(SIZE))
-    x, exact = independent((2, 3, SIZE, SIZE), 0.0, 1.0), np.eye(SIZE**2)
+    x, exact = independent((2, 3, SIZE, SIZE), mean, 1.0), np.eye(SIZE**2)
     for _ in range(smoothed):
         x, exact = pooled(x), one @ exact
     for step in (0.7, -0.4):
@@ -38,7 +42,7 @@ def test_what_is_left_of_a_map_less_its_own_average_is_exact(smoothed):
         profile = moved.second_moment * np.broadcast_to(moved.levels, moved.shape)[0, 0] ** 2
         np.testing.assert_allclose(profile.ravel(), np.diag(left @ left.T), rtol=1e-6)
         x, exact = combine(torch.add, x, affine(moved, step)), exact + step * left
-    assert x.second_moment == pytest.approx(np.mean(np.diag(exact @ exact.T)), rel=1e-9)
+    assert x.second_moment == pytest.approx(mean**2 + np.mean(np.diag(exact @ exact.T)), rel=1e-9)
 
 
 def apart(left):

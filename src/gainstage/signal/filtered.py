@@ -99,9 +99,11 @@ def _multiple(x: Value, base: Value) -> float | None:
     """The number c of ``x = c base`` in all that a norm left of x in the base; None where it is none."""
     own, other = amplitude_of(x), amplitude_of(base)
     full = (1,) * own.ndim
-    if own.shape != other.shape or other[full] == 0.0 or abs(x.mean) > ROUGHLY * x.second_moment**0.5:
+    if own.shape != other.shape or other[full] == 0.0:
         return None
     ratio, kept = float(own[full] / other[full]), other != 0.0
+    if abs(x.mean - ratio * base.mean) > ROUGHLY * x.second_moment**0.5:
+        return None
     return ratio if float(np.abs(own - ratio * other)[kept].max()) <= ROUGHLY * float(np.abs(own).max()) else None
 
 
