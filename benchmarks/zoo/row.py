@@ -29,6 +29,8 @@ from gainstage.report.ops import count_ops
 
 ENOUGH = 16  # draws
 PATIENCE = 4.0  # processor seconds of drawing, after which fewer must do
+FEW = 8  # of fewer a standard error says little: outputs settle by chance
+LONGEST = 60.0  # processor seconds of drawing, after which even fewer must do
 FEWEST = 2  # a standard error needs them
 WORST = 3  # outputs that are named
 
@@ -131,7 +133,7 @@ def _compare(row: ZooRow, loaded: Loaded, plan: gs.Plan, draws: int) -> None:
     one_pass(0)  # lazy parameters get their shapes
     row.forward_seconds = time.process_time() - began
     passes: list[dict[str, tuple[str, float]]] = []
-    while len(passes) < draws and (len(passes) < FEWEST or time.process_time() - began < PATIENCE):
+    while len(passes) < draws and time.process_time() - began < _patience(len(passes)):
         gs.apply(loaded.model, plan, seed=1 + len(passes))
         passes.append(one_pass(1 + len(passes)))
     row.draws = len(passes)
@@ -141,6 +143,13 @@ def _compare(row: ZooRow, loaded: Loaded, plan: gs.Plan, draws: int) -> None:
         if values
     }
     _fill(row, compared(predictions, collected(passes)))
+
+
+def _patience(drawn: int) -> float:
+    """Processor seconds of drawing within which another one begins, after so many."""
+    if drawn < FEWEST:
+        return math.inf
+    return LONGEST if drawn < FEW else PATIENCE
 
 
 def _fill(row: ZooRow, outputs: list[Row]) -> None:
