@@ -27,9 +27,10 @@ from gainstage.signal.mixture import mixture
 from gainstage.signal.movement import expand, permute, reorder, reshape
 from gainstage.signal.multiples import is_multiple
 from gainstage.signal.pairing import covariance_between, cross_table
-from gainstage.signal.pointwise import apply, combine, slope
+from gainstage.signal.pointwise import apply, combine
 from gainstage.signal.selection import gathered, pick
 from gainstage.signal.slicing import select, take
+from gainstage.signal.slopes import slope
 from gainstage.signal.value import Added, Value, coins, gaussian, independent
 
 __all__ = [

@@ -185,35 +185,6 @@ def over_draws(x: Value, result: Value, function: Callable[[Array], Array]) -> V
     return replace(result, table=table, mean=mean, marginal=marginal)
 
 
-def slope(function: Function, x: Value) -> Value:
-    """``f'(x)`` for any function of one tensor.
-
-    At each point of the grid the root mean square of the slopes to both sides, so that at a kink ``E[f'^2]`` is right; where many
-    entries have one value, such as the zeros that a ReLU leaves, what autograd takes there.
-    """
-    # A statistic hardly fluctuates: its slope is one number.
-    points = x.marginal.values if x.statistic is None else np.full(nodes().shape, x.statistic.centre)
-    step = 1e-6 * max(x.second_moment**0.5, 1e-30)
-    here = call_on(function, points)
-    left, right = here - call_on(function, points - step), call_on(function, points + step) - here
-    size = np.sqrt((left**2 + right**2) / 2.0) / step
-    found = np.where(left + right < 0.0, -size, size)
-    equal = np.diff(points) == 0.0
-    repeated = np.append(equal, False) | np.append(False, equal)
-    kinks = repeated & (np.abs(left - right) > 1e-3 * np.abs(left + right))
-    if x.statistic is None and kinks.any():
-        found[kinks] = _derivative(function, points[kinks])
-    return on_latent(x, found)
-
-
-def _derivative(function: Function, points: Array) -> Array:
-    """``f'`` as autograd has it."""
-    with torch.enable_grad():
-        leaf = torch.from_numpy(np.ascontiguousarray(points)).requires_grad_()
-        (gradient,) = torch.autograd.grad(function(leaf).sum(), leaf)
-    return np.asarray(gradient.numpy())
-
-
 def align(x: Value, y: Value) -> tuple[Value, Value]:
     """Broadcast two values against each other, with matching axes."""
     rank = max(len(x.dims), len(y.dims))

@@ -21,6 +21,7 @@ Array = NDArray[np.float64]
 TIED = 4  # points of the grid in a step of the coarser one for maxima
 _STEPS, _WIDEST = 30, 100.0  # of a fixed point; variance of log s^2
 _STEP = 0.1  # of log s^2, for derivatives
+_COARSEST = 8.0  # a distribution is smooth on points that lie as far apart as those of one this many times as wide
 ORDER = 40  # highest Hermite polynomial; what lies above is kept as one term
 
 
@@ -355,14 +356,22 @@ def expectation_of_two(surface: Array, mass: Array) -> float:
     return float(np.vecdot(surface, mass) @ mass)
 
 
+def _largest_atom(x: Array) -> float:
+    """Largest probability of one value, of sorted values on the grid."""
+    return float(np.bincount(np.append(0, np.cumsum(np.diff(x) > 0.0)), weights()).max())
+
+
 def sum_quantiles(x: Array, y: Array) -> Array:
     """Values on the grid of the increasing function g with g(z) distributed as the sum of two independent entries.
 
-    ``P(x + y <= t) = sum over the points of x of w(x) P(y <= t - x)``: points of the narrower one, distribution function of the
-    other; inverted at the grid's probabilities.
+    ``P(x + y <= t) = sum over the points of x of w(x) P(y <= t - x)``: points of the narrower one, or of the one of which
+    many entries are equal, whose distribution function would jump between points; distribution function of the other; inverted at
+    the grid's probabilities.
     """
     x, y = np.sort(x), np.sort(y)
     if np.ptp(x) > np.ptp(y):
+        x, y = y, x
+    if _largest_atom(y) > _largest_atom(x) and np.ptp(y) < _COARSEST * np.ptp(x):
         x, y = y, x
     points, mass = x[::4], weights()[::4] / weights()[::4].sum()
     reach = np.linspace(-1.0, 1.0, 257)
