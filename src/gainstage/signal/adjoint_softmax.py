@@ -53,7 +53,7 @@ def softmax_gradient(g: Value, p: Value, x: Value, dim: int) -> Value:
     slopes = _slopes(x, dim)
     rho = np.zeros_like(np.take(p.table, 1, axis=position))
     if p.tilt is not None and slopes.variance > 0.0:
-        rho = np.clip(np.take(p.tilt, 1, axis=position) / slopes.variance, 0.0, 1.0)
+        rho = np.clip(np.take(p.tilt.table, 1, axis=position) / slopes.variance, 0.0, 1.0)
     rho[(1,) * rho.ndim] = 1.0
     overlap = np.clip(size * np.take(p.table, 1, axis=position), 0.0, 1.0)
     passed = overlap * (1.0 - overlap) * slopes.apart ** (1.0 - rho) * slopes.own**rho

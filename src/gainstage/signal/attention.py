@@ -22,6 +22,7 @@ from gainstage.signal.copies import replace
 from gainstage.signal.known import measured
 from gainstage.signal.marginal import Marginal
 from gainstage.signal.movement import expand, merge_dim, refine
+from gainstage.signal.overlap import Tilt
 from gainstage.signal.quadrature import Array, nodes, over_norm, standardised, weights
 from gainstage.signal.value import Logits, Value, gaussian
 
@@ -152,7 +153,8 @@ def softmax(x: Value, dim: int) -> Value:
         overlap = np.take(uniform, 1, axis=position)
         rho = _fit(x, position, variance)
     matched = overlap * gain**rho
-    tilt = np.stack([rho * variance] * 2, axis=position)
+    of_rest = (x.variance / variance) ** 2 if variance > 0.0 else 1.0  # what keys do not have in common
+    tilt = Tilt(np.stack([rho * variance] * 2, axis=position), x.overlap.times(of_rest))
     rest = (1.0 - size * matched) / (size * (size - 1.0)) if size > 1 else matched
     table = np.stack([rest, matched], axis=position)
     std = max(float(table[(1,) * table.ndim]) - size**-2.0, 0.0) ** 0.5

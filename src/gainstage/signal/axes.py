@@ -40,6 +40,10 @@ class Axis:
         """Axis of the same size that stands beside this one in one tensor: queries and keys of the same positions."""
         return self._step(("twin",), (self.size,))[0]
 
+    def crossed(self) -> Axis:
+        """Axis of the same size for a tensor that meets this one's in rows and columns."""
+        return self._step(("crossed",), (self.size,))[0]
+
     def _step(self, key: tuple[object, ...], sizes: tuple[int, ...]) -> tuple[Axis, ...]:
         if key not in self.steps:
             self.steps[key] = tuple(Axis(size, parent=self) for size in sizes)

@@ -24,7 +24,7 @@ def map_tables(x: Value, dims: tuple[Dim, ...], change: Callable[[Array], Array]
         table=change(x.table),
         rho=None if x.rho is None else change(x.rho),
         amplitude=None if x.amplitude is None else change(x.amplitude),
-        tilt=None if x.tilt is None else change(x.tilt),
+        tilt=None if x.tilt is None else replace(x.tilt, table=change(x.tilt.table)),
         levels=profile,
         prior=None,
         constant=None,

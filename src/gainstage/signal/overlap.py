@@ -118,6 +118,17 @@ class Overlap:
 NONE = Overlap()
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Tilt:
+    """What the weights that a softmax makes lean by: the covariances of its logits, and how the cosines of these stray.
+
+    Both of what keys do not have in common.
+    """
+
+    table: Array
+    overlap: Overlap
+
+
 @dataclass(frozen=True, slots=True)
 class Taps:
     """How a kernel runs along an axis: number of taps, stride, and the axis of the outputs (None where there is one only)."""

@@ -60,6 +60,8 @@ def cross_table(x: Value, y: Value) -> Array:
     product = np.full_like(x.table, x.mean * y.mean)
     if x.source is not None and x.source is y.source:
         return product + _of_one_source(x, y)
+    if x.marginal.latent == y.marginal.latent:
+        return product + _of_one_latent(x, y)
     if any(one.origin is not None and one.origin.reuses for one in (x, y)):
         common = covariance_between(x, y)
     else:
@@ -114,6 +116,17 @@ def _of_one_source(x: Value, y: Value) -> Array:
         if a is not b and sizes[position] > 1:  # other coordinates of the same tensor
             other = np.take(table, 0, axis=position)
             table = np.stack([other, other], axis=position)
+    return table
+
+
+def _of_one_latent(x: Value, y: Value) -> Array:
+    """Covariance of functions of one latent at other coordinates, which in rows and columns are the same on the diagonal."""
+    table = covariance_series(x.marginal.values, y.marginal.values, x.correlation())
+    for position, (a, b) in enumerate(zip(x.axes, y.axes, strict=True)):
+        if a is not b and a.size > 1:
+            other, same = np.take(table, 0, axis=position), np.take(table, 1, axis=position)
+            shared = other + (same - other) / a.size if a.crossed() is b else other
+            table = np.stack([shared, shared], axis=position)
     return table
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from gainstage.signal import levels
-from gainstage.signal.axes import Dim, distinct
+from gainstage.signal.axes import Axis, Dim, distinct
 from gainstage.signal.copies import replace
 from gainstage.signal.directions import divided
 from gainstage.signal.few import with_shapes
@@ -186,7 +186,11 @@ def over_draws(x: Value, result: Value, function: Callable[[Array], Array]) -> V
 
 
 def align(x: Value, y: Value) -> tuple[Value, Value]:
-    """Broadcast two values against each other, with matching axes."""
+    """Broadcast two values against each other, with matching axes.
+
+    Where one tensor, or two of the same places, meet in rows and columns (``x[:, None] - x[None]``), entries are of other places
+    but on the diagonal: the second then has crossed axes.
+    """
     rank = max(len(x.dims), len(y.dims))
     shape_x = (1,) * (rank - len(x.dims)) + x.shape
     shape_y = (1,) * (rank - len(y.dims)) + y.shape
@@ -196,9 +200,17 @@ def align(x: Value, y: Value) -> tuple[Value, Value]:
     x, y = expand(x, shape), expand(y, shape)
     for d in range(rank):
         x, y = refine(x, y, d, d)
-    dims_x = _adopt(x, y, broadcast_x)
-    dims_y = _adopt(y, x, broadcast_y)
-    return with_axes(x, distinct(dims_x)), with_axes(y, distinct(dims_y))
+    crossing = _own(x, broadcast_x) & _own(y, broadcast_y)
+    dims_x, dims_y = distinct(_adopt(x, y, broadcast_x)), distinct(_adopt(y, x, broadcast_y))
+    for d in range(rank):
+        if (broadcast_x[d] or broadcast_y[d]) and crossing & {*x.dims[d], *y.dims[d]}:
+            dims_y = tuple(tuple(axis.crossed() for axis in dim) if place == d else dim for place, dim in enumerate(dims_y))
+    return with_axes(x, dims_x), with_axes(y, dims_y)
+
+
+def _own(x: Value, broadcast: Sequence[bool]) -> set[Axis]:
+    """Axes along which a tensor is not broadcast."""
+    return {axis for dim, missing in zip(x.dims, broadcast, strict=True) if not missing for axis in dim}
 
 
 def _adopt(x: Value, y: Value, broadcast: Sequence[bool]) -> tuple[Dim, ...]:

@@ -15,7 +15,9 @@ import numpy as np
 from gainstage.signal import levels as profiles
 from gainstage.signal.axes import Dim, axes_of, descends
 from gainstage.signal.gram import Gram, along, factors_of, grouped, of_sum, pairs, starts, ungrouped, widths
+from gainstage.signal.overlap import Tilt
 from gainstage.signal.quadrature import Array, matmul
+from gainstage.signal.spread import by_chance
 from gainstage.signal.value import Value
 
 
@@ -94,14 +96,16 @@ def tilted(
     of few keys that is their own mean, so that ``1 - sum p^2`` of the lean is left.
     """
     keys = [n for n in index_a if n in index_b and n not in kept_index]
-    strangers = bool(a.read) and bool(b.read) and not a.read & b.read
-    if a.tilt is None or b.overlap.variance <= 0.0 or len(keys) != 1 or strangers:
+    if a.tilt is None or len(keys) != 1:
+        return None
+    alike = _alike(a, a.tilt, b, [p for p, n in enumerate(index_b) if n not in index_a])
+    if alike <= 0.0:
         return None
     where = index_a.index(keys[0])
     if b.uneven is not None and descends(b.axes[index_b.index(keys[0])], b.uneven.axes):
         return None  # the keys are channels: each has weights of its own, and none of them reads what another key reads
     size = a.axes[where].size
-    weights = a.table * a.tilt * (1.0 - size * a.second_moment)
+    weights = a.table * a.tilt.table * (1.0 - size * a.second_moment)
     np.moveaxis(weights, where, 0)[1] = 0.0
     place = index_b.index(keys[0])
     full = (1,) * b.table.ndim
@@ -109,8 +113,22 @@ def tilted(
     square = float(b.table[full])
     values = np.zeros_like(b.table)
     index = tuple(0 if p == place else slice(None) if n in index_a else 1 for p, n in enumerate(index_b))
-    values[index] = max(square - apart, 0.0) * b.overlap.variance / (1.0 + (apart / square) ** 2)
+    values[index] = max(square - apart, 0.0) * alike / (1.0 + (apart / square) ** 2)
     return weights, values
+
+
+def _alike(a: Value, tilt: Tilt, b: Value, channels: Sequence[int]) -> float:
+    """``E[c c']``, c the cosine between what the logits read of two keys, c' that of their values; of few keys with their mean.
+
+    Where values are what the logits were made of, at once or by way of hidden layers, c' is that of independent entries.
+    """
+    own = tilt.overlap.of_entries(b.marginal.latent)
+    if own > 0.0:
+        chance = by_chance(b, {p: float(b.axes[p].size) for p in channels})
+        is_direct = any(name in (b.marginal.latent, b.source) for name, _ in a.read)
+        return b.overlap.variance + chance if is_direct else tilt.overlap.shared(b.overlap) + own * chance**0.5
+    are_strangers = bool(a.read) and bool(b.read) and not a.read & b.read
+    return 0.0 if are_strangers else b.overlap.variance
 
 
 def attend(pattern: Array, squares: Array, factors: Array | None, axes: tuple[int, int]) -> Pattern:

@@ -27,7 +27,7 @@ from gainstage.signal.copies import replace
 from gainstage.signal.gram import Gram
 from gainstage.signal.marginal import Marginal, gaussian_marginal
 from gainstage.signal.neighbours import Neighbours, far_of, write
-from gainstage.signal.overlap import NONE, Overlap
+from gainstage.signal.overlap import NONE, Overlap, Tilt
 from gainstage.signal.quadrature import (
     Array,
     cumulative,
@@ -219,7 +219,7 @@ class Value:
     is not in proportion to its level. ``joined``: the tensors that were laid one after the other to make this one. ``near``: what
     places of a map that lie near each other share beyond the table's average. ``gram``: how the table's average over two
     positions of a sequence is spread over pairs of them. ``prior``: the known part of logits, apart from the table: minus
-    infinity where a mask excludes. ``tilt``: of the weights that a softmax makes, the table of covariances of its logits.
+    infinity where a mask excludes. ``tilt``: of the weights that a softmax makes, what they lean by.
     ``read``: the tensors (latent or source, axes) that weights were multiplied with to make this one, where known. ``logits``,
     ``largest``: what the tensor is the softmax or the maximum of. ``added``: a known tensor that the table includes. ``given``:
     what a gradient knows of the tensor that it belongs to. ``uneven``: how the variances of channels differ. ``flatness``:
@@ -251,7 +251,7 @@ class Value:
     joined: Joined | None = None
     near: Neighbours | None = None
     gram: Gram | None = None
-    tilt: Array | None = None
+    tilt: Tilt | None = None
     read: frozenset[tuple[object, frozenset[Axis]]] = frozenset()
     logits: Logits | None = None
     largest: Largest | None = None

@@ -1,0 +1,110 @@
+"""Contractions that are written otherwise than as a layer, and what meets itself in rows and columns."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from test_capture import run_graph
+from torch import nn
+
+import gainstage as gs
+from gainstage.capture import capture
+
+
+class Written(nn.Module):
+    """A weight [24, 4, 6] that is contracted with x [n, 4, 6] in some way, before a layer."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.way = way
+        self.weight = nn.Parameter(torch.randn(24, 4, 6))
+        self.head = nn.Linear(24, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        flat, weight = x.flatten(1), self.weight.flatten(1)
+        ways = {
+            "tensordot": lambda: torch.tensordot(x, self.weight, dims=([1, 2], [1, 2])),
+            "inner": lambda: torch.inner(flat, weight),
+            "vecdot": lambda: torch.linalg.vecdot(flat[:, None], weight),
+            "multi_dot": lambda: torch.linalg.multi_dot([flat, weight.T, torch.eye(24)]),
+            "summed": lambda: (x[:, None] * self.weight).sum((-1, -2)),
+        }
+        return self.head(torch.relu(ways[self.way]()))
+
+
+@pytest.mark.parametrize("way", ["tensordot", "inner", "vecdot", "multi_dot", "summed"])
+def test_contraction_is_found_however_it_is_written(way: str) -> None:
+    model, x = Written(way), torch.randn(16, 4, 6)
+    graph = capture(model, (x,), {})
+    values = run_graph(graph, model, (x,))
+    torch.testing.assert_close(values[graph.outputs[0]], model(x), rtol=1e-5, atol=1e-5)
+    plan = gs.plan(model, (x,))
+    assert plan.parameters["weight"].distribution.std == pytest.approx(24**-0.5, rel=0.02)
+
+
+class Vectors(nn.Module):
+    """Heads [n, 4, 8], each contracted with a vector of its own, as the attention of a graph network does it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads = nn.Linear(12, 32)
+        self.vectors = nn.Parameter(torch.ones(1, 4, 8))
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(torch.tanh((self.heads(x).view(-1, 4, 8) * self.vectors).sum(-1)))
+
+
+def test_vectors_of_heads_are_weights() -> None:
+    plan = gs.plan(Vectors(), (torch.randn(16, 12),))
+    assert plan.parameters["vectors"].distribution.std == pytest.approx(8**-0.5, rel=0.02)
+
+
+def measured(model: nn.Module, plan: gs.Plan, shape: tuple[int, ...], draws: int) -> float:
+    """Mean square of what the model returns, over draws of weights and inputs."""
+    generator, levels = torch.Generator().manual_seed(0), []
+    for seed in range(draws):
+        gs.apply(model, plan, seed=seed)
+        with torch.no_grad():
+            levels.append(float(model(torch.randn(shape, generator=generator)).square().mean()))
+    return sum(levels) / draws
+
+
+class Pooled(nn.Module):
+    """Pooling by attention: the keys are the values, and what is pooled leans towards what the scores read."""
+
+    def __init__(self, scores: nn.Module) -> None:
+        super().__init__()
+        self.features, self.scores = nn.Linear(48, 48), scores
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.features(x)
+        return (torch.softmax(self.scores(x), 1) * x).sum(1)
+
+
+@pytest.mark.parametrize("scores", [nn.Linear(48, 1), nn.Sequential(nn.Linear(48, 48), nn.Tanh(), nn.Linear(48, 1))])
+def test_pooling_by_attention_leans_towards_what_its_scores_read(scores: nn.Module) -> None:
+    """To first order in the cosine of two keys; values that know nothing of the scores would give two thirds."""
+    model = Pooled(scores)
+    plan = gs.plan(model, (torch.randn(8, 40, 48),))
+    assert plan.predictions["@0"][0] == pytest.approx(measured(model, plan, (8, 40, 48), 200), rel=0.15)
+
+
+class Pairs(nn.Module):
+    """Features of n places in rows and columns."""
+
+    def __init__(self, sign: float, f: nn.Module) -> None:
+        super().__init__()
+        self.features, self.f, self.sign = nn.Linear(16, 64), f, sign
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.f(self.features(x))
+        return x[:, :, None] + self.sign * x[:, None]
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+@pytest.mark.parametrize("f", [nn.Identity(), nn.ReLU()])
+def test_rows_and_columns_are_other_places_but_on_the_diagonal(sign: float, f: nn.Module) -> None:
+    model = Pairs(sign, f)
+    plan = gs.plan(model, (torch.randn(4, 5, 16),))
+    assert plan.predictions["@0"][0] == pytest.approx(measured(model, plan, (4, 5, 16), 40), rel=0.03)
