@@ -129,6 +129,31 @@ def test_rows_of_masked_attention_have_their_own_levels_and_pairs_their_own_shar
         assert (result.gram.factors * result.table[0, 1])[apart] == pytest.approx(exact[apart], rel=1e-6)
 
 
+@pytest.mark.parametrize("common", [0.0, 0.5])
+@pytest.mark.parametrize("labels", ["qk", "kq"])
+def test_rows_of_a_loud_causal_attention_are_each_as_peaked_as_their_number_of_keys_allows(labels: str, common: float) -> None:
+    """Logits of variance 2: the first row is its one key, the last one twice as loud as an average. Against samples of softmaxes.
+
+    ``kq``: sums over queries, as for the gradient of values. ``common``: what two values have in common.
+    """
+    size, prior = 24, log_weights(windows(24, 24))
+    values = independent((size, 8), 0.0, 1.0)
+    table = values.table.copy()
+    table[0, 1] = common
+    weights = softmax(replace(independent((size, size), 0.0, 2.0**0.5), prior=prior), -1)
+    result = contract(weights, replace(values, table=table), labels, "kc", "qc")
+    p = (
+        torch.randn(4000, size, size, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * 2.0**0.5 + prior
+    ).softmax(-1)
+    p = p if labels == "qk" else p.transpose(1, 2)
+    exact = (p @ torch.full((size, size), common, dtype=torch.float64).fill_diagonal_(1.0) @ p.transpose(1, 2)).mean(0).numpy()
+    assert result.levels is not None
+    # 1 % of sampling; the gain is interpolated between numbers of keys; two keys of one query are taken to be independent.
+    within = 0.02 if labels == "qk" else 0.08
+    assert (result.levels**2).ravel() * result.second_moment == pytest.approx(np.diag(exact), rel=within)
+    assert result.table[0, 1] == pytest.approx(exact[~np.eye(size, dtype=bool)].mean(), rel=0.02)
+
+
 def test_groups_of_positions_cover_a_long_sequence() -> None:
     """Positions once each, and every pair of different ones."""
     for size in (2, 64, 65, 3000):

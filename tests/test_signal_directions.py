@@ -19,13 +19,14 @@ class Product(nn.Module):
 class ChannelAttention(nn.Module):
     """Queries and keys are channels over tokens, divided by their norms; their products' variance is near 1."""
 
-    def __init__(self):
+    def __init__(self, normalised=lambda x: F.normalize(x, dim=-1)):
         super().__init__()
+        self.normalised = normalised
         self.query, self.key, self.value = (nn.Linear(WIDTH, CHANNELS, bias=False) for _ in range(3))
         self.cosines, self.probabilities, self.output = Product(), nn.Softmax(-1), Product()
 
     def forward(self, x):
-        query, key = (F.normalize(made(x).transpose(1, 2), dim=-1) for made in (self.query, self.key))
+        query, key = (self.normalised(made(x).transpose(1, 2)) for made in (self.query, self.key))
         probabilities = self.probabilities(3.0 * self.cosines(query, key.transpose(1, 2)))
         return self.output(probabilities, self.value(x).transpose(1, 2))
 
@@ -56,3 +57,12 @@ def test_channels_attend_to_channels(common):
         predicted = trace.modules[name][0].second_moment
         # One draw of inputs was looked at: what its samples have in common strays by some percent.
         assert abs(predicted - mean) < 0.1 * mean + 3 * error, (name, predicted, mean, error)
+
+
+def test_a_norm_of_root_mean_squares_is_one_of_lengths():
+    def cosines(*normalised):
+        torch.manual_seed(0)
+        trace = gs.inspect(ChannelAttention(*normalised), (tokens(0.44),), gradients=False)
+        return trace.modules["cosines"][0].second_moment
+
+    assert cosines(lambda x: F.rms_norm(x, x.shape[-1:], eps=0.0) / TOKENS**0.5) == pytest.approx(cosines(), rel=1e-4)

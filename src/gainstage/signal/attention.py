@@ -24,7 +24,7 @@ from gainstage.signal.marginal import Marginal
 from gainstage.signal.movement import expand, merge_dim, refine
 from gainstage.signal.overlap import Tilt
 from gainstage.signal.quadrature import Array, nodes, over_norm, standardised, weights
-from gainstage.signal.value import Logits, Value, gaussian
+from gainstage.signal.value import Lean, Logits, Value, gaussian
 
 
 @lru_cache(maxsize=4096)
@@ -144,8 +144,7 @@ def softmax(x: Value, dim: int) -> Value:
     full = (1,) * within.ndim
     variance = max(float(within[full]), 0.0)
     rho = np.clip(within / variance, -1.0, 1.0) if variance > 0.0 else np.zeros_like(within)
-    uniform, gain, x = _uniform(x, dim, variance)
-    profile = _pattern(x, dim)
+    uniform, gain, lean, x = _uniform(x, dim, variance)
     position = sum(len(d) for d in x.dims[:dim])
     if uniform is None:
         overlap = np.full_like(within, 1.0 / size**2)
@@ -164,7 +163,7 @@ def softmax(x: Value, dim: int) -> Value:
 
     return Value(
         dims=x.dims, mean=1.0 / size, table=table, marginal=Marginal(object(), values), source=object(), lineage=x.lineage,
-        levels=profile, tilt=tilt, read=x.read, logits=Logits(table, x, dim),
+        levels=None if lean is None else lean.levels, lean=lean, tilt=tilt, read=x.read, logits=Logits(table, x, dim),
     )  # fmt: skip
 
 
@@ -182,17 +181,17 @@ def _fit(x: Value, position: int, variance: float) -> Array:
     return np.clip(within / variance, -1.0, 1.0) if variance > 0.0 else np.zeros_like(within)
 
 
-def _pattern(x: Value, dim: int) -> Array | None:
-    """Levels of the probabilities, by query and key, as the prior makes them."""
-    if x.prior is None or dim == 0 or not x.dims[dim - 1]:
+def _pattern(x: Value, dim: int, share: torch.Tensor, gains: torch.Tensor) -> Lean | None:
+    """Levels of the probabilities by query and key, and their means, as the prior makes them."""
+    if dim == 0 or not x.dims[dim - 1]:
         return None
-    share = known_shares(x, dim)
-    others = tuple(d for d in range(share.dim()) if d not in (dim - 1, dim))
-    square = share.square().mean(dim=others) if others else share.square()
-    if square.shape[0] == 1:
+    others = [d for d in range(share.dim()) if d not in (dim - 1, dim)]
+    square, mean = (part.mean(dim=others, keepdim=True) if others else part for part in (share.square() * gains, share))
+    if square.shape[dim - 1] == 1:
         return None
     shape = [n for d, axes in enumerate(x.dims) for n in ([a.size for a in axes] if d in (dim - 1, dim) else [1] * len(axes))]
-    return levels.normalised(square.sqrt().numpy().reshape(shape))
+    profile = levels.normalised(square.sqrt().numpy().reshape(shape))
+    return None if profile is None else Lean(profile, (mean / mean.mean()).numpy().reshape(shape))
 
 
 def known_shares(x: Value, dim: int) -> torch.Tensor:
@@ -203,24 +202,26 @@ def known_shares(x: Value, dim: int) -> torch.Tensor:
     return prior.softmax(dim).nan_to_num(0.0)
 
 
-def _uniform(x: Value, dim: int, variance: float) -> tuple[Array | None, float, Value]:
-    """Table of the distribution that is known beforehand, and how much louder the softmax is than it.
+def _uniform(x: Value, dim: int, variance: float) -> tuple[Array | None, float, Lean | None, Value]:
+    """Table of the distribution that is known beforehand, how much louder the softmax is than it, and its levels and means.
 
-    A softmax of random logits on top of weights a is taken to concentrate like one over ``1 / sum a^2`` equal keys.
+    A softmax of random logits on top of weights a is taken to concentrate like one over ``1 / sum a^2`` equal keys, row by row:
+    the first row of a causal mask has one key, whatever its logits are.
     """
     size = x.shape[dim]
     if x.prior is None:
-        return None, participation(round(variance, 9), size, x.flatness) * size, x
+        return None, participation(round(variance, 9), size, x.flatness) * size, None, x
     share = known_shares(x, dim)
     flat = expand(measured(share), x.shape)
     for d in range(len(x.dims)):
         x, flat = refine(x, flat, d, d)
-    squares = share.square().sum(dim)
-    sizes, repeats = np.unique(np.round(1.0 / squares[squares > 0.0].numpy(), 3), return_counts=True)
+    squares = share.square().sum(dim, keepdim=True)
+    counts = np.round(1.0 / np.maximum(squares.numpy(), 1e-300), 3)
+    sizes = np.unique(counts[squares.numpy() > 0.0])
     picked = sizes if len(sizes) <= 24 else np.geomspace(sizes[0], sizes[-1], 24)
-    found = np.interp(sizes, picked, [participation(round(variance, 9), float(n), x.flatness) * float(n) for n in picked])
-    gain = float((found / sizes * repeats).sum() / (repeats / sizes).sum())
-    return flat.table, gain, x
+    found = [participation(round(variance, 9), float(n), x.flatness) * float(n) for n in picked]
+    gains = torch.from_numpy(np.interp(counts, picked, found))
+    return flat.table, float((squares * gains).sum() / squares.sum()), _pattern(x, dim, share, gains), x
 
 
 def _constant_like(x: Value, value: float) -> Value:

@@ -10,6 +10,7 @@ from gainstage.signal import levels
 from gainstage.signal.alike import averaged, centred
 from gainstage.signal.axes import Axis
 from gainstage.signal.copies import replace
+from gainstage.signal.directions import divided
 from gainstage.signal.filtered import mapped, times
 from gainstage.signal.gram import Gram, modulated
 from gainstage.signal.joining import join
@@ -221,6 +222,7 @@ def normalise(x: Value, reduced: Sequence[Axis], eps: float, *, centre: bool = T
         near=without_common(x) if centre else x.near, filtered=times(x, scale, table),
         overlap=_left_overlap(x.overlap.over(tuple(reduced)) if over_places else x.overlap.held(), x.second_moment, level),
     )  # fmt: skip
+    result = result if over_places else divided(result, positions)
     return held(replace(result, steady=Share(frozenset(reduced), (level * scale**2) ** 2)), level * scale**2)
 
 

@@ -77,11 +77,15 @@ def pattern_of(a: Value, b: Value, index_a: Sequence[int], index_b: Sequence[int
     if len(keys) != 1 or len(queries) != 1:
         return None
     (key,), (query,) = keys, queries
-    matrix = a.levels.reshape(a.levels.shape[min(key, query)], -1)
+    mean, square = a.levels, a.levels**2
+    if a.tilt is not None:  # the weights of a softmax have means, which are smaller than the roots of their mean squares
+        mean, square = a.leaning() * a.mean, square * a.second_moment
+    mean, square = (part.reshape(a.levels.shape[min(key, query)], -1) for part in (mean, square))
     position = index_b.index(index_a[key])
     axis = b.axes[position]
     squares, factors = along(b.levels, position, axis.size), factors_of(b.gram, axis, b.levels, position)
-    return attend(matrix if query < key else matrix.T, squares, factors, (query, key))
+    mean, square = (mean, square) if query < key else (mean.T, square.T)
+    return attend(_Weights(mean, square), squares, factors, (query, key))
 
 
 def tilted(
@@ -131,21 +135,35 @@ def _alike(a: Value, tilt: Tilt, b: Value, channels: Sequence[int]) -> float:
     return 0.0 if are_strangers else b.overlap.variance
 
 
-def attend(pattern: Array, squares: Array, factors: Array | None, axes: tuple[int, int]) -> Pattern:
-    """Sums over keys of a pattern A: ``sum_s A_ts A_us q_s`` and ``sum_{s != s'} A_ts A_us' G_ss'``, with and without q and G."""
-    queries, keys = pattern.shape
+@dataclass(frozen=True, slots=True)
+class _Weights:
+    """Means of the weights [query, key], and their mean squares, which are more where weights are random."""
+
+    mean: Array
+    square: Array
+
+    def twice(self) -> Array:
+        """What the square of the sum over keys has of a key twice: the rows of a softmax have the sum 1, whatever is drawn."""
+        sums = self.mean.sum(1)
+        return self.square if np.ptp(sums) <= 1e-9 * float(sums.max()) else self.mean**2
+
+
+def attend(weights: _Weights, squares: Array, factors: Array | None, axes: tuple[int, int]) -> Pattern:
+    """Sums over keys of weights A: ``sum_s A_ts A_us q_s`` and ``sum_{s != s'} A_ts A_us' G_ss'``, with and without q and G."""
+    queries, keys = weights.mean.shape
     width = widths(keys)
-    mass = grouped(np.add.reduceat(pattern, np.array(starts(keys)), axis=1))
-    square = grouped(np.add.reduceat(pattern**2, np.array(starts(keys)), axis=1))
+    mass, square, twice = (
+        grouped(np.add.reduceat(part, np.array(starts(keys)), axis=1)) for part in (weights.mean, weights.square, weights.twice())
+    )
     gram = np.ones((len(width), len(width))) if factors is None else factors
     same, same_weighted = _over_keys(mass, square, width, np.ones_like(width)), _over_keys(mass, square, width, squares)
     inner = mass / width  # of one key
     alike = np.diag(gram) * width
     every = np.outer(mass.sum(1), mass.sum(1))
-    other = (every - same[0], every.diagonal() - same[1])
+    other = (every - same[0], every.diagonal() - twice.sum(1))
     whole = matmul(matmul(mass, gram), mass.T)
     weighted = whole - matmul(inner * alike, inner.T)
-    corrected = np.diag(whole) - np.vecdot(square, np.diag(gram))
+    corrected = np.diag(whole) - np.vecdot(twice, np.diag(gram))
     other_weighted = (weighted, corrected)
     ratios = np.ones((2, 2))
     own: list[Array] = []
