@@ -341,6 +341,20 @@ def test_a_plan_looks_again_where_values_chose_the_way_and_exports_once(name, ru
     assert any(reason in note for note in plan.notes)
 
 
+@pytest.mark.parametrize(("way", "solves"), [(lambda h: h.isfinite().all(), 1), (lambda h: h.square().mean() < 10.0, 2)])
+def test_what_a_second_look_finds_the_same_is_solved_once(way, solves, monkeypatch):
+    """A check of values that holds before and after, and one that the planned weights answer otherwise."""
+    planning = importlib.import_module("gainstage.api.planning")
+    solved = []
+    monkeypatch.setattr(planning, "solve", lambda *a, solve=planning.solve, **k: (solved.append(a), solve(*a, **k))[1])
+    model = Scripted(lambda s, x: s.m[1](s.m[0](x)) if way(s.m[0](x)) else s.m[2](s.m[0](x)), square(), square(), square())
+    with torch.no_grad():
+        model.m[0].weight.mul_(100.0)
+    plan = gs.plan(model, (x(),))
+    assert len(solved) == solves
+    assert {name: plan.parameters[f"m.{name}.weight"].role == "unused" for name in (1, 2)} == {1: False, 2: True}
+
+
 def clamp_data(s, x):
     s.m[0].weight.data.clamp_(-0.1, 0.1)
     return s.m[0](x)

@@ -14,7 +14,7 @@ from gainstage.apply import apply
 from gainstage.apply.buffers import known_buffers
 from gainstage.capture import capture, copied
 from gainstage.errors import UnknownNameError, nearest
-from gainstage.graph import Graph, Node, NodeKind, TensorMeta, real_parameters
+from gainstage.graph import Graph, Node, NodeKind, TensorMeta, is_same, real_parameters
 from gainstage.inputs import InputStatistics, Measured, TokenStatistics, by_name, with_tokens
 from gainstage.inputs import measure_inputs as gather_inputs
 from gainstage.plan import Plan
@@ -102,7 +102,9 @@ def plan(
         # What a run saw in values holds for the values that it ran on: look again at those that were planned.
         drawn, drawn_args, drawn_kwargs = copied(model, args, kwargs)
         apply(drawn, made, seed=0)
-        made = solved(capture(drawn, drawn_args, drawn_kwargs, like=graph))
+        again = capture(drawn, drawn_args, drawn_kwargs, like=graph)
+        if not is_same(graph, again):
+            made = solved(again)
     return made
 
 

@@ -17,6 +17,7 @@ from gainstage.graph.model import (
 from gainstage.graph.real import as_real, dense, held, is_sharded, real_parameters, whole
 from gainstage.graph.region import Region, parameters_of_regions
 from gainstage.graph.reuse import FOLLOWED, followed_uses
+from gainstage.graph.sameness import is_same
 
 __all__ = [
     "FOLLOWED",
@@ -38,6 +39,7 @@ __all__ = [
     "followed_uses",
     "held",
     "is_random",
+    "is_same",
     "is_sharded",
     "parameters_of_regions",
     "real_parameters",
