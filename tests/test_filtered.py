@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import gainstage as gs
-from gainstage.signal import affine, combine, filter_dim, independent
+from gainstage.signal import affine, combine, filter_dim, independent, neighbours
+from gainstage.signal.axes import Axis
 
 SIZE = 7
 
@@ -43,6 +44,24 @@ def test_what_is_left_of_a_map_less_its_own_average_is_exact(smoothed, mean):
         np.testing.assert_allclose(profile.ravel(), np.diag(left @ left.T), rtol=1e-6)
         x, exact = combine(torch.add, x, affine(moved, step)), exact + step * left
     assert x.second_moment == pytest.approx(mean**2 + np.mean(np.diag(exact @ exact.T)), rel=1e-9)
+
+
+@pytest.mark.parametrize("size", [1, 5, 30])
+@pytest.mark.parametrize("reach", [1, 3, 12])
+def test_what_picked_places_share_is_read_off_the_distances_between_them(size, reach):
+    """``M E M'`` by lag, of rows with one entry (a copy, a permutation) or none (padding)."""
+    rng = np.random.default_rng(size)
+    picks = np.zeros((18, size))
+    picks[np.arange(18), rng.integers(0, size, 18)] = rng.normal(size=18)
+    picks[[0, 7]] = 0.0
+    excess = np.linspace(1.0, -0.3, min(reach, size))
+    distance = np.abs(np.subtract.outer(np.arange(size), np.arange(size)))
+    exact = picks @ np.where(distance < len(excess), excess[np.minimum(distance, len(excess) - 1)], 0.0) @ picks.T
+    axis = Axis(size)
+    lags, (other, same) = neighbours.filtered(neighbours.Neighbours((axis,), excess), axis, picks)
+    np.testing.assert_allclose(lags, [np.diagonal(exact, lag).mean() for lag in range(len(lags))], rtol=1e-9, atol=1e-12)
+    assert same == pytest.approx(np.trace(exact) / 18, rel=1e-9)
+    assert other == pytest.approx((exact.sum() - np.trace(exact)) / (18 * 17), rel=1e-9, abs=1e-12)
 
 
 def apart(left):

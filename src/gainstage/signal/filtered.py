@@ -57,7 +57,7 @@ def times(x: Value, factor: float, table: Array) -> Filtered | None:
 def mapped(x: Value, axis: Axis, matrix: Array, table: Array) -> Filtered:
     """A linear map of x along an axis, with this table."""
     base, terms = made_of(x)
-    after = [(number, {**maps, axis: matrix @ maps.get(axis, np.eye(axis.size))}) for number, maps in terms]
+    after = [(number, {**maps, axis: matrix @ maps[axis] if axis in maps else matrix}) for number, maps in terms]
     return Filtered(table, base, tuple(after))
 
 

@@ -50,7 +50,7 @@ def filter_dim(x: Value, dim: int, matrix: Array) -> Value:
     out_axis = x.dims[dim] if same_axes else ((Axis(outputs),) if outputs > 1 else ())
     near = None
     if inputs > 1:
-        near, table = _filtered_neighbours(x, even, x.dims[dim][0], weighted, table)
+        near, table = _filtered_neighbours(x, even, x.dims[dim][0], weighted, table, mixing=mixing)
         near = None if near is None else cut(near.strided(x.dims[dim][0], 1, out_axis))
     profile = _filtered_levels(x.levels, even, weighted, position)
     if outputs == 1:
@@ -99,8 +99,7 @@ def _kept_components(x: Value, even: Array, position: int, matrix: Array) -> Arr
     own, far = far_of(near, even, x.axes)
     at = near.axes.index(x.axes[position])
     excess = near.excess[tuple(slice(None) if p == at else 0 for p in range(near.excess.ndim))]
-    distance = np.abs(np.subtract.outer(np.arange(inputs), np.arange(inputs)))
-    e = np.where(distance < excess.size, excess[np.minimum(distance, excess.size - 1)], 0.0)
+    beside = np.array([sum(float(np.trace(matrix, lag)) for lag in {d, -d}) for d in range(min(excess.size, inputs))])
     lean = x.leaning()
     lean = lean.mean(axis=tuple(p for p in range(lean.ndim) if p != position))
     total = float((matrix.sum(0) * lean).mean() / lean.mean())
@@ -108,7 +107,7 @@ def _kept_components(x: Value, even: Array, position: int, matrix: Array) -> Arr
     apart = own - other
     if apart <= 1e-12 * abs(own):
         return np.array([total, 0.0])
-    shared = total * far + (own - far) * float((matrix * e).sum()) / inputs
+    shared = total * far + (own - far) * float(beside @ excess[: beside.size]) / inputs
     return np.array([total, (shared - total * (other + apart / inputs)) / (apart * (1.0 - 1.0 / inputs))])
 
 
@@ -127,12 +126,13 @@ def _mixing(matrix: Array) -> Array:
     return mix
 
 
-def _filtered_neighbours(x: Value, even: Array, axis: Axis, matrix: Array, table: Array) -> tuple[Neighbours | None, Array]:
+def _filtered_neighbours(
+    x: Value, even: Array, axis: Axis, matrix: Array, table: Array, *, mixing: Array
+) -> tuple[Neighbours | None, Array]:
     """Lag by lag along one axis; what that adds on average to the table, which took all pairs of places to be alike."""
     near = (x.neighbours() or Neighbours((axis,), np.ones(1))).with_axis(axis)
     own, far = far_of(near, even, x.axes)
     lags, pairs = filtered(near, axis, matrix)
-    mixing = _mixing(matrix)
     rest = tuple(a for a in near.axes if a is not axis)
     result = table.copy()
     for same in np.ndindex(*(2,) * len(near.axes)):

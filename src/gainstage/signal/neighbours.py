@@ -215,18 +215,46 @@ def filtered(near: Neighbours, axis: Axis, matrix: Array) -> tuple[Array, Array]
     position = near.axes.index(axis)
     excess = np.moveaxis(near.excess, position, 0)
     columns = excess.reshape(excess.shape[0], -1)
-    size, outputs = matrix.shape[1], matrix.shape[0]
-    distance = np.abs(np.subtract.outer(np.arange(size), np.arange(size)))
-    inside = distance < columns.shape[0]
+    outputs = matrix.shape[0]
+    share = _picked if np.count_nonzero(matrix, axis=1).max() <= 1 else _combined
     lags, pairs = [], []
     for column in columns.T:
-        pad = np.where(inside, column[np.minimum(distance, columns.shape[0] - 1)], 0.0)
-        product = matmul(matmul(matrix, pad), matrix.T)
-        trace = float(np.trace(product))
-        lags.append(by_lag(product))
-        pairs.append([(float(product.sum()) - trace) / max(outputs * (outputs - 1.0), 1.0), trace / outputs])
+        along, total = share(matrix, column)
+        trace = float(along[0]) * outputs
+        lags.append(along)
+        pairs.append([(total - trace) / max(outputs * (outputs - 1.0), 1.0), trace / outputs])
     shape = (-1, *excess.shape[1:])
     return np.moveaxis(np.array(lags).T.reshape(shape), 0, position), np.array(pairs).T
+
+
+def _combined(matrix: Array, column: Array) -> tuple[Array, float]:
+    """``M E M'`` by lag, and its sum over all pairs of outputs."""
+    size = matrix.shape[1]
+    distance = np.abs(np.subtract.outer(np.arange(size), np.arange(size)))
+    pad = np.where(distance < len(column), column[np.minimum(distance, len(column) - 1)], 0.0)
+    product = matmul(matmul(matrix, pad), matrix.T)
+    return by_lag(product), float(product.sum())
+
+
+def _picked(matrix: Array, column: Array) -> tuple[Array, float]:
+    """The same where each output is a multiple of one input: entries of E, looked up."""
+    outputs = matrix.shape[0]
+    places = np.abs(matrix).argmax(1)
+    factors = matrix[np.arange(outputs), places]
+    beyond_reach = np.append(column, 0.0)
+    along = np.array(
+        [
+            np.mean(
+                factors[: outputs - lag]
+                * factors[lag:]
+                * beyond_reach[np.minimum(np.abs(places[lag:] - places[: outputs - lag]), len(column))]
+            )
+            for lag in range(min(outputs, REACH))
+        ]
+    )
+    sums = matrix.sum(0)
+    total = column[0] * (sums @ sums) + 2.0 * sum(column[lag] * (sums[:-lag] @ sums[lag:]) for lag in range(1, len(column)))
+    return along, float(total)
 
 
 def lag_counts(places: NDArray[np.int64], lags: int) -> Array:
