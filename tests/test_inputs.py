@@ -14,6 +14,7 @@ import gainstage as gs
 from gainstage.errors import InputError, NonFiniteError, PlanFormatError, UnknownNameError
 from gainstage.inputs import output_value, whitening_of
 from gainstage.inputs.moments import Moments
+from gainstage.inputs.shrinkage import Added, Moved
 from gainstage.inputs.tails import Tails
 from gainstage.report.progress import progress_bar
 from gainstage.signal.sampling import pooled
@@ -93,6 +94,39 @@ def test_columns_that_vary_in_a_few_rows_are_read_less():
         found.append(float(model[1](data[1000:]).var(0).mean()))
         assert "8 columns owe their variance to a few rows, " in plan.explain("1.weight")
     assert 0.9 < np.mean(found) < 1.1
+
+
+def test_a_column_of_rare_events_is_read_in_its_own_units():
+    """Its variance is doubled, not drowned by columns a million times as large: about half of a direction is left of it."""
+    data = torch.cat([1e3 * made(1e2, columns=7, samples=2000), torch.zeros(2000, 1)], 1)
+    data[::499, 7] = torch.tensor([1e-3, 2e-3, -1e-3, 3e-3, -2e-3])
+    found = whitening_of(gs.measure_inputs([data], progress=False), is_centred=True)
+    z = (data - data.mean(0)).double().numpy() @ found.matrix.T
+    own = np.square(found.matrix[:, 7]).sum() * float(data[:, 7].double().var())
+    assert found.rare == 1
+    assert 0.4 < own / z.var(0).mean() < 0.6
+
+
+def test_eigenvalues_are_moved_to_those_of_the_population():
+    """Of 300 Gaussian rows of 90 columns with variances 1, 3 and 10: against ``v^T Sigma v`` itself, mean over draws."""
+    random = np.random.default_rng(0)
+    variances = np.repeat([1.0, 3.0, 10.0], [18, 36, 36])
+    left, moved = [], []
+    for _ in range(10):
+        rows = random.standard_normal((300, 90)) * np.sqrt(variances)
+        values, vectors = np.linalg.eigh(rows.T @ rows / 300)
+        exact = np.square(vectors).T @ variances
+        left.append(np.square(np.log(values / exact)).mean())
+        moved.append(np.square(np.log(Moved().applied(values, 300) / exact)).mean())
+    assert np.mean(left) > 0.1
+    assert np.mean(moved) < 0.1 * np.mean(left)
+
+
+def test_rows_that_are_added_weigh_as_much_as_others():
+    rows = np.random.default_rng(0).standard_normal((40, 6)) * np.arange(1.0, 7.0)
+    more = np.concatenate([rows, np.sqrt(6.0) * np.eye(6), np.sqrt(6.0) * np.eye(6)])  # twelve rows of second moment 1
+    values, exact = (np.linalg.eigvalsh(part.T @ part / len(part)) for part in (rows, more))
+    np.testing.assert_allclose(Added(12.0).applied(values, 40), exact)
 
 
 def test_the_input_has_the_table_of_the_data():

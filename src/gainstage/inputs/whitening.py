@@ -6,6 +6,7 @@ every pre-activation ``w.x`` has variance 1, and up to r of them are uncorrelate
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,21 +14,16 @@ import torch
 
 from gainstage.errors import InputError
 from gainstage.inputs.moments import FOLDS
+from gainstage.inputs.shrinkage import NONE, NOTHING, TRIED, Shrinkage
 from gainstage.inputs.statistics import InputStatistics, value_of
 from gainstage.signal import Value
 from gainstage.signal.quadrature import Array
-
-# Of a correlation matrix: eigenvalues below this share of the largest are what rounding leaves of a direction that is not there.
-_NOTHING = 2.0**-43
 
 # Rows for each column above which a direction without variance is one that the data do not have, not one that was not seen yet.
 _ENOUGH = 2
 
 # Rows that the variance of a column is to rest on, where there are the square of that many; no covariance is taken from fewer.
 _LEAST = 2 * FOLDS
-
-# Shares of the identity that are tried: none, and half decades.
-_SHARES = (0.0, *(10.0 ** (step / 2.0) for step in range(-16, 0)), 1.0)
 
 # Deviations of columns may differ by their units: by this much more than eigenvalues of one covariance may.
 _RELATIVE = 2.0**-20
@@ -40,15 +36,15 @@ class Whitening:
     """The matrix, and what was found on the way.
 
     ``matrix``: [rank, columns], its columns of mean square length 1. ``centre``: what a bias takes off the rows; None without
-    one. ``optimism``: second moments over rows that were not seen, over those of the rows that were. ``share``: of the target,
-    each column's own variance or the mean of all. ``silent``: columns that do not vary. ``rare``: columns whose variance rests on
-    too few rows. ``condition``: of what is inverted.
+    one. ``optimism``: second moments over rows that were not seen, over those of the rows that were. ``shrinkage``: of
+    eigenvalues in units of ``target``, each column's own variance or the mean of all. ``silent``: columns that do not vary.
+    ``rare``: columns whose variance rests on too few rows. ``condition``: of what is inverted.
     """
 
     matrix: Array
     centre: Array | None
     optimism: float
-    share: float
+    shrinkage: Shrinkage
     target: str
     silent: int
     rare: int
@@ -65,16 +61,16 @@ class Whitening:
 
 
 def whitening_of(statistics: InputStatistics, *, is_centred: bool) -> Whitening:
-    """``F = B^T ((1 - a) C + a)^(-1/2) D^-1`` up to scale, ``C = D^-1 Sigma D^-1``: D deviations, B the directions that C has.
+    """``F = B^T C^(-1/2) D^-1`` up to scale, C of ``D^-1 Sigma D^-1`` by a shrinkage: D deviations, B the directions that C has.
 
-    The share a of the identity, and whether D is each column's own deviation or that of all, are those under which each part of
-    the data is likeliest as Gaussian, given the others: shrinkage to the diagonal or to the identity (O. Ledoit & M. Wolf 2004,
-    section 2) as far as the data ask for it. Where every direction has variance F is a symmetric root, a smooth function of the
-    statistics.
+    How the eigenvalues are shrunk (see the classes of ``shrinkage.py``), and whether D is each column's own deviation or that of
+    all, is what makes each part of the data likeliest as Gaussian, given the others. To the mean of all columns at least one row
+    is added, as a column may vary in rows that were not seen yet. Where every direction has variance F is a symmetric root, a
+    smooth function of the statistics.
 
-    A column whose variance rests on fewer than eight of many rows is as good as unknown: what was seen once may be of any size
-    the next time, and as many outputs as read it would have that in common. To its variance that of the average column is added:
-    F reads it no louder than weights without whitening would.
+    A column whose variance rests on fewer than eight of many rows is hardly known: what was seen once may be of any size the
+    next time, and as many outputs as read it would have that in common. To its variance that of the average column of its kind
+    is added.
 
     Args:
         statistics: of the input.
@@ -87,16 +83,16 @@ def whitening_of(statistics: InputStatistics, *, is_centred: bool) -> Whitening:
     whole = statistics.all_rows
     about = whole.mean if is_centred else 0.0
     deviation = np.sqrt(np.diag(whole.second(about)))
-    kept = deviation > _NOTHING**0.5 * max(float(deviation.max()), 1e-300) * _RELATIVE
+    kept = deviation > NOTHING**0.5 * max(float(deviation.max()), 1e-300) * _RELATIVE
     if not kept.any():
         raise InputError("inputs: nothing varies in the rows that the first layer reads")
     seen, *folds = (moments.second(about)[np.ix_(kept, kept)] for moments in (whole, *statistics.folds))
     tails, few = statistics.tails, min(_LEAST, whole.count / _LEAST)
     rare = np.zeros(len(seen), bool) if tails is None else tails.support[kept] < few
-    excess = np.where(rare, np.trace(seen) / len(seen), 0.0)
+    excess = np.where(rare, np.mean(np.diag(seen), where=rare) if rare.any() else 0.0, 0.0)
     second = seen + np.diag(excess)
     fit = _best_fit(statistics, second, folds, np.diag(excess))
-    values, root = fit.scaled.root(second, fit.share)
+    values, root = fit.scaled.root(second, fit.shrinkage, whole.count)
     matrix = np.zeros((fit.scaled.rank, len(deviation)))
     matrix[:, kept] = root @ fit.scaled.matrix
     matrix *= np.sqrt(matrix.shape[1] / np.square(matrix).sum())
@@ -107,12 +103,12 @@ def whitening_of(statistics: InputStatistics, *, is_centred: bool) -> Whitening:
     return Whitening(
         matrix=matrix,
         centre=whole.mean if is_centred else None,
-        optimism=fit.optimism(level) * about_mean,
-        share=fit.share,
+        optimism=fit.optimism(level, whole.count) * about_mean,
+        shrinkage=fit.shrinkage,
         target=fit.scaled.unit,
         silent=int((~kept).sum()),
         rare=int(rare.sum()),
-        condition=float(values[-1] / values[0]),
+        condition=float(values.max() / values.min()),
     )
 
 
@@ -142,9 +138,10 @@ class _Scaled:
         """Second moments of z."""
         return np.asarray(self.matrix @ second @ self.matrix.T)
 
-    def root(self, second: Array, share: float) -> tuple[Array, Array]:
-        """Eigenvalues of the shrunk second moments of z, and their inverse root."""
-        values, vectors = np.linalg.eigh((1.0 - share) * self.apply(second) + share * np.eye(self.rank))
+    def root(self, second: Array, shrinkage: Shrinkage, count: int) -> tuple[Array, Array]:
+        """Eigenvalues of the shrunk second moments of z over that many rows, and their inverse root."""
+        values, vectors = np.linalg.eigh(self.apply(second))
+        values = shrinkage.applied(values, count)
         return values, (vectors / np.sqrt(values)) @ vectors.T
 
 
@@ -156,7 +153,7 @@ def _basis(correlations: Array, *, can_drop: bool) -> Array:
     """
     size = len(correlations)
     values, vectors = np.linalg.eigh(correlations)
-    present = values > _NOTHING * values[-1]
+    present = values > NOTHING * values[-1]
     if present.all() or not can_drop:
         return np.eye(size)
     projection = vectors[:, present] @ vectors[:, present].T
@@ -174,24 +171,26 @@ def _basis(correlations: Array, *, can_drop: bool) -> Array:
 
 @dataclass(frozen=True, slots=True)
 class _Fit:
-    """A share of the target, its score, and ``tr(S^-1 T) / r`` over the rows that S is of and over those of another part."""
+    """A way to shrink, its score, and ``tr(S^-1 T) / r`` over the rows that S is of and over those of another part."""
 
     scaled: _Scaled
-    share: float
+    shrinkage: Shrinkage
     score: float
     seen: float
     unseen: float
 
-    def optimism(self, seen: float) -> float:
-        """``1 / (1 - c / n)``: second moments over new rows, over those of the n rows that S is of.
+    def optimism(self, seen: float, count: int) -> float:
+        """``1 / (1 - c / n)``: second moments over new rows, over those of the n rows that S is of, added ones included.
 
         Taking a row out of S multiplies its own ``u = x^T S^-1 x`` by ``1 / (1 - u / n)``, so c goes as the mean of u. The
         parts show it for fewer rows.
 
         Args:
             seen: for S of all rows.
+            count: of these.
         """
-        return 1.0 / (1.0 - (1.0 - self.seen / self.unseen) * (1.0 - 1.0 / FOLDS) * seen / self.seen)
+        fewer = 1.0 - self.shrinkage.seen(count) / FOLDS
+        return 1.0 / (1.0 - (1.0 - self.seen / self.unseen) * fewer * seen / self.seen)
 
 
 def _best_fit(statistics: InputStatistics, second: Array, folds: list[Array], excess: Array) -> _Fit:
@@ -201,26 +200,29 @@ def _best_fit(statistics: InputStatistics, second: Array, folds: list[Array], ex
     own = np.sqrt(np.diag(second))
     units = _Scaled.of(second, own, "diag(Sigma)", can_drop=can_drop)
     if statistics.samples is None:
-        return _Fit(units, 0.0, 0.0, 1.0, 1.0)
+        return _Fit(units, NONE, 0.0, 1.0, 1.0)
     mean = np.full_like(own, float(np.sqrt(np.mean(own**2))))
     common = _Scaled.of(second, mean, "tr(Sigma) / d", can_drop=can_drop)
-    shares = [fold.count / rows for fold in statistics.folds]
-    tried = [_fit(scaled, folds, shares, excess) for scaled in (units, common) if scaled.rank == units.rank]
+    parts = [(fold.count, moments) for fold, moments in zip(statistics.folds, folds, strict=True)]
+    tried = [_fit(units, parts, excess, TRIED)]
+    if common.rank == units.rank:
+        tried.append(_fit(common, parts, excess, TRIED[1:]))
     return min(tried, key=lambda fit: fit.score)
 
 
-def _fit(scaled: _Scaled, folds: list[Array], shares: list[float], excess: Array) -> _Fit:
-    """The share of the identity under which each part is likeliest given the others, S: the least ``log det S + tr(S^-1 T)``."""
-    scores, within, across = (np.zeros(len(_SHARES)) for _ in range(3))
-    parts, added = [scaled.apply(fold) for fold in folds], scaled.apply(excess)
-    total = sum(share * part for share, part in zip(shares, parts, strict=True))
-    for own, other in zip(shares, parts, strict=True):
+def _fit(scaled: _Scaled, parts: list[tuple[int, Array]], excess: Array, tried: Sequence[Shrinkage]) -> _Fit:
+    """The way under which each part is likeliest given the others, S: the least ``log det S + tr(S^-1 T)``."""
+    scores, within, across = (np.zeros(len(tried)) for _ in range(3))
+    rows, added = sum(count for count, _ in parts), scaled.apply(excess)
+    applied = [(count / rows, scaled.apply(part)) for count, part in parts]
+    total = sum(share * part for share, part in applied)
+    for own, other in applied:
         rest = (total - own * other) / (1.0 - own)
         values, vectors = np.linalg.eigh(rest + added)
         seen, unseen = (np.einsum("ck,cd,dk->k", vectors, part, vectors, optimize=True) for part in (rest, other))
-        for index, share in enumerate(_SHARES):
-            shrunk = (1.0 - share) * np.maximum(values, 0.0) + share
-            if shrunk[0] <= _NOTHING * shrunk[-1]:
+        for index, shrinkage in enumerate(tried):
+            shrunk = shrinkage.applied(values, round((1.0 - own) * rows))
+            if shrunk.min() <= NOTHING * shrunk.max():
                 scores[index] = np.inf
                 continue
             level = own * float((unseen / shrunk).sum())
@@ -229,7 +231,7 @@ def _fit(scaled: _Scaled, folds: list[Array], shares: list[float], excess: Array
             across[index] += level
     best = int(np.argmin(scores))
     score = float(scores[best]) - 2.0 * scaled.log_volume
-    return _Fit(scaled, _SHARES[best], score, float(within[best]) / scaled.rank, float(across[best]) / scaled.rank)
+    return _Fit(scaled, tried[best], score, float(within[best]) / scaled.rank, float(across[best]) / scaled.rank)
 
 
 def output_value(

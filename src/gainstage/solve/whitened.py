@@ -78,13 +78,10 @@ class FirstLayer:
         if found.rare:
             lines.append(
                 f"{found.rare} columns owe their variance to a few rows, which does not tell that of others; "
-                "they are read as if they varied like the average column"
+                "to each the variance of the average one of them is added"
             )
-        if found.share:
-            lines.append(
-                f"Sigma <- {1.0 - found.share:.4g} Sigma + {found.share:.3g} {found.target}: "
-                "under this each part of the data is likeliest given the others"
-            )
+        if (how := found.shrinkage.said(found.target)) is not None:
+            lines.append(f"{how}: under this each part of the data is likeliest given the others")
         return tuple(lines)
 
     def bias_of(self, weight: ParameterPlan, bias: ParameterPlan) -> ParameterPlan:
