@@ -44,6 +44,9 @@ def test_what_is_left_of_a_map_less_its_own_average_is_exact(smoothed, mean):
         np.testing.assert_allclose(profile.ravel(), np.diag(left @ left.T), rtol=1e-6)
         x, exact = combine(torch.add, x, affine(moved, step)), exact + step * left
     assert x.second_moment == pytest.approx(mean**2 + np.mean(np.diag(exact @ exact.T)), rel=1e-9)
+    if mean:  # what each place has of the mean over all
+        rows = (mean**2 + exact @ exact.T).mean(1)
+        np.testing.assert_allclose(np.broadcast_to(x.leaning(), x.shape)[0, 0].ravel(), rows / rows.mean(), rtol=1e-6)
 
 
 @pytest.mark.parametrize("size", [1, 5, 30])
@@ -99,3 +102,33 @@ def test_blocks_that_average_neighbours():
             model.stem.reset_parameters()
             found.append([float(y.square().mean()) for y in model(torch.randn_like(x))])
     assert predicted == pytest.approx(np.mean(found, axis=0), rel=0.05)  # of 60 draws, 1 %; the border of the stem
+
+
+class Smoothed(nn.Module):
+    """Behind a ReLU a map has a mean; a pool moves it towards its neighbours, and batch norm takes away what all places share."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.first = nn.Conv2d(3, 48, 3, padding=1, bias=False), nn.BatchNorm2d(48)
+        self.mix, self.second = nn.Conv2d(48, 64, 1, bias=False), nn.BatchNorm2d(64)
+
+    def forward(self, x):
+        x = torch.relu(self.first(self.stem(x)))
+        for _ in range(2):
+            x = x + 0.8 * (F.avg_pool2d(x, 3, 1, 1, count_include_pad=False) - x)
+        y = self.second(self.mix(x))
+        return y[:, :, 0], y[:, :, 5:9, 5:9], F.avg_pool2d(y, 2)
+
+
+def test_borders_of_a_smoothed_map_behind_a_batch_norm():
+    """Averages over fewer places are louder, but what all places have in common is less there, and goes."""
+    torch.manual_seed(0)
+    model, x = Smoothed().train(), torch.randn(4, 3, 14, 14)
+    predicted = [signal.second_moment for signal in gs.inspect(model, (x,)).calls[-1].outputs]
+    found = []
+    with torch.no_grad():
+        for _ in range(60):
+            model.stem.reset_parameters()
+            model.mix.reset_parameters()
+            found.append([float(y.square().mean()) for y in model(torch.randn_like(x))])
+    assert predicted == pytest.approx(np.mean(found, axis=0), rel=0.06)  # of 60 draws, 2 %

@@ -220,11 +220,14 @@ def convolve(x: Value, weight: Value, places: Sequence[Places], groups: int, *, 
         }
         groups_at = range(starts[1], starts[2])
         result = weighted(result, x, weight, channels | taps, alone=groups_at, places=list(taps), taps=kernel)
+    leaning, lean = windows, x.valid_lean()
+    if lean is not None:
+        leaning = [levels.read(lean.profile, starts[3 + d], place, mean=True) for d, place in enumerate(places)]
     if not _is_fresh(weight):
-        return replace(result, lean=_border_lean(profile, windows, None))
+        return replace(result, lean=_border_lean(profile, leaning, None))
     inner = None if transposed else _strided_neighbours(x, places, space)
     near, far = _moved_neighbours(x, places, windows, space)
-    result = replace(result, near=near, lean=_border_lean(profile, windows, inner))
+    result = replace(result, near=near, lean=_border_lean(profile, leaning, inner))
     padded = any(np.ptp(window.sum(1)) > 0.0 for window in windows)
     if near is None or transposed or padded or all(stride_of(place) == 1 for place in places):
         return result
@@ -265,7 +268,7 @@ def _border_lean(profile: Array | None, windows: Sequence[Array], near: Neighbou
 
 def _strided_neighbours(x: Value, places: Sequence[Places], space: Sequence[Dim]) -> Neighbours | None:
     """The same tap of two outputs reads places that lie as many strides apart."""
-    before = x.neighbours()
+    before = x.near_without_common()
     if before is None or not axes_of(tuple(space)):
         return None
     for dim, place, out in zip(x.dims[3:], places, space, strict=True):

@@ -14,7 +14,7 @@ from gainstage.signal.directions import divided
 from gainstage.signal.filtered import mapped, times
 from gainstage.signal.gram import Gram, modulated
 from gainstage.signal.joining import join
-from gainstage.signal.linear import affine, without_common
+from gainstage.signal.linear import affine
 from gainstage.signal.marginal import Marginal
 from gainstage.signal.movement import merge_dim, parts_along
 from gainstage.signal.neighbours import Neighbours, cut, far_of, filtered, made
@@ -219,7 +219,7 @@ def normalise(x: Value, reduced: Sequence[Axis], eps: float, *, centre: bool = T
         x,
         uneven=shape_alone(x.uneven), mean=mean, table=table, marginal=marginal, rho=x.correlation() if keeps_latent else None,
         amplitude=amplitude, statistic=None, constant=None, prior=None, levels=profile, gram=gram,
-        near=without_common(x) if centre else x.near, filtered=times(x, scale, table),
+        near=x.near_without_common() if centre else x.near, filtered=times(x, scale, table),
         overlap=_left_overlap(x.overlap.over(tuple(reduced)) if over_places else x.overlap.held(), x.second_moment, level),
     )  # fmt: skip
     result = result if over_places else divided(result, positions)

@@ -214,12 +214,13 @@ def averaged(levels: Array | None, positions: Sequence[int]) -> Array | None:
     return None if levels is None else normalised(np.sqrt((levels**2).mean(axis=tuple(positions))))
 
 
-def read(levels: Array | None, position: int, places: NDArray[np.int64]) -> Array:
-    """Level along one axis at the places read [outputs, taps], 0 where a place is -1."""
+def read(levels: Array | None, position: int, places: NDArray[np.int64], *, mean: bool = False) -> Array:
+    """Level along one axis at the places read [outputs, taps], 0 where a place is -1; ``mean``: of what is not squared."""
     inside = places >= 0
     if levels is None or position >= levels.ndim or levels.shape[position] == 1:
         return inside.astype(float)
-    along = over(levels, position, levels.shape[position])
+    others = tuple(p for p in range(levels.ndim) if p != position)
+    along = levels.mean(axis=others) if mean else over(levels, position, levels.shape[position])
     return np.asarray(np.where(inside, along[places], 0.0))
 
 

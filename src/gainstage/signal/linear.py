@@ -51,7 +51,7 @@ def affine(x: Value, scale: float, shift: float = 0.0) -> Value:
     marginal = x.marginal.affine(scale, shift)
     statistic, profile = None, None if shift else x.levels
     if x.statistic is not None:
-        statistic, profile = statistic_at(x.statistic.of, scale * x.centres() + shift, profile)
+        statistic, profile = statistic_at(x.statistic.of, scale * x.centres() + shift, profile, x.statistic.averaged)
     constant = None if x.constant is None else x.constant * scale + shift
     amplitude = scale * amplitude_of(x)
     result = replace(
@@ -80,31 +80,49 @@ def mean_over(x: Value, axes: Sequence[Axis]) -> Value:
     centre = x.mean / (1.0 if profile is None else float(profile.mean()))
     if x.statistic is not None:
         statistic, profile = statistic_at(latents, x.centres().mean(axis=tuple(positions)), profile)
-        centre = statistic.centre
+        centre = statistic.centre + _curvature_left(x, float(table[index][(1,) * table[index].ndim]))
     stray = averaged_stray(x, lambda pairs: float(averaged(pairs, positions, gone)[(-1,) * pairs.ndim]))
     result = gaussian(dims, x.mean, table[index], profile, lineage=x.lineage, stray=stray, is_weight=x.is_weight)
     shape = _average_marginal(x, result, count) if count < 8 else _common_marginal(x, result, gone)
     if shape is not None:
         result = replace(result, marginal=shape, rho=None)
     if profile is None:
-        result = replace(result, marginal=_of_its_sign(x, result))
+        result = replace(result, marginal=_of_its_sign(x, result, gone))
     is_number = result.mean**2 >= LEAST_CENTRE * result.second_moment
-    return replace(
-        result, statistic=Statistic(latents, centre) if is_number else None, source=x.source, amplitude=amplitude_of(x)[index]
-    )
+    averaged_of = (x.marginal, result.marginal) if x.statistic is None else None
+    number = Statistic(latents, centre, averaged_of) if is_number else None
+    return replace(result, statistic=number, source=x.source, amplitude=amplitude_of(x)[index])
 
 
-def _of_its_sign(x: Value, result: Value) -> Marginal:
-    """An average of what is never negative is not, either: where its distribution would be, a gamma distribution.
+def _curvature_left(x: Value, second: float) -> float:
+    """What an average of functions of fluctuating averages has beyond the function of their mean: of what is averaged out."""
+    assert x.statistic is not None
+    if x.variance <= 0.0:
+        return 0.0
+    profile = 1.0 if x.levels is None else float(x.levels.mean())
+    left = min(max((second - x.mean**2) / x.variance, 0.0), 1.0)
+    return (1.0 - left) * (x.mean / profile - x.statistic.centre)
 
-    Which is that of a sum of squares (Satterthwaite 1946, eq. 3).
+
+def _of_its_sign(x: Value, result: Value, gone: Sequence[Axis]) -> Marginal:
+    """An average of what is never negative is not, either: where its distribution would be, ``E[g | z] e``.
+
+    What entries have in common, times a gamma variable of mean 1, the law of a sum of squares (Satterthwaite 1946, eq. 3).
     """
 
     def values() -> Array:
         own, sign = result.marginal.values, math.copysign(1.0, result.mean)
         if float((sign * own).min()) >= 0.0 or float((sign * x.marginal.values).min()) < -_ROUGHLY * x.second_moment**0.5:
             return own
-        grid = gamma_quantiles(abs(result.mean), result.variance**0.5)
+        r = float(x.correlation()[tuple(0 if axis in gone else 1 for axis in x.axes)])
+        common = np.maximum(sign * (smoothed(x.marginal.values, min(r, 1.0)) if r > 0.0 else np.full_like(own, x.mean)), 0.0)
+        rest = result.second_moment / expectation(common**2) - 1.0
+        if rest <= 0.0:
+            return own
+        points, mass = coarse()
+        u, e = np.interp(points, nodes(), common), np.interp(points, nodes(), gamma_quantiles(1.0, rest**0.5))
+        grid = quantiles(u[:, None] * e[None, :], mass[:, None] * mass[None, :])
+        grid = grid * (abs(result.mean) / expectation(grid))
         return grid if sign > 0.0 else -grid[::-1]
 
     return Marginal(result.marginal.latent, values)
@@ -185,7 +203,7 @@ def add(x: Value, y: Value, sign: float = 1.0) -> Value:
     same_axes = all(a is b for a, b in zip(x.axes, y.axes, strict=True))
     if x.source is not None and x.source is y.source and same_axes:
         result = replace(result, source=x.source, amplitude=amplitude_of(x) + sign * amplitude_of(y))
-        return result if met is None else replace(result, near=met.near, filtered=replace(met.maps, table=table))
+        return result if met is None else replace(result, near=met.near, lean=met.lean, filtered=replace(met.maps, table=table))
     return summed(result, x, y, sign)
 
 
@@ -194,13 +212,6 @@ def _level_of_sum(x: Value, y: Value, cross: float, level: float) -> Stray:
     if level <= 0.0:
         return Stray()
     return summed_stray([(v, min(max((v.second_moment + cross) / level, 0.0), 1.0)) for v in (x, y)])
-
-
-def without_common(x: Value) -> Neighbours | None:
-    """What near places share apart from what all places have in common."""
-    lean = x.lean if x.lean is not None and x.lean.levels is x.levels else None
-    near = x.near if lean is None else lean.near
-    return near if near is not None and all(axis in x.axes for axis in near.axes) else None
 
 
 def _renamed(near: Neighbours | None, y: Value, x: Value) -> Neighbours | None:
@@ -227,7 +238,7 @@ def _summed_lean(x: Value, y: Value, profile: Array) -> Lean:
     apart = tuple(0 if size > 1 else 1 for size in profile.shape)
     common = [max(float(v.table[apart]), 0.0) for v in (x, y)]
     share = 0.5 if sum(common) <= 0.0 else common[0] / sum(common)
-    inner = mixed([(without_common(x), x.variance), (_renamed(without_common(y), y, x), y.variance)], x.axes)
+    inner = mixed([(x.near_without_common(), x.variance), (_renamed(y.near_without_common(), y, x), y.variance)], x.axes)
     return Lean(profile, share * x.leaning() + (1.0 - share) * y.leaning(), inner)
 
 

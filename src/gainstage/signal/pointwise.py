@@ -21,6 +21,7 @@ from gainstage.signal.marginal import Marginal
 from gainstage.signal.movement import expand, parts_along, refine, reshape, with_axes
 from gainstage.signal.neighbours import Neighbours, through
 from gainstage.signal.overlap import NONE, Overlap
+from gainstage.signal.own_levels import by_own_level
 from gainstage.signal.pairing import amplitude_of
 from gainstage.signal.places import over_places
 from gainstage.signal.quadrature import (
@@ -159,7 +160,7 @@ def apply(function: Function, x: Value) -> Value:
         result = differing(x, result, lambda grid: _within_domain(on_grid(grid)))
     statistic = None
     if x.statistic is not None:
-        statistic, profile = statistic_at(x.statistic.of, on_grid(x.centres()), result.levels)
+        statistic, profile = statistic_at(x.statistic.of, on_grid(x.centres()), result.levels, x.statistic.averaged)
         result = replace(result, levels=profile)
     constant = None if x.constant is None else function(x.constant.to(torch.float64))
     return replace(result, statistic=statistic, constant=constant)
@@ -254,6 +255,7 @@ def combine(function: Function, x: Value, y: Value) -> Value:
         centres = y.centres() if function is torch.mul else 1.0 / y.centres()
         number, profile = statistic_at(y.statistic.of, centres, None)
         scaled = replace(modulate(x, profile, number.centre), lineage=x.lineage | y.lineage)
+        scaled = by_own_level(scaled, x, y, inverse=function is torch.div)
         return _as_direction(scaled, y)
     if function is torch.mul and _is_statistic_of(x, y):
         return combine(function, y, x)

@@ -49,19 +49,23 @@ class Statistic:
     """Marks a value that averages functions of other values over many entries, so that it hardly fluctuates.
 
     ``of``: the latents averaged over. ``centre``: the value without its fluctuation, its root mean square where levels differ.
-    Dividing a tensor by its own root mean square is exact this way: numerator and denominator are not independent.
+    Dividing a tensor by its own root mean square is exact this way: numerator and denominator are not independent. ``averaged``:
+    distributions of one entry and of the average, where it is a function of one average.
     """
 
     of: frozenset[object]
     centre: float
+    averaged: tuple[Marginal, Marginal] | None = None
 
 
-def statistic_at(of: frozenset[object], values: Array, profile: Array | None) -> tuple[Statistic, Array | None]:
+def statistic_at(
+    of: frozenset[object], values: Array, profile: Array | None, averaged: tuple[Marginal, Marginal] | None = None
+) -> tuple[Statistic, Array | None]:
     """Statistic with these values along the axes on which they differ, and its levels: ``profile`` where it has no centre."""
     root = float(np.mean(values**2)) ** 0.5
     if root <= 0.0:
         return Statistic(of, 0.0), profile
-    return Statistic(of, root if float(np.mean(values)) >= 0.0 else -root), levels.normalised(np.abs(values))
+    return Statistic(of, root if float(np.mean(values)) >= 0.0 else -root, averaged), levels.normalised(np.abs(values))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -364,9 +368,12 @@ class Value:
         """``E[x_i mean(x)] / E[mean(x)^2]`` of each coordinate; its mean is 1."""
         if self.levels is None:
             return np.ones((1,) * self.table.ndim)
-        if self.lean is not None and self.lean.levels is self.levels:
-            return self.lean.profile
-        return np.asarray(self.levels / self.levels.mean())
+        lean = self.valid_lean()
+        return np.asarray(self.levels / self.levels.mean()) if lean is None else lean.profile
+
+    def valid_lean(self) -> Lean | None:
+        """How coordinates lean on the average over all, where it was noted for these levels."""
+        return self.lean if self.lean is not None and self.lean.levels is self.levels else None
 
     def unevenness(self) -> Uneven | None:
         """How the variances of channels differ, if their axes are still there."""
@@ -376,6 +383,12 @@ class Value:
         """What near places share, if the axes of the map are still there."""
         axes = self.axes
         return self.near if self.near is not None and all(axis in axes for axis in self.near.axes) else None
+
+    def near_without_common(self) -> Neighbours | None:
+        """What near places share apart from what all places have in common."""
+        lean, axes = self.valid_lean(), self.axes
+        near = self.near if lean is None else lean.near
+        return near if near is not None and all(axis in axes for axis in near.axes) else None
 
     def apart(self, near: Neighbours) -> tuple[float, float]:
         """Second moments of an entry, and of two far apart on the map, at equal levels."""
