@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,6 +30,14 @@ def pairs_by_lag(count: int) -> Array:
     """How many ordered pairs of ``count`` places in a row lie at each lag: ``n`` at 0, ``2 (n - d)`` at d."""
     lags = np.arange(count)
     return np.where(lags > 0, 2.0, 1.0) * (count - lags)
+
+
+@lru_cache(maxsize=1024)
+def _shares(size: int, lags: int) -> Array:
+    """Shares of pairs that lie at each of the first lags: of pairs of different places in a row, and of equal ones."""
+    lag = np.arange(lags)
+    apart = np.where(lag > 0, 2.0 * np.maximum(size - lag, 0) / (size * max(size - 1.0, 1.0)), 0.0)
+    return np.stack([apart, np.where(lag > 0, 0.0, 1.0)])
 
 
 def padded(part: Array, shape: Sequence[int]) -> Array:
@@ -77,23 +86,17 @@ class Neighbours:
         """Average of e over pairs of places that are equal along some of the axes and differ along the others."""
         part = self.excess
         for axis, equal in zip(reversed(self.axes), reversed(list(same)), strict=True):
-            lags = np.arange(part.shape[-1])
-            if equal:
-                part = part[..., 0]
-            else:
-                share = 2.0 * np.maximum(axis.size - lags, 0) / (axis.size * max(axis.size - 1.0, 1.0))
-                part = part @ np.where(lags > 0, share, 0.0)
+            part = part @ _shares(axis.size, part.shape[-1])[int(equal)]
         return float(part)
 
     def variance(self) -> float:
         """Average over all pairs of places of the square of e, less that of its averages by the axes along which they differ."""
-        squares = Neighbours(self.axes, self.excess**2)
-        total = 0.0
-        for same in np.ndindex(*(2,) * len(self.axes)):
-            equal = [bool(s) for s in same]
-            shares = [(1.0 if one else axis.size - 1.0) / axis.size for axis, one in zip(self.axes, equal, strict=True)]
-            total += float(np.prod(shares)) * (squares.average(equal) - self.average(equal) ** 2)
-        return total
+        averages, squares, shares = self.excess, self.excess**2, np.ones(())
+        for axis in reversed(self.axes):  # each goes to the front as it is averaged over
+            by_lag = _shares(axis.size, averages.shape[-1]).T
+            averages, squares = (np.moveaxis(part @ by_lag, -1, 0) for part in (averages, squares))
+            shares = np.multiply.outer(np.array([(axis.size - 1.0) / axis.size, 1.0 / axis.size]), shares)
+        return float((shares * (squares - averages**2)).sum())
 
     def strided(self, axis: Axis, stride: int, out: tuple[Axis, ...]) -> Neighbours:
         """Every so many places along an axis; without it where one place is left."""

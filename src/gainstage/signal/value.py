@@ -271,9 +271,10 @@ class Value:
     unrolled: Unrolled | None = None
     filtered: Filtered | None = None
     axes: tuple[Axis, ...] = field(init=False)  # of the table, in order
-    # Correlations of the latent, and of squares, once asked for: with what they were found from.
+    # Correlations of the latent and of squares, and the fluctuation, once asked for: with what they were found from.
     _latent: tuple[tuple[object, ...], Array] | None = field(init=False, repr=False, default=None)
     _squares: tuple[tuple[object, ...], Array] | None = field(init=False, repr=False, default=None)
+    _fluctuation: tuple[tuple[object, ...], float] | None = field(init=False, repr=False, default=None)
 
     def __post_init__(self) -> None:
         """List the axes, and check that the table has one dimension for each."""
@@ -352,8 +353,13 @@ class Value:
         ``average over pairs (i, j) of Cov(x_i^2, x_j^2) / E[x^2]^2``: 2/n for n independent Gaussian entries, 5/n after ReLU;
         and what channels of different shapes add, and places of a map that lie near each other.
         """
-        uneven = 0.0 if self.uneven is None else self.uneven.stray
-        return max(self.average(self.square_covariance()), 0.0) + uneven + self._near_squares()
+        of = (*self._distribution(), self.dims, self.uneven, self.near, self.levels)
+        if self._fluctuation is None or any(one is not other for one, other in zip(self._fluctuation[0], of, strict=True)):
+            uneven = 0.0 if self.uneven is None else self.uneven.stray
+            found = max(self.average(self.square_covariance()), 0.0) + uneven + self._near_squares()
+            object.__setattr__(self, "_fluctuation", (of, found))
+        assert self._fluctuation is not None
+        return self._fluctuation[1]
 
     def _near_squares(self) -> float:
         """What squares of what near places share are on average above the square of its average, which the table has."""
