@@ -298,6 +298,21 @@ def test_weights_that_start_from_zeros_are_compared_with_the_unit_level_weight()
     assert rates["5.weight"] == pytest.approx(1e-3 * rms(model[5].weight), rel=0.01)
 
 
+@pytest.mark.parametrize("deviation", [0.0, 0.1])
+def test_quiet_scales_of_a_flow_move_as_if_they_were_at_unit_level(deviation):
+    """Drawn for log-determinants of a deviation of 0.1, or zeros: one rate, ``rho / sqrt(fan-in)``."""
+    zuko = pytest.importorskip("zuko")
+    torch.manual_seed(0)
+    flow = gs.Flow(zuko.flows.MAF(6, transforms=2, hidden_features=(64,)))
+    plan = gs.initialize(flow, (torch.randn(64, 6),), logdet_std=deviation)
+    rates = {name: group["lr"] for group in gs.param_groups(flow, plan, relative_update=0.01) for name, _ in group["params"]}
+    last = [name for name, planned in plan.parameters.items() if planned.role == "coupling_scale" and len(planned.shape) == 2]
+    assert len(last) == 2
+    for name in last:
+        assert plan.parameters[name].distribution.std < 0.02
+        assert rates[name] == pytest.approx(0.01 / 8.0, rel=0.01)
+
+
 def test_where_the_first_gradient_is_zero_sgd_gets_its_smallest_rate():
     model, x = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(8 * 36, 10)), torch.randn(8, 3, 8, 8)
     plan = gs.initialize(model, (x,))

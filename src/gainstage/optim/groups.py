@@ -17,7 +17,7 @@ from gainstage.apply.parts import Holding
 from gainstage.errors import InputError, NonFiniteError, UnknownNameError, nearest
 from gainstage.optim.first import ROUNDING, FirstUpdate, Start
 from gainstage.optim.laws import find_law
-from gainstage.optim.scales import is_hidden_matrix, is_matrix, output_share, reached_scale, starting_rms
+from gainstage.optim.scales import compared_with, is_hidden_matrix, is_matrix, output_share, starting_rms
 from gainstage.plan import ParameterPlan, Plan
 from gainstage.propagate.trace import Trace
 
@@ -106,7 +106,7 @@ def param_groups(
             own = settings if chosen is law else {}
             start = _start(planned, found[name], sizes.get(name), (gradients or {}).get(name), {**chosen.settings, **own})
             share = output_share(planned, is_orthogonal=chosen.rest is not None) if norm == "spectral" else 1.0
-            step = relative_update * share * (start.rms or reached_scale(planned, plan))
+            step = relative_update * share * compared_with(planned, plan, start.rms)
             members.append(_member(chosen, start, name=name, parameter=found[name].parameter, decay=decay, step=step))
     return _grouped(members)
 

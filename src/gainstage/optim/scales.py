@@ -82,8 +82,18 @@ def _present_rms(name: str, holding: Holding) -> float:
     return rms
 
 
+def compared_with(planned: ParameterPlan, plan: Plan, rms: float) -> float:
+    """The size that a parameter's updates are shares of: its rms at the start, or the one that it is meant to reach.
+
+    The last weights of a flow's scales and shifts start from zeros or from as little as makes the flow quiet, and are to grow by
+    orders of magnitude: shares of what they start from would hardly move them.
+    """
+    is_quiet = is_matrix(planned) and Role(planned.role) in (Role.COUPLING_SCALE, Role.COUPLING_SHIFT)
+    return reached_scale(planned, plan) if is_quiet or rms == 0.0 else rms
+
+
 def reached_scale(planned: ParameterPlan, plan: Plan) -> float:
-    """The rms that a parameter which starts from zeros is meant to reach.
+    """The rms that a parameter which starts from zeros, or nearly so on purpose, is meant to reach.
 
     1 / sqrt(fan-in) for a weight that is contracted: it then passes a unit level on. For the bias or shift of a module that has
     one other parameter and no children: the planned rms of that module's output, since the bias is added there. 1 for all else:
