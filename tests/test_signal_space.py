@@ -209,3 +209,30 @@ def test_windows_cut_again_elsewhere_keep_what_the_rest_of_the_tensor_has():
     assert cut.table[1, 1, 1, 0] == pytest.approx(0.4)
     assert cut.table[0, 0, 0, 0] == cut.table[1, 0, 1, 1] == 0.0
     assert cut.second_moment == 1.0
+
+
+class Squeezed(nn.Module):
+    """How far the average of a map is from one sample to another, where places share a lot and border places lack taps."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Conv2d(3, 64, 3, padding=1, bias=False)
+        self.second, self.norm = nn.Conv2d(64, 64, 3, padding=1, bias=False), nn.BatchNorm2d(64)
+
+    def forward(self, x):
+        x = nn.functional.avg_pool2d(torch.relu(self.first(x)), 3, 2, 1)
+        squeezed = torch.relu(self.norm(self.second(x))).mean((2, 3))
+        return squeezed - squeezed.mean(0)
+
+
+def test_what_border_places_share_goes_through_activations():
+    torch.manual_seed(0)
+    model, x = Squeezed().train(), torch.randn(2, 3, 32, 32)
+    (signal,) = gs.inspect(model, (x,)).calls[-1].outputs
+    found = []
+    with torch.no_grad():
+        for _ in range(60):
+            model.first.reset_parameters()
+            model.second.reset_parameters()
+            found.append(float(model(torch.randn_like(x)).square().mean()))
+    assert signal.second_moment == pytest.approx(np.mean(found), rel=0.15)  # of 60 draws, 5 %

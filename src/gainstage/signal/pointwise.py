@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 
@@ -109,7 +110,7 @@ def _overlap_after(x: Value, series: Array, rho: Array) -> Overlap:
 
 
 def _with_neighbours(x: Value, made: Value) -> Value:
-    """Carry what near places share through a function of x, and what they have on average into the table."""
+    """Carry what near places share through a function of x: into the table what it makes of them beyond that of their average."""
     near = x.neighbours()
     if near is None:
         return made
@@ -120,7 +121,18 @@ def _with_neighbours(x: Value, made: Value) -> Value:
         return evaluate_series(made.marginal.even_series, np.where(moments >= own, 1.0, rho))
 
     after, distant = through(near, own, far, function, _tied(near, x, made))
-    return made.with_neighbours(after, made.second_moment, distant)
+    if after is None:
+        return made
+    table = made.table.copy()
+    for same in itertools.product((0, 1), repeat=len(near.axes)):
+        if not all(same):
+            equal = [bool(one) for one in same]
+            alike = float(function(np.array([far + (own - far) * near.average(equal)]))[0])
+            index = [1] * table.ndim
+            for axis, one in zip(near.axes, same, strict=True):
+                index[made.axes.index(axis)] = one
+            table[tuple(index)] += distant + (made.second_moment - distant) * after.average(equal) - alike
+    return replace(made, near=after, table=table)
 
 
 def _tied(near: Neighbours, x: Value, made: Value) -> tuple[Array, Array] | None:
