@@ -220,6 +220,20 @@ def test_of_the_ways_that_random_numbers_choose_the_one_through_most_parameters_
     assert sum(node.kind is NodeKind.PARAMETER for node in graph.nodes) == 8
 
 
+def test_a_second_look_takes_the_draw_that_the_first_found(monkeypatch):
+    """The first draws drop layers; the one that does not is known by then."""
+    seeds = []
+    monkeypatch.setattr(RUN, "_record", lambda request, seed, record=RUN._record: seeds.append(seed) or record(request, seed))
+    model = Scripted(dropped_layers, *(square() for _ in range(4)))
+    first = capture(model, (x(),))
+    tried = [*seeds]
+    assert first.draw > 0
+    assert tried == list(range(first.draw + 1))
+    again = capture(model, (x(),), like=first)
+    assert seeds == [*tried, first.draw]
+    assert shape_of(again) == shape_of(first)
+
+
 def test_what_dropout_left_of_data_is_looked_at_once(monkeypatch):
     """There is a parameter that no run reaches; that a draw was mixed into the value that is looked at changes nothing."""
 

@@ -32,6 +32,7 @@ def assemble(
     choices: Sequence[str],
     assumptions: Sequence[str],
     with_gradient: frozenset[str],
+    draw: int,
 ) -> Graph:
     """The graph of a model.
 
@@ -44,6 +45,7 @@ def assemble(
         choices: where the run looked at values that could have been others.
         assumptions: what else had to be assumed so far.
         with_gradient: parameters that autograd is known to reach.
+        draw: of the random numbers of a run.
 
     Returns:
         The graph.
@@ -72,6 +74,7 @@ def assemble(
         calls=module_calls(functional, varying, model),
         training=model.training,
         rung=rung,
+        draw=draw,
         refusals=tuple(refusals),
         has_choices=bool(choices),
         assumptions=(*assumptions, *choices, *refusals, *guesses, *not_followed),

@@ -43,7 +43,7 @@ def capture(
         kwargs: keyword arguments of forward.
         loss: what becomes the only output of the graph: the model's output -> a scalar.
         buffers: values of buffers that lie on the meta device, by name; others are guessed.
-        like: a graph of this model with other values; rungs that refused it are not tried again.
+        like: a graph of this model with other values; rungs that refused it are not tried again, nor other draws of a run.
 
     Returns:
         The graph: no writes in place, ties resolved, constants computed.
@@ -58,14 +58,17 @@ def capture(
     check_arguments(model, args, given)
     model, assumptions = with_shapes(model, args, given)
     parameters, names = parameter_table(model)
-    request = Request(model=model, args=tuple(args), kwargs=given, loss=loss, buffers=buffers or {}, names=names)
+    request = Request(
+        model=model, args=tuple(args), kwargs=given, loss=loss, buffers=buffers or {}, names=names,
+        draw=None if like is None else like.draw,
+    )  # fmt: skip
     refused: dict[str, CaptureError] = {}
     for rung in RUNGS if like is None else [like.rung]:
         try:
             found = RUNGS[rung](request)
             return assemble(
                 found.lowered, model, parameters, rung=rung, refusals=_reasons(refused) if like is None else like.refusals,
-                choices=found.choices, assumptions=assumptions, with_gradient=found.with_gradient,
+                choices=found.choices, assumptions=assumptions, with_gradient=found.with_gradient, draw=found.draw,
             )  # fmt: skip
         except CaptureError as error:
             refused[rung] = error
@@ -74,11 +77,15 @@ def capture(
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Found:
-    """What a rung found: nodes without writes, where values chose the way, and the parameters that autograd is known to reach."""
+    """What a rung found: nodes without writes, where values chose the way, and the parameters that autograd is known to reach.
+
+    ``draw``: of the random numbers of the run, where there was one.
+    """
 
     lowered: Lowered
     choices: Sequence[str] = ()
     with_gradient: frozenset[str] = frozenset()
+    draw: int = 0
 
 
 def by_export(request: Request) -> Found:
@@ -94,7 +101,7 @@ def by_export(request: Request) -> Found:
 def by_tape(request: Request) -> Found:
     """What a run does, and where it looked at values that could have been others."""
     recording = run_on_tape(request)
-    return Found(_without_writes(recording.lowered), _one_path(recording), recording.reached)
+    return Found(_without_writes(recording.lowered), _one_path(recording), recording.reached, recording.draw)
 
 
 RUNGS: Mapping[str, Callable[[Request], Found]] = {"export": by_export, "tape": by_tape}

@@ -33,11 +33,15 @@ _DRAWS, _ENOUGH = 8, 4
 
 @dataclass(frozen=True, slots=True)
 class Recording:
-    """A graph with writes still in place, where the run looked at values, and which parameters autograd gives a gradient."""
+    """A graph with writes still in place, where the run looked at values, and which parameters autograd gives a gradient.
+
+    ``draw``: of the random numbers of the run.
+    """
 
     lowered: Lowered
     reads: tuple[Read, ...]
     reached: frozenset[str]
+    draw: int
 
 
 def run_on_tape(request: Request) -> Recording:
@@ -51,7 +55,7 @@ def run_on_tape(request: Request) -> Recording:
     """
     best: Recording | None = None
     reached: frozenset[str] = frozenset()  # by any run
-    for seed in range(_DRAWS):
+    for seed in range(_DRAWS) if request.draw is None else [request.draw]:
         made = _record(request, seed)
         reached |= made.reached
         if best is None or len(made.reached) > len(best.reached):
@@ -75,7 +79,7 @@ def _record(request: Request, seed: int) -> Recording:
     tape.lowered.outputs = [tape.refer(tensor) for tensor in outputs]
     leaves = _with_gradient(outputs)
     reached = [request.names[name] for name, parameter in model.named_parameters() if id(parameter) in leaves]
-    return Recording(tape.lowered, tuple(tape.reads), frozenset(reached))
+    return Recording(tape.lowered, tuple(tape.reads), frozenset(reached), seed)
 
 
 def _run(tape: Tape, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[torch.Tensor]:

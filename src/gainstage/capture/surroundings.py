@@ -33,7 +33,8 @@ Loss = Callable[[Any], torch.Tensor]
 class Request:
     """What is to be captured: a module, the arguments of one call, and what stands for the output (``loss``).
 
-    ``buffers``: values of buffers that lie on the meta device, by name. ``names``: parameter name -> canonical name.
+    ``buffers``: values of buffers that lie on the meta device, by name. ``names``: parameter name -> canonical name. ``draw``: of
+    the random numbers of a run, where an earlier look at the model has found the one to take.
     """
 
     model: nn.Module
@@ -42,6 +43,7 @@ class Request:
     loss: Loss | None
     buffers: Mapping[str, torch.Tensor]
     names: Mapping[str, str]
+    draw: int | None = None
 
 
 def check_arguments(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:

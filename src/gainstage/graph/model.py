@@ -147,6 +147,7 @@ class Graph:
     calls: tuple[ModuleCall, ...]
     training: bool
     rung: str = "export"  # of the ladder of captures: "export", or "tape" for the record of one run
+    draw: int = 0  # of the random numbers of that run
     refusals: tuple[str, ...] = ()  # why the rungs before it did not hold, one sentence each
     has_choices: bool = False  # the run looked at values that other parameters, inputs or random numbers would change
     assumptions: tuple[str, ...] = ()  # all that capture had to assume, one sentence each
