@@ -134,6 +134,17 @@ def feed_forward():
     return nn.Sequential(nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 192), nn.GELU(), nn.Linear(192, WIDTH))
 
 
+class Windows(nn.Module):
+    """A layer on windows that overlap."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(WIDTH, WIDTH), nn.Linear(4 * WIDTH, 32)
+
+    def forward(self, x):
+        return self.last(self.first(x).relu().unfold(1, 4, 2).flatten(2))
+
+
 def pooled_head():
     return nn.Sequential(nn.Conv2d(32, 64, 1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 9))
 
@@ -159,6 +170,7 @@ CASES = {
     "causal attention": (lambda: Attention(causal=True), tokens, 0.08),
     "attention, written out": (WrittenAttention, tokens, 0.06),
     "look-up": (Tokens, tokens, 0.04),
+    "windows": (Windows, tokens, 0.04),
     "gated": (SwiGLU, tokens, 0.05),
     "branches": (Branches, (8, 16, 7, 7), 0.06),
     "concatenation": (Dense, image, 0.06),

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from gainstage.rules.registry import Call, rule
-from gainstage.signal import Value, affine, filter_dim, gathered, lookup, permute, pick, reshape
+from gainstage.signal import Value, affine, filter_dim, gathered, lookup, permute, pick, reshape, take
 
 aten = torch.ops.aten
 
@@ -89,6 +89,23 @@ def places_along(x: Value, indices: Sequence[Value | None]) -> list[tuple[int, t
 def index_selected(call: Call, x: Value, dim: int, index: Value) -> Value:
     """Rows along one dimension."""
     return lookup(x, dim % len(x.dims), known_integers(index))
+
+
+@rule(aten.unfold.default)
+def windows(call: Call, x: Value, dim: int, size: int, step: int) -> Value:
+    """Windows along one dimension, the places of each as the last one: entries that several of them hold are the same."""
+    dim %= len(x.dims)
+    places = places_in_windows(x.shape[dim], size, step)
+    if size == step:
+        found = reshape(take(x, dim, 0, places.numel()), (*x.shape[:dim], *places.shape, *x.shape[dim + 1 :]))
+    else:
+        found = lookup(x, dim, places)
+    return permute(found, [*(d for d in range(len(found.dims)) if d != dim + 1), dim + 1])
+
+
+def places_in_windows(length: int, size: int, step: int) -> torch.Tensor:
+    """Places [windows, size] along a dimension of this length."""
+    return step * torch.arange((length - size) // step + 1)[:, None] + torch.arange(size)
 
 
 @rule(aten.gather.default)

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from gainstage.rules.backward.registry import BackwardCall, Gradient, backward
-from gainstage.rules.indexing import known_integers
+from gainstage.rules.indexing import known_integers, places_in_windows
 from gainstage.rules.scatter import integers_along, shares_at
 from gainstage.signal import Value, affine, filter_dim, lookup, lookup_gradient, permute, reshape
 
@@ -27,6 +27,14 @@ def index_selected(call: BackwardCall, g: Value, x: Value, dim: int, index: Valu
     """Sum over the copies of a row."""
     dim %= len(x.dims)
     return _rows(g, x, [dim], [known_integers(index)]), None, None
+
+
+@backward(aten.unfold.default)
+def windows(call: BackwardCall, g: Value, x: Value, dim: int, size: int, step: int) -> tuple[Gradient, ...]:
+    """Sum over the windows that hold an entry."""
+    dim %= len(x.dims)
+    inside = permute(g, [*range(dim + 1), len(g.dims) - 1, *range(dim + 1, len(g.dims) - 1)])
+    return _rows(inside, x, [dim], [places_in_windows(x.shape[dim], size, step)]), None, None, None
 
 
 @backward(aten.index.Tensor, aten._unsafe_index.Tensor)
