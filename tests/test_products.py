@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from test_capture import run_graph
@@ -108,3 +110,31 @@ def test_rows_and_columns_are_other_places_but_on_the_diagonal(sign: float, f: n
     model = Pairs(sign, f)
     plan = gs.plan(model, (torch.randn(4, 5, 16),))
     assert plan.predictions["@0"][0] == pytest.approx(measured(model, plan, (4, 5, 16), 40), rel=0.03)
+
+
+class Gated(nn.Module):
+    """A layer's output h, another f of it, and a gate z."""
+
+    def __init__(self, way: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        self.first, self.second, self.gate, self.way = nn.Linear(16, 48), nn.Linear(48, 48), nn.Linear(16, 48), way
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.first(x)
+        return self.way(h, self.second(torch.relu(h)), torch.sigmoid(self.gate(x)))
+
+
+@pytest.mark.parametrize(
+    "way",
+    [
+        lambda h, f, z: h + z * h,
+        lambda h, f, z: torch.relu(h) + z * torch.relu(h),
+        lambda h, f, z: h - z * h,
+        lambda h, f, z: h + z * (f - h),
+        lambda h, f, z: (1 - z) * h + z * f,
+    ],
+)
+def test_gate_passes_in_part_what_the_residual_is(way: Callable[..., torch.Tensor]) -> None:
+    model = Gated(way)
+    plan = gs.plan(model, (torch.randn(64, 16),))
+    assert plan.predictions["@0"][0] == pytest.approx(measured(model, plan, (64, 16), 60), rel=0.05)

@@ -204,7 +204,7 @@ def add(x: Value, y: Value, sign: float = 1.0) -> Value:
     if x.source is not None and x.source is y.source and same_axes:
         result = replace(result, source=x.source, amplitude=amplitude_of(x) + sign * amplitude_of(y))
         return result if met is None else replace(result, near=met.near, lean=met.lean, filtered=replace(met.maps, table=table))
-    return summed(result, x, y, sign)
+    return summed(result, (x, 1.0), (y, sign))
 
 
 def _level_of_sum(x: Value, y: Value, cross: float, level: float) -> Stray:
@@ -262,7 +262,10 @@ def _sum_marginal(x: Value, y: Value, sign: float, moments: tuple[float, float],
 
 
 def multiply(x: Value, y: Value) -> Value:
-    """``x y`` of aligned values on different latents, jointly Gaussian where they share a source (Isserlis)."""
+    """``x y`` of aligned values on different latents, jointly Gaussian where they share a source (Isserlis).
+
+    Of independent ones ``x y = E[x] y + E[y] x + ...``: a gate passes in part the tensor itself, which a residual meets.
+    """
     if x.variance <= 1e-14 * x.second_moment and y.variance > 1e-14 * y.second_moment:
         return multiply(y, x)
     cross = cross_table(x, y)
@@ -301,6 +304,8 @@ def multiply(x: Value, y: Value) -> Value:
         return product
     if x.neighbours() is not None or _on_axes(y, x) is not None:
         product = _near_product(x, y, product)
+    parts = [(affine(one, other.mean), 1.0) for one, other in ((x, y), (y, x)) if other.mean != 0.0]
+    product = summed(product, *parts) if parts else product
     if product.is_weight:
         mask = x.constant if y.constant is None else y.constant
         return replace(product, levels=levels.product(levels.of_mask(mask, product.axes), product.levels))

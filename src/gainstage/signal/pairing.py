@@ -60,19 +60,20 @@ def cross_table(x: Value, y: Value) -> Array:
     product = np.full_like(x.table, x.mean * y.mean)
     if x.source is not None and x.source is y.source:
         return product + _of_one_source(x, y)
-    if x.marginal.latent == y.marginal.latent:
-        return product + _of_one_latent(x, y)
-    if any(one.origin is not None and one.origin.reuses for one in (x, y)):
-        common = covariance_between(x, y)
-    else:
+    common = covariance_between(x, y) if any(one.origin is not None and one.origin.reuses for one in (x, y)) else None
+    if common is None:
         common = _of_summed(x, y, [MOST_SUMS])
     return product if common is None else product + common
 
 
-def summed(total: Value, x: Value, y: Value, sign: float) -> Value:
-    """The sum ``x + sign y``, known to have a part in all that x and y have a part in."""
-    of = frozenset([x.source, y.source]).union(*(one.source.of for one in (x, y) if isinstance(one.source, Summed)))
-    return replace(total, source=Summed(total.axes, amplitude_of(total), ((x, 1.0), (y, sign)), of))
+def summed(total: Value, *terms: tuple[Value, float]) -> Value:
+    """A sum of terms with signs, and of what is independent of them: known to have a part in all that these have a part in."""
+    of = frozenset().union(*(_names(x) | (x.source.of if isinstance(x.source, Summed) else frozenset()) for x, _ in terms))
+    return replace(total, source=Summed(total.axes, amplitude_of(total), terms, of))
+
+
+def _names(x: Value) -> frozenset[object]:
+    return frozenset(name for name in (x.source, x.marginal.latent) if name is not None)
 
 
 def _of_summed(x: Value, y: Value, left: list[int]) -> Array | None:
@@ -82,6 +83,8 @@ def _of_summed(x: Value, y: Value, left: list[int]) -> Array | None:
     """
     if x.source is not None and x.source is y.source:
         return _of_one_source(x, y)
+    if x.marginal.latent == y.marginal.latent:
+        return _of_one_latent(x, y)
     one = _later(x, y)
     if one is None:
         return None
@@ -101,8 +104,8 @@ def _later(x: Value, y: Value) -> Value | None:
     Of two such sums one that has a part in the other, if there is one.
     """
     sums = [one.source.of if isinstance(one.source, Summed) and one.source.axes == one.axes else frozenset() for one in (x, y)]
-    if y.source in sums[0] or x.source in sums[1]:
-        return x if y.source in sums[0] else y
+    if not (_names(y).isdisjoint(sums[0]) and _names(x).isdisjoint(sums[1])):
+        return y if _names(y).isdisjoint(sums[0]) else x
     if sums[0].isdisjoint(sums[1]):
         return None
     return x if len(sums[0]) >= len(sums[1]) else y

@@ -131,7 +131,7 @@ class Sum:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Summed:
-    """Source of a sum: itself, and the terms, as aligned, with their signs, in whose sources it has a part.
+    """Source of a sum: itself, and the terms, as aligned, with their signs, in whose sources or latents it has a part.
 
     ``amplitude``: of the sum in itself, by its axes. ``of``: all sources that it has a part in.
     """
