@@ -11,9 +11,11 @@ import torch
 from gainstage.signal import levels, shares
 from gainstage.signal.alike import averaged, border, centred, mean_square
 from gainstage.signal.axes import Axis
+from gainstage.signal.between import rescaled
 from gainstage.signal.copies import replace
 from gainstage.signal.filters import normalise
 from gainstage.signal.gather import same_index_table
+from gainstage.signal.gram import Gram
 from gainstage.signal.joining import join
 from gainstage.signal.linear import affine, multiply
 from gainstage.signal.movement import parts_along, refine, with_axes
@@ -91,8 +93,9 @@ def normalise_gradient(g: Value, x: Value, dims: Sequence[int], eps: float, *, c
     table[full] = max(float(table[full]), 0.0)
     near = _projected_neighbours(g, xhat, float(along[(-1,) * table.ndim]), float(common[(-1,) * table.ndim]))
     extra = {"lineage": g.lineage | x.lineage, "stray": g.stray.hidden(), "near": near, "uneven": x.uneven}
-    table = _between_levels(table, g, profile) * (inverse_factor * inverse)
-    to_x = gaussian(g.dims, 0.0, table, profile, **extra)
+    table, gram = _between_levels(table, g, profile)
+    table = table * (inverse_factor * inverse)
+    to_x = gaussian(g.dims, 0.0, table, profile, gram=gram, **extra)
     amplitude = amplitude_of(g) * (inverse_factor * inverse) ** 0.5
     if centre:
         amplitude[tuple(0 if axis in axes else slice(None) for axis in g.axes)] = 0.0
@@ -193,14 +196,15 @@ def _divided_levels(g: Value, x: Value, reduced: Sequence[int], level: float, ep
     return float(inverse.mean()), levels.normalised(np.sqrt(inverse))
 
 
-def _between_levels(table: Array, g: Value, profile: Array | None) -> Array:
+def _between_levels(table: Array, g: Value, profile: Array | None) -> tuple[Array, Gram | None]:
     """What places of two levels share, relative to the second moment, once those of g are those of a profile."""
-    table = table.copy()
+    table, gram = table.copy(), g.gram
     for position, axis in enumerate(g.axes):
-        before, after = (levels.pair_factor(levels.over(own, position, axis.size)) for own in (g.levels, profile))
-        if axis.size > 1 and before > 0.0:
-            np.moveaxis(table, position, 0)[0] *= after / before
-    return table
+        before, after = (levels.over(own, position, axis.size) for own in (g.levels, profile))
+        if axis.size > 1 and not np.array_equal(before, after):
+            found, table = rescaled(g, position, after / np.maximum(before, 1e-150), table)
+            gram = gram if found is None else found
+    return table, gram
 
 
 def lookup_gradient(g: Value, index: torch.Tensor, rows: int) -> Value:

@@ -18,13 +18,14 @@ from numpy.typing import NDArray
 
 from gainstage.signal import levels
 from gainstage.signal.axes import Axis, Dim, axes_of, descends, distinct
+from gainstage.signal.between import kept, meeting
 from gainstage.signal.copies import replace
 from gainstage.signal.directions import flatness_of_product
 from gainstage.signal.movement import expand, merge_dim, refine, reshape
 from gainstage.signal.neighbours import REACH, Neighbours, beyond, cut, made, outer
 from gainstage.signal.overlap import Taps
 from gainstage.signal.quadrature import Array
-from gainstage.signal.rows import kept, pattern_of, tilted
+from gainstage.signal.rows import pattern_of, tilted
 from gainstage.signal.spread import by_chance, multiplied, weighted
 from gainstage.signal.value import Lean, Value, gaussian
 
@@ -43,7 +44,9 @@ def contract(a: Value, b: Value, labels_a: str, labels_b: str, labels_out: str) 
     dims_of = dict(zip(labels_b, b.dims, strict=True)) | dict(zip(labels_a, a.dims, strict=True))
     pattern = pattern_of(a, b, index_a, index_b)
     table_a = a.table if pattern is None else pattern.weighted(a.table)
-    operands: list[object] = [table_a, index_a, b.table, index_b]
+    summed = [n for n in index_a if n in index_b and not any(n in numbers.of(label, dims_of[label]) for label in labels_out)]
+    table_b = b.table if pattern is not None else meeting(a, b, [(index_a.index(n), index_b.index(n)) for n in summed])
+    operands: list[object] = [table_a, index_a, table_b, index_b]
     count = 1.0
     for label, dim in dims_of.items():
         if label not in labels_out:
@@ -58,7 +61,6 @@ def contract(a: Value, b: Value, labels_a: str, labels_b: str, labels_out: str) 
     if tilt is not None:
         gained = np.einsum(tilt[0], index_a, tilt[1], index_b, *operands[4:], out_index)  # type: ignore[call-overload]
         table = table + gained
-    summed = [n for n in index_a if n in index_b and n not in out_index]
     table[(1,) * table.ndim] += _agreement(a, b, [(a.axes[index_a.index(n)], b.axes[index_b.index(n)]) for n in summed])
     flatness = flatness_of_product(a, b, [index_a.index(n) for n in summed], [index_b.index(n) for n in summed])
     if pattern is None:

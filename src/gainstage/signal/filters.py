@@ -9,10 +9,11 @@ import numpy as np
 from gainstage.signal import levels
 from gainstage.signal.alike import averaged, centred
 from gainstage.signal.axes import Axis
+from gainstage.signal.between import rescaled
 from gainstage.signal.copies import replace
 from gainstage.signal.directions import divided
 from gainstage.signal.filtered import mapped, times
-from gainstage.signal.gram import Gram, modulated
+from gainstage.signal.gram import Gram
 from gainstage.signal.joining import join
 from gainstage.signal.linear import affine
 from gainstage.signal.marginal import Marginal
@@ -256,9 +257,7 @@ def _evened_pairs(x: Value, profile: Array | None, table: Array) -> tuple[Array,
     varying = [position for position, size in enumerate(ratio.shape) if size > 1]
     if x.gram is None or len(varying) != 1 or x.axes[varying[0]] is not x.gram.axis:
         return table, x.gram
-    gram, apart = modulated(x.gram.factors, ratio.ravel(), x.gram.axis)
-    table = table.copy()
-    np.moveaxis(table, varying[0], 0)[0] *= apart
+    gram, table = rescaled(x, varying[0], ratio.ravel(), table)
     return table, gram
 
 

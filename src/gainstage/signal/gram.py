@@ -17,15 +17,21 @@ from gainstage.signal import levels as profiles
 from gainstage.signal.axes import Axis
 from gainstage.signal.quadrature import Array
 
+_CANCELS = 0.1  # of the sizes of terms: as much of their sum says nothing of its parts
 SINGLE, GROWTH = 64, 1.08  # positions that are a group of their own; ratio of the widths that follow
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Gram:
-    """``E[x_s x_t]`` for two positions in these groups, over its average over all pairs of different positions."""
+    """``E[x_s x_t]`` for two positions in these groups, over its average over all pairs of different positions.
+
+    ``across``: the same for one position of two entries that differ along the axis ``over`` alone, such as samples.
+    """
 
     axis: Axis
     factors: Array
+    over: Axis | None = None
+    across: Array | None = None
 
 
 @lru_cache(maxsize=256)
@@ -51,8 +57,8 @@ def grouped(along: Array) -> Array:
 
 
 def ungrouped(groups: Array, size: int) -> Array:
-    """One number for each position."""
-    return np.repeat(groups, widths(size).astype(int))
+    """One number, or one row, for each position."""
+    return np.repeat(groups, widths(size).astype(int), axis=0)
 
 
 def pairs(size: int) -> Array:
@@ -83,14 +89,39 @@ def factors_of(gram: Gram | None, axis: Axis, levels: Array | None, position: in
     return relative(np.outer(root, root), axis.size)[0]
 
 
+def between_places(factors: Array, size: int) -> Array:
+    """Share of each pair of positions, of a short sequence."""
+    return ungrouped(ungrouped(factors, size).T, size).T
+
+
+def between_groups(matrix: Array) -> tuple[Array, float]:
+    """Factors of what pairs of positions share [position, position], and its average over pairs of different ones."""
+    size = len(matrix)
+    apart = matrix * (1.0 - np.eye(size))
+    sums = np.add.reduceat(np.add.reduceat(apart, starts(size), axis=0), starts(size), axis=1)
+    count = pairs(size)
+    return relative(np.divide(sums, count, out=np.zeros_like(sums), where=count > 0.0), size)
+
+
 def of_sum(terms: Sequence[tuple[Array | None, float]], axis: Axis) -> Gram | None:
     """Gram matrix of a sum of independent tensors: each term's, by its share of what two positions have in common."""
-    total = sum(weight for _, weight in terms)
-    if all(factors is None for factors, _ in terms) or total <= 0.0:
+    if all(factors is None for factors, _ in terms) or sum(weight for _, weight in terms) <= 0.0:
         return None
-    shape = next(factors.shape for factors, _ in terms if factors is not None)
-    mixed = sum(weight * (np.ones(shape) if factors is None else factors) for factors, weight in terms)
-    return Gram(axis, np.asarray(mixed / total))
+    return Gram(axis, mixture(terms, np.ones(next(factors.shape for factors, _ in terms if factors is not None))))
+
+
+def mixture(terms: Sequence[tuple[Array | None, float]], even: Array) -> Array:
+    """Shares in a sum of independent tensors, ``even`` where a term has all alike: each term's, by what it has of the sum.
+
+    Terms that nearly cancel count by their sizes.
+    """
+    sizes = sum(abs(weight) for _, weight in terms)
+    if sizes <= 0.0:
+        return even
+    total = sum(weight for _, weight in terms)
+    if abs(total) < _CANCELS * sizes:
+        terms, total = [(factors, abs(weight)) for factors, weight in terms], sizes
+    return np.asarray(sum(weight * (even if factors is None else factors) for factors, weight in terms) / total)
 
 
 def modulated(factors: Array | None, scale: Array, axis: Axis) -> tuple[Gram, float]:

@@ -10,6 +10,7 @@ import torch
 
 from gainstage.signal import levels, neighbours
 from gainstage.signal.axes import Axis, axes_of
+from gainstage.signal.between import of_terms
 from gainstage.signal.marginal import Marginal
 from gainstage.signal.movement import full_prior, map_tables, merge_dim, refine, with_axes
 from gainstage.signal.overlap import Overlap, mixed
@@ -64,6 +65,7 @@ def join(values: Sequence[Value], dim: int) -> Value:
         stray=_stray(parts, sizes),
         is_weight=all(part.is_weight for part in parts),
         levels=levels.of_parts([(part.levels, part.second_moment) for part in ordered], sizes, position, table.ndim),
+        gram=of_terms(list(zip(ordered, map(float, sizes), strict=True)), [p for p in range(table.ndim) if p != position]),
         joined=Joined(table, new_axis, tuple(parts), dim),
         overlap=_shared_overlap(parts, sizes, axes_of(dims)),
         near=neighbours.mixed(

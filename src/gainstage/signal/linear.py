@@ -10,10 +10,10 @@ import numpy as np
 from gainstage.signal import levels, shares
 from gainstage.signal.alike import averaged
 from gainstage.signal.axes import Axis
+from gainstage.signal.between import of_factors, of_terms, shared
 from gainstage.signal.copies import replace
 from gainstage.signal.filtered import meeting, times
-from gainstage.signal.gram import Gram, factors_of, modulated
-from gainstage.signal.gram import of_sum as gram_of_sum
+from gainstage.signal.gram import modulated
 from gainstage.signal.marginal import Marginal, gaussian_marginal
 from gainstage.signal.neighbours import Neighbours, made, mixed
 from gainstage.signal.overlap import mixed as summed_overlap
@@ -196,8 +196,8 @@ def add(x: Value, y: Value, sign: float = 1.0) -> Value:
         result = replace(result, sum=Sum(table, ((x, 1.0), (y, sign))))
     if x.near is not None or y.near is not None:
         result = replace(result, near=mixed([(x.neighbours(), x.variance), (_on_axes(y, x), y.variance)], x.axes))
-    if x.gram is not None or y.gram is not None:
-        result = replace(result, gram=_summed_gram(x, y))
+    if any(part is not None for part in (x.gram, y.gram, x.joined, y.joined, profile)):
+        result = replace(result, gram=of_terms([(x, 1.0), (y, 1.0)]))
     if profile is not None and met is None and not (x.lean is None and y.lean is None):
         result = replace(result, lean=_summed_lean(x, y, profile))
     same_axes = all(a is b for a, b in zip(x.axes, y.axes, strict=True))
@@ -220,18 +220,6 @@ def _renamed(near: Neighbours | None, y: Value, x: Value) -> Neighbours | None:
 
 def _on_axes(y: Value, x: Value) -> Neighbours | None:
     return _renamed(y.neighbours(), y, x)
-
-
-def _summed_gram(x: Value, y: Value) -> Gram | None:
-    for position, (axis, other) in enumerate(zip(x.axes, y.axes, strict=True)):
-        if (x.gram is not None and x.gram.axis is axis) or (y.gram is not None and y.gram.axis is other):
-            index = tuple(0 if p == position else 1 for p in range(x.table.ndim))
-            terms = [
-                (factors_of(v.gram, own, v.levels, position), max(float(v.table[index]), 0.0))
-                for v, own in ((x, axis), (y, other))
-            ]
-            return gram_of_sum(terms, axis)
-    return None
 
 
 def _summed_lean(x: Value, y: Value, profile: Array) -> Lean:
@@ -302,6 +290,7 @@ def multiply(x: Value, y: Value) -> Value:
     )
     if float(shared[full]) != 0.0:
         return product
+    product = of_factors(x, y, product)
     if x.neighbours() is not None or _on_axes(y, x) is not None:
         product = _near_product(x, y, product)
     parts = [(affine(one, other.mean), 1.0) for one, other in ((x, y), (y, x)) if other.mean != 0.0]
@@ -368,8 +357,7 @@ def modulate(x: Value, profile: Array | None, scale: float) -> Value:
     varying = [position for position, size in enumerate(profile.shape) if size > 1]
     if len(varying) == 1:
         position, axis = varying[0], x.axes[varying[0]]
-        factors = factors_of(x.gram, axis, x.levels, position)
-        gram, apart = modulated(factors, levels.over(profile, position, axis.size), axis)
+        gram, apart = modulated(shared(x, position), levels.over(profile, position, axis.size), axis)
         np.moveaxis(table, position, 0)[0] *= apart / own
     mean = scaled.mean * (float(profile.mean()) if x.levels is None else float((x.levels * profile).mean() / x.levels.mean()))
     std = max(float(table[(1,) * table.ndim]) - mean**2, 0.0) ** 0.5

@@ -11,6 +11,7 @@ import torch
 
 from gainstage.signal import levels
 from gainstage.signal.axes import Axis, Dim, distinct
+from gainstage.signal.between import through as through_function
 from gainstage.signal.copies import replace
 from gainstage.signal.directions import divided
 from gainstage.signal.few import with_shapes
@@ -81,10 +82,11 @@ def on_latent(x: Value, values: Array, **changes: object) -> Value:
 def _alike(x: Value, values: Array, **changes: object) -> Value:
     """All entries of one distribution."""
     rho, series = x.correlation(), power_series(values)
+    gram, table = through_function(x, series, evaluate_series(series, rho))
     made = Value(
         dims=x.dims,
         mean=expectation(values),
-        table=evaluate_series(series, rho),
+        table=table,
         marginal=Marginal(x.marginal.latent, lambda: values),
         rho=rho,
         source=object(),
@@ -93,7 +95,7 @@ def _alike(x: Value, values: Array, **changes: object) -> Value:
         overlap=_overlap_after(x, series, rho),
         is_weight=x.is_weight,
         prior=x.prior,
-        gram=x.gram,
+        gram=gram,
     )
     return replace(made, **changes) if changes else made
 

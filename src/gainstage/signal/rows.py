@@ -14,18 +14,12 @@ import numpy as np
 
 from gainstage.signal import levels as profiles
 from gainstage.signal.axes import Dim, axes_of, descends
-from gainstage.signal.gram import Gram, along, factors_of, grouped, of_sum, pairs, starts, ungrouped, widths
+from gainstage.signal.between import shared
+from gainstage.signal.gram import Gram, along, grouped, of_sum, pairs, starts, ungrouped, widths
 from gainstage.signal.overlap import Tilt
 from gainstage.signal.quadrature import Array, matmul
 from gainstage.signal.spread import by_chance
 from gainstage.signal.value import Value
-
-
-def kept(x: Value, other: Value, dims: Sequence[Dim]) -> Gram | None:
-    """Gram matrix of x where a contraction leaves its positions alone."""
-    if x.gram is None or x.gram.axis not in x.axes or x.gram.axis in other.axes:
-        return None
-    return x.gram if x.gram.axis in axes_of(tuple(dims)) else None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,13 +71,15 @@ def pattern_of(a: Value, b: Value, index_a: Sequence[int], index_b: Sequence[int
     if len(keys) != 1 or len(queries) != 1:
         return None
     (key,), (query,) = keys, queries
+    if a.gram is not None and a.gram.axis is a.axes[query]:
+        return None  # no weights of keys, which two queries share by their levels
     mean, square = a.levels, a.levels**2
     if a.tilt is not None:  # the weights of a softmax have means, which are smaller than the roots of their mean squares
         mean, square = a.leaning() * a.mean, square * a.second_moment
     mean, square = (part.reshape(a.levels.shape[min(key, query)], -1) for part in (mean, square))
     position = index_b.index(index_a[key])
     axis = b.axes[position]
-    squares, factors = along(b.levels, position, axis.size), factors_of(b.gram, axis, b.levels, position)
+    squares, factors = along(b.levels, position, axis.size), shared(b, position)
     mean, square = (mean, square) if query < key else (mean.T, square.T)
     return attend(_Weights(mean, square), squares, factors, (query, key))
 

@@ -11,6 +11,7 @@ import torch
 
 from gainstage.signal import levels
 from gainstage.signal.axes import Dim
+from gainstage.signal.between import of_part, of_place
 from gainstage.signal.copies import replace
 from gainstage.signal.joining import join
 from gainstage.signal.known import known
@@ -75,6 +76,8 @@ def _fix(x: Value, dim: int, index: int) -> Value:
         profile, part = levels.sliced(profile, position, int(coordinate))
         ratio *= part
     fixed = map_tables(replace(x, levels=None), dims, lambda table: table[same], profile)
+    if len(x.dims[dim]) == 1:
+        fixed = of_place(x, fixed, position, index, ratio)
     latent = ("select", x.marginal.latent, x.dims[dim], index) if x.dims[dim] else x.marginal.latent
     marginal = Marginal(latent, lambda: x.marginal.even if profile is None else x.marginal.values, lambda: x.marginal.even)
     return scaled(replace(fixed, source=object(), amplitude=None, marginal=marginal), ratio)
@@ -104,6 +107,8 @@ def _range(x: Value, dim: int, chosen: range) -> Value:
     moved = map_tables(replace(x, amplitude=None, levels=None), dims, lambda table: table[index], profile)
     if profile is None and x.levels is not None:
         moved = replace(moved, marginal=Marginal(x.marginal.latent, lambda: x.marginal.even))
+    if not drop:
+        moved = of_part(x, moved, position, part, ratio)
     return scaled(replace(moved, source=object()), ratio)
 
 
