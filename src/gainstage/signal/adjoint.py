@@ -233,35 +233,44 @@ def lookup_gradient(g: Value, index: torch.Tensor, rows: int) -> Value:
     return gaussian((rows_dim, *g.dims[rank:]), 0.0, np.asarray(table), lineage=g.lineage, stray=g.stray.hidden())
 
 
-def through_slope(g: Value, steepness: Value, against: float = 0.0) -> Value:
+def through_slope(g: Value, steepness: tuple[Value, Array], against: float = 0.0) -> Value:
     """``g f'(u)`` for the slope f'(u) of an activation: what g knows of u and what the slope knows of it are not independent.
 
     ``against``: of the result, see :func:`turned_by`.
     """
-    made = replace(multiply(*align(g, steepness)), against=against)
-    slopes = steepness.marginal.values
+    g, slopes = align(g, steepness[0])
+    own = Given(slopes.marginal.values, steepness[1], g)
     if g.given is None:
-        return replace(made, given=Given(slopes, slopes**2, g).scaled())
-    given = Given(g.given.mean * slopes, g.given.square * slopes**2, g.given.base)
-    apart = g.given.moments() * np.array([expectation(slopes), expectation(slopes**2)])
-    if apart[0] ** 2 <= 1e-6 * apart[1] or apart[1] <= 0.0:  # what two entries share is not carried by the mean of r
-        return replace(made, given=given.scaled())
-    means, squares = given.moments() / apart
-    return replace(_weighted(made, squares, means**2), given=given.scaled())
+        return replace(multiply(g, slopes), against=against, given=own.scaled())
+    given = Given(g.given.mean * own.mean, g.given.square * own.square, g.given.base)
+    before, after = g.given.moments(), given.moments()
+    if before[0] ** 2 <= 1e-6 * before[1] or after[0] ** 2 <= 1e-6 * after[1]:  # the mean of r carries nothing that two share
+        made = multiply(g, slopes)
+    else:
+        made = _meeting_again(g, slopes, given.mean, after[1] / before[1])
+    return replace(made, against=against, given=given.scaled())
 
 
-def _weighted(x: Value, own: float, pairs: float) -> Value:
-    """The second moment of an entry with itself times one factor, those of two entries times another."""
-    table = x.table * pairs
-    table[(1,) * table.ndim] = x.second_moment * own
-    made_ = replace(x, table=table, rho=None)
-    near = x.neighbours()
-    if near is None:
-        return made_
-    alone, far = x.apart(near)
-    excess = near.excess * (alone - far) * pairs / (alone * own - far * pairs)
-    excess[(0,) * excess.ndim] = 1.0
-    return replace(made_, near=made(near.axes, excess))
+def _meeting_again(g: Value, x: Value, mean: Array, alone: float) -> Value:
+    """What is left of ``g = g0 r`` as ``g0 r'`` for functions of x's latent: two entries have ``E[g g'] E[r' r'] / E[r r]``.
+
+    ``mean``: ``E[r' | z]``; ``alone``: what becomes of the second moment of an entry.
+    """
+    assert g.given is not None
+    before, after = power_series(g.given.mean), power_series(mean)
+
+    def factor(rho: Array) -> Array:
+        ratio = evaluate_series(after, rho) / evaluate_series(before, rho)
+        return np.where(rho >= 1.0, alone, ratio)
+
+    table = factor(x.correlation())
+    table[(1,) * table.ndim] = alone
+    near, distant = x.neighbours(), 0.0
+    if near is not None:
+        series = x.marginal.even_series
+        own, far = x.apart(near)
+        near, distant = through(near, own, far, lambda m: factor(np.where(m >= own, 1.0, invert_series(series, m - series[0]))))
+    return multiply(g, gaussian(x.dims, 0.0, table).with_neighbours(near, alone, distant))
 
 
 def to_summand(g: Value, total: Value, x: Value, y: Value, sign: float) -> Value:
@@ -270,11 +279,12 @@ def to_summand(g: Value, total: Value, x: Value, y: Value, sign: float) -> Value
     g = replace(g, against=g.against * part, across=shares.times(g.across, part))
     if g.given is None:
         return g
-    order = np.argsort(total.marginal.values, kind="stable")
-    known = total.marginal.values[order]
+    known, which = np.unique(total.marginal.values, return_inverse=True)
+    each = np.bincount(which, weights())
     terms, mass = _staggered(y.marginal.values), _staggered(weights())
     places, mass = x.marginal.values[:, None] + sign * terms, mass / mass.sum(1, keepdims=True)
-    mean, square = (np.vecdot(np.interp(places, known, part[order]), mass) for part in (g.given.mean, g.given.square))
+    parts = [np.bincount(which, weights() * part) / each for part in (g.given.mean, g.given.square)]
+    mean, square = (np.vecdot(np.interp(places, known, part), mass) for part in parts)
     return replace(g, given=Given(mean, square, g.given.base).scaled())
 
 
@@ -327,23 +337,11 @@ def times_own(g: Value, x: Value) -> Value:
     g, x = together(*align(g, x))
     if g.given is None:
         return multiply(g, x)
-    before, after = power_series(g.given.mean), power_series(g.given.mean * x.marginal.values)
-    alone = expectation(g.given.square * x.marginal.values**2) / expectation(g.given.square)
-    if before[0] <= 1e-6 * float(before.sum()):  # r is odd: what two entries share of g says nothing of g0
+    series = power_series(g.given.mean)
+    if series[0] <= 1e-6 * float(series.sum()):  # r is odd: what two entries share of g says nothing of g0
         return multiply(g, x)
-
-    def factor(rho: Array) -> Array:
-        ratio = evaluate_series(after, rho) / evaluate_series(before, rho)
-        return np.where(rho >= 1.0, alone, ratio)
-
-    table = factor(x.correlation())
-    table[(1,) * table.ndim] = alone
-    near, distant = x.neighbours(), 0.0
-    if near is not None:
-        series = x.marginal.even_series
-        own, far = x.apart(near)
-        near, distant = through(near, own, far, lambda m: factor(np.where(m >= own, 1.0, invert_series(series, m - series[0]))))
-    return multiply(g, gaussian(x.dims, 0.0, table).with_neighbours(near, alone, distant))
+    own = x.marginal.values
+    return _meeting_again(g, x, g.given.mean * own, expectation(g.given.square * own**2) / expectation(g.given.square))
 
 
 def along_weight(g: Value, x: Value, reduced: Sequence[int], fan_in: float) -> tuple[Value, Value] | None:

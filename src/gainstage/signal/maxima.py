@@ -29,7 +29,7 @@ from gainstage.signal.quadrature import (
     quantiles,
     standardised,
 )
-from gainstage.signal.value import Largest, Value
+from gainstage.signal.value import Largest, Lean, Value
 
 STEP = 0.05  # of standard deviations, for a slope
 
@@ -82,8 +82,11 @@ class _Window:
         ahead, behind = (np.interp(z + step, nodes(), self.values) for step in (STEP, -STEP))
         return expectation_of_two(ahead - behind, mass) / (2.0 * STEP)
 
-    def second_moment(self, sizes: Array, repeats: float) -> float:
-        """``E max^2`` of places with levels s, each a number of times, by ``P(max < y | common) = prod P(s f < y | common)``."""
+    def moments(self, sizes: Array, repeats: float) -> Array:
+        """``E max`` and ``E max^2`` of places with levels s, each a number of times.
+
+        By ``P(max < y | common) = prod P(s f < y | common)``.
+        """
         points, mass = coarse()
         rising = self.values + 1e-9 * np.ptp(self.values) * np.arange(self.values.size)
         top = sizes.max()
@@ -92,7 +95,7 @@ class _Window:
         z = np.interp(middle[:, None] / np.maximum(sizes, 1e-9 * top), rising, nodes())
         own = (z[:, None, :] - np.sqrt(self.shared) * points[:, None]) / max(1.0 - self.shared, 1e-9) ** 0.5
         below = np.vecdot((torch.special.log_ndtr(torch.from_numpy(own)).sum(-1) * repeats).exp().numpy(), mass)
-        return float(np.diff(np.r_[0.0, below, 1.0]) @ levels_y**2)
+        return np.asarray(np.vecdot(np.stack([levels_y, levels_y**2]), np.diff(np.r_[0.0, below, 1.0])))
 
 
 def max_over(x: Value, dims: Sequence[int], windows: Sequence[Places]) -> Value:
@@ -131,7 +134,7 @@ def _pooled(x: Value, read: Sequence[tuple[int, Places]], rho: Array, distant: f
     louder = _louder(x, read, window)
     surface = window.largest_of(float(np.prod([place.shape[1] for _, place in read])))
     out: dict[int, tuple[Axis, ...]] = {d: (Axis(len(place)),) if len(place) > 1 else () for d, place in read}
-    profile = _pooled_levels(x, read, out, louder)
+    profile = _pooled_levels(x, read, out, [np.sqrt(each[1]) for each in louder])
     marginal, mean, second = _marginal(surface, louder, profile)
     table = evaluate_series(marginal.series, x.correlation())
     gone = {x.dims[d][0] for d in out if not out[d]}
@@ -150,7 +153,14 @@ def _pooled(x: Value, read: Sequence[tuple[int, Places]], rho: Array, distant: f
     made_near = made(near.axes, near.excess)
     if made_near is not None:
         made_near = replace(made_near, ties=ties[along])
-    return replace(result, near=made_near, largest=Largest(result.table, x, tuple(read)), overlap=overlap)
+    result = replace(result, near=made_near, overlap=overlap)
+    if profile is not None:
+        result = _leaning(
+            result,
+            _pooled_levels(x, read, out, [each[0] for each in louder]),
+            {axis: each for d, each in zip(out, louder, strict=True) for axis in out[d]},
+        )
+    return replace(result, largest=Largest(result.table, x, tuple(read)))
 
 
 def _overlap(x: Value, read: Sequence[tuple[int, Places]], window: _Window, out: Mapping[int, tuple[Axis, ...]]) -> Overlap:
@@ -167,26 +177,28 @@ def _overlap(x: Value, read: Sequence[tuple[int, Places]], window: _Window, out:
 
 
 def _louder(x: Value, read: Sequence[tuple[int, Places]], window: _Window) -> list[Array]:
-    """Second moment of each output along each dimension, over that of a full window of equal levels."""
+    """Mean and second moment of each output along each dimension, over those of a full window of equal levels."""
     found = []
     for d, place in read:
         others = float(np.prod([p.shape[1] for e, p in read if e != d]))
         rows = np.sort(levels.read(x.levels, x.axes.index(x.dims[d][0]), place), axis=1)
         tops = np.maximum(rows[:, -1:], 1e-300)
         kinds, which = np.unique(np.round(rows / tops, 2), axis=0, return_inverse=True)
-        full = window.second_moment(np.ones(1), others * place.shape[1]) or 1.0  # of zeros the largest is zero
-        ratio = [window.second_moment(kind[kind > 0.0], others) / full if (kind > 0.0).any() else 0.0 for kind in kinds]
-        found.append(np.array(ratio)[which.reshape(-1)] * tops[:, 0] ** 2)
+        full = window.moments(np.ones(1), others * place.shape[1])
+        full = np.where(full != 0.0, full, 1.0)  # of zeros the largest is zero
+        ratio = np.array(
+            [window.moments(kind[kind > 0.0], others) / full if (kind > 0.0).any() else np.zeros(2) for kind in kinds]
+        )
+        found.append(ratio[which.reshape(-1)].T * np.stack([tops[:, 0], tops[:, 0] ** 2]))
     return found
 
 
 def _marginal(surface: Array, louder: Sequence[Array], profile: Array | None) -> tuple[Marginal, float, float]:
     """Distribution of the maxima of all outputs, each louder or quieter than a full window; mean and second moment."""
     mass = np.outer(coarse()[1], coarse()[1])
-    second = float((surface**2 * mass).sum() * np.prod([factor.mean() for factor in louder]))
-    whole = float(np.prod([factor.mean() for factor in louder])) ** 0.5
+    means, squares = (np.prod([each[k].mean() for each in louder]) for k in (0, 1))
+    second, mean, whole = float((surface**2 * mass).sum() * squares), float((surface * mass).sum() * means), float(squares) ** 0.5
     sizes, shares = (np.ones(1), np.ones(1)) if profile is None else levels.groups(profile)
-    mean = float((surface * mass).sum()) * whole * float(sizes @ shares)
     std = max(second - mean**2, 0.0) ** 0.5
 
     def values() -> Array:
@@ -264,5 +276,25 @@ def _pooled_levels(
         if out[d]:
             shape = [1] * profile.ndim
             shape[position] = -1
-            profile = profile * np.sqrt(factor).reshape(shape)
+            profile = profile * factor.reshape(shape)
     return levels.normalised(np.asarray(profile))
+
+
+def _leaning(x: Value, means: Array | None, louder: Mapping[Axis, Array]) -> Value:
+    """Maxima whose means differ, in other proportions than their levels.
+
+    What two of them share is nearly all of their means: of one sample and channel by pairs of means in the place of levels; of
+    others, of which the table has the square of the average mean, by place.
+    """
+    assert x.levels is not None
+    lean = np.ones_like(x.levels) if means is None else np.broadcast_to(means, x.levels.shape) * np.ones(1)
+    table = x.table.copy()
+    own = table[tuple(slice(None) if axis in louder else 1 for axis in x.axes)].copy()
+    for axis, (mean, square) in louder.items():
+        even, along = mean / mean.mean(), np.moveaxis(table, x.axes.index(axis), 0)
+        along[0] *= levels.pair_factor(even)
+        along[1] *= float((even**2).mean())
+        inner = np.moveaxis(own, [a for a in x.axes if a in louder].index(axis), 0)
+        inner[0] *= levels.pair_factor(mean) / levels.pair_factor(np.sqrt(square))
+    table[tuple(slice(None) if axis in louder else 1 for axis in x.axes)] = own
+    return replace(x, table=table, lean=Lean(x.levels, lean / lean.mean(), x.near))

@@ -19,7 +19,7 @@ def times_slope(call: BackwardCall, g: Value, x: Value, *args: Any, **kwargs: An
     """``g f'(x)``: second moment ``E[g^2] E[f'(x)^2]``."""
     op: Any = call.op
     steepness = slope(lambda t: op(t, *args, **kwargs), x)
-    return (through_slope(g, steepness, turned_by(g, x, call.output, steepness.marginal.values)),)
+    return (through_slope(g, steepness, turned_by(g, x, call.output, steepness[0].marginal.values)),)
 
 
 backward(aten.pow.Tensor_Scalar)(times_slope)
