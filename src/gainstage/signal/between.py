@@ -97,7 +97,7 @@ def of_part(x: Value, moved: Value, position: int, part: slice, ratio: float) ->
     factors, mean = between_groups(between_places(x.gram.factors, whole.size)[part, part])
     table, square = moved.table.copy(), moved.mean**2
     before = float(table[_apart(moved, position)])
-    _about_mean(np.moveaxis(table, position, 0)[0], before, before * mean / ratio**2, square)
+    _about_mean(np.moveaxis(table, position, 0)[:1], before, before * mean / ratio**2, square)
     gram = Gram(axis, factors)
     if x.gram.over in moved.axes and x.gram.across is not None and x.gram.over is not None:
         each = ungrouped(x.gram.across, whole.size)[part]
@@ -116,7 +116,7 @@ def of_place(x: Value, fixed: Value, position: int, index: int, ratio: float) ->
     table = fixed.table.copy()
     at = fixed.axes.index(gram.over)
     before, share = float(table[_apart(fixed, at)]), float(ungrouped(gram.across, gram.axis.size)[index])
-    _about_mean(np.moveaxis(table, at, 0)[0], before, before * share / ratio**2, fixed.mean**2)
+    _about_mean(np.moveaxis(table, at, 0)[:1], before, before * share / ratio**2, fixed.mean**2)
     return replace(fixed, table=table, rho=None)
 
 
@@ -194,7 +194,7 @@ def through(x: Value, series: Array, table: Array) -> tuple[Gram | None, Array]:
 
     index = _apart(x, position)
     factors, mean = relative(mapped(gram.factors, index), size)
-    _about_mean(np.moveaxis(table, position, 0)[0], float(table[index]), mean, float(series[0]))
+    _about_mean(np.moveaxis(table, position, 0)[:1], float(table[index]), mean, float(series[0]))
     if gram.over is None or gram.over not in x.axes or gram.across is None:
         return Gram(gram.axis, factors), table
     index = _apart(x, x.axes.index(gram.over))
@@ -233,7 +233,7 @@ def _other_axis(x: Value, position: int) -> Axis | None:
 def _between_samples(table: Array, x: Value, position: int, over: Axis) -> Array:
     """View of the part of a table that is about the same position of different samples."""
     at = x.axes.index(over)
-    return table[tuple(0 if p == at else 1 if p == position else slice(None) for p in range(table.ndim))]
+    return table[tuple(slice(0, 1) if p == at else slice(1, 2) if p == position else slice(None) for p in range(table.ndim))]
 
 
 def _average(groups: Array, size: int) -> float:
