@@ -14,19 +14,24 @@ from torch import nn
 
 import gainstage as gs
 from gainstage.cli.models import cpu_torchvision
+from gainstage.verify import measure_tasks
 
 Losses = Mapping[str, Callable[[Any], torch.Tensor]]
 BATCH = 32
 
 
 class Case(NamedTuple):
-    """A model with several outputs, its inputs and its losses by the number of the draw."""
+    """A model with several outputs, its inputs and its losses by the number of the draw.
+
+    ``draws``: of weights and inputs for each drawing of labels, so many that a mean square is known to 1 % at the median.
+    """
 
     package: str
     name: str
     build: Callable[[], nn.Module]
     inputs: Callable[[int], dict[str, torch.Tensor]]
     losses: Callable[[int], Losses]
+    draws: int
 
 
 class Weighted(nn.Module):
@@ -68,19 +73,29 @@ def rows_of(case: Case) -> Iterator[Row]:
 
 
 def errors(case: Case) -> list[float]:
-    """``|log(predicted / measured)|`` of second moments, each a mean over the draws."""
+    """``|log(predicted / measured)|`` of second moments, means over the same labels.
+
+    Labels are data, which predictions see as they are; of the measured ones each is a mean over draws of weights and inputs.
+    """
     pairs: dict[tuple[str, str], list[tuple[float, float]]] = {}
     for seed in range(DRAWS):
         torch.manual_seed(seed)
-        model, inputs = case.build(), case.inputs(seed)
-        gs.initialize(model, (), inputs, seed=seed)
-        found = gs.task_gradients(model, (), inputs, losses=case.losses(seed))
+        model, inputs, losses = case.build(), case.inputs(seed), case.losses(seed)
+        plan = gs.initialize(model, (), inputs, seed=seed)
+        found = gs.task_gradients(model, (), inputs, losses=losses)
+        measured = [found.measured, *(_measured(case, model, plan, seed + DRAWS * k) for k in range(1, case.draws))]
         for task in found.predicted:
             for name in found.shared:
-                pair = found.predicted[task].get(name, 0.0), found.measured[task].get(name, 0.0)
-                pairs.setdefault((task, name), []).append(pair)
+                mean = float(np.mean([squares[task].get(name, 0.0) for squares in measured]))
+                pairs.setdefault((task, name), []).append((found.predicted[task].get(name, 0.0), mean))
     means = [np.mean(found, axis=0) for found in pairs.values()]
     return [abs(float(np.log(predicted / measured))) for predicted, measured in means if min(predicted, measured) > 1e-12]
+
+
+def _measured(case: Case, model: nn.Module, plan: gs.Plan, seed: int) -> Mapping[str, Mapping[str, float]]:
+    """Mean squares of gradients, by task and parameter, of another draw of weights and inputs; labels stay."""
+    gs.apply(model, plan, seed=seed)
+    return measure_tasks(model, (), case.inputs(seed), case.losses(seed % DRAWS))[1]
 
 
 def labels(classes: int, seed: int, *shape: int) -> torch.Tensor:
@@ -115,17 +130,17 @@ def cases() -> list[Case]:
         Case("timm", "DeiT, label and teacher", distilled, images("x", 64), lambda seed: {
             "label": cross_entropy(lambda y: y[0], labels(10, seed)),
             "teacher": cross_entropy(lambda y: y[1], labels(10, seed + 50)),
-        }),
+        }, draws=48),
         Case("transformers", "BERT, words and next sentence", lambda: BertForPreTraining(sizes).eval(),
              lambda seed: {"input_ids": labels(200, seed, BATCH, 24)}, lambda seed: {
             "words": cross_entropy(lambda y: y.prediction_logits.flatten(0, 1), labels(200, seed + 1, BATCH * 24)),
             "next": cross_entropy(lambda y: y.seq_relationship_logits, labels(2, seed + 2)),
-        }),
+        }, draws=96),
         Case("torchvision", "GoogLeNet, two auxiliary heads",
              lambda: torchvision.models.googlenet(aux_logits=True, init_weights=False, num_classes=10),
              images("x", 96), lambda seed: {
             "main": cross_entropy(lambda y: y.logits, labels(10, seed)),
             "first": cross_entropy(lambda y: y.aux_logits1, labels(10, seed)),
             "second": cross_entropy(lambda y: y.aux_logits2, labels(10, seed)),
-        }),
+        }, draws=8),
     ]  # fmt: skip
