@@ -62,13 +62,13 @@ def test_vectors_of_heads_are_weights() -> None:
     assert plan.parameters["vectors"].distribution.std == pytest.approx(8**-0.5, rel=0.02)
 
 
-def measured(model: nn.Module, plan: gs.Plan, shape: tuple[int, ...], draws: int) -> float:
+def measured(model: nn.Module, plan: gs.Plan, shapes: tuple[tuple[int, ...], ...], draws: int) -> float:
     """Mean square of what the model returns, over draws of weights and inputs."""
     generator, levels = torch.Generator().manual_seed(0), []
     for seed in range(draws):
         gs.apply(model, plan, seed=seed)
         with torch.no_grad():
-            levels.append(float(model(torch.randn(shape, generator=generator)).square().mean()))
+            levels.append(float(model(*(torch.randn(shape, generator=generator) for shape in shapes)).square().mean()))
     return sum(levels) / draws
 
 
@@ -89,7 +89,28 @@ def test_pooling_by_attention_leans_towards_what_its_scores_read(scores: nn.Modu
     """To first order in the cosine of two keys; values that know nothing of the scores would give two thirds."""
     model = Pooled(scores)
     plan = gs.plan(model, (torch.randn(8, 40, 48),))
-    assert plan.predictions["@0"][0] == pytest.approx(measured(model, plan, (8, 40, 48), 200), rel=0.15)
+    assert plan.predictions["@0"][0] == pytest.approx(measured(model, plan, ((8, 40, 48),), 200), rel=0.15)
+
+
+class Looked(nn.Module):
+    """Queries look up what keys are: the keys themselves, values made of them, a memory."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.queries, self.keys, self.values = nn.Linear(32, 32), nn.Linear(32, 32), nn.Linear(32, 32)
+        self.memory, self.kind = nn.Parameter(torch.randn(40, 32)), kind
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        keys = self.memory if self.kind == "memory" else self.keys(y)
+        shares = (self.queries(x) @ keys.transpose(-1, -2) / 32**0.5).softmax(-1)
+        return shares @ (self.values(keys) if self.kind == "values" else keys)
+
+
+@pytest.mark.parametrize("kind", ["keys", "values", "memory"])
+def test_what_is_looked_up_leans_towards_the_query(kind: str) -> None:
+    model, shapes = Looked(kind), ((8, 20, 32), (8, 40, 32))
+    plan = gs.plan(model, tuple(torch.randn(shape) for shape in shapes))
+    assert plan.predictions["@0"][0] == pytest.approx(measured(model, plan, shapes, 60), rel=0.1)
 
 
 class Pairs(nn.Module):
@@ -109,7 +130,7 @@ class Pairs(nn.Module):
 def test_rows_and_columns_are_other_places_but_on_the_diagonal(sign: float, f: nn.Module) -> None:
     model = Pairs(sign, f)
     plan = gs.plan(model, (torch.randn(4, 5, 16),))
-    assert plan.predictions["@0"][0] == pytest.approx(measured(model, plan, (4, 5, 16), 40), rel=0.03)
+    assert plan.predictions["@0"][0] == pytest.approx(measured(model, plan, ((4, 5, 16),), 40), rel=0.03)
 
 
 class Gated(nn.Module):
@@ -137,4 +158,4 @@ class Gated(nn.Module):
 def test_gate_passes_in_part_what_the_residual_is(way: Callable[..., torch.Tensor]) -> None:
     model = Gated(way)
     plan = gs.plan(model, (torch.randn(64, 16),))
-    assert plan.predictions["@0"][0] == pytest.approx(measured(model, plan, (64, 16), 60), rel=0.05)
+    assert plan.predictions["@0"][0] == pytest.approx(measured(model, plan, ((64, 16),), 60), rel=0.05)

@@ -112,7 +112,7 @@ def _strayed(y: Value, x: Value, weight: Value, labels: tuple[str, str, str]) ->
     """A product y, with what its entries stray by for sharing weights, if one of the operands is weights."""
     read, own, out = labels
     if x.is_weight is weight.is_weight:
-        return replace(y, read=x.read | weight.read)
+        return replace(y, read=x.read | weight.read | (frozenset() if x.is_weight else _names(x) | _names(weight)))
     if x.is_weight:
         return _strayed(y, weight, x, (own, read, out))
     starts = [int(start) for start in np.cumsum([0, *(len(dim) for dim in x.dims)])]

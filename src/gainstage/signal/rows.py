@@ -123,9 +123,10 @@ def _alike(a: Value, tilt: Tilt, b: Value, channels: Sequence[int]) -> float:
     Where values are what the logits were made of, at once or by way of hidden layers, c' is that of independent entries.
     """
     own = tilt.overlap.of_entries(b.marginal.latent)
-    if own > 0.0:
+    is_memory = b.is_weight and bool(a.lineage & b.lineage)
+    is_direct = is_memory or any(name in (b.marginal.latent, b.source) for name, _ in a.read)
+    if is_direct or own > 0.0:
         chance = by_chance(b, {p: float(b.axes[p].size) for p in channels})
-        is_direct = any(name in (b.marginal.latent, b.source) for name, _ in a.read)
         return b.overlap.variance + chance if is_direct else tilt.overlap.shared(b.overlap) + own * chance**0.5
     are_strangers = bool(a.read) and bool(b.read) and not a.read & b.read
     return 0.0 if are_strangers else b.overlap.variance
