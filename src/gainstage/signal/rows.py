@@ -124,7 +124,8 @@ def _alike(a: Value, tilt: Tilt, b: Value, channels: Sequence[int]) -> float:
     """
     own = tilt.overlap.of_entries(b.marginal.latent)
     is_memory = b.is_weight and bool(a.lineage & b.lineage)
-    is_direct = is_memory or any(name in (b.marginal.latent, b.source) for name, _ in a.read)
+    reads = [read for name, read in a.read if name in (b.marginal.latent, b.source)]
+    is_direct = is_memory or any(all(descends(b.axes[p], read) for p in channels) for read in reads)
     if is_direct or own > 0.0:
         chance = by_chance(b, {p: float(b.axes[p].size) for p in channels})
         return b.overlap.variance + chance if is_direct else tilt.overlap.shared(b.overlap) + own * chance**0.5
