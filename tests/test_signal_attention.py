@@ -12,7 +12,18 @@ from torch import nn
 from torch.nn import functional as F
 
 from gainstage.api import inspect
-from gainstage.signal import contract, independent, measured, participation, reshape, softmax
+from gainstage.signal import (
+    apply,
+    combine,
+    contract,
+    independent,
+    mean_over,
+    measured,
+    normalise,
+    participation,
+    reshape,
+    softmax,
+)
 from gainstage.signal.gram import pairs, starts, ungrouped, widths
 from gainstage.signal.rolling import roll
 from gainstage.signal.sampling import draw
@@ -152,6 +163,36 @@ def test_rows_of_a_loud_causal_attention_are_each_as_peaked_as_their_number_of_k
     within = 0.02 if labels == "qk" else 0.08
     assert (result.levels**2).ravel() * result.second_moment == pytest.approx(np.diag(exact), rel=within)
     assert result.table[0, 1] == pytest.approx(exact[~np.eye(size, dtype=bool)].mean(), rel=0.02)
+
+
+def test_sums_over_positions_of_two_tensors_count_what_each_pair_of_positions_shares_of_both() -> None:
+    """A weight's gradient, ``sum of g_t x_t``, g loud at the first positions and x alike at the last; or a scale's."""
+    size, weights = 48, softmax(replace(independent((48, 48), 0.0, 0.0), prior=log_weights(windows(48, 48))), -1)
+    x = contract(weights, independent((size, 8), 0.0, 1.0), "qk", "kc", "qc")
+    g = contract(weights, independent((size, 8), 0.0, 1.0), "qk", "qc", "kc")
+    pattern = np.tril(np.ones((size, size))) / np.arange(1, size + 1)[:, None]
+    exact = (pattern @ pattern.T) * (pattern.T @ pattern)
+    assert contract(g, x, "tc", "td", "cd").second_moment == pytest.approx(exact.sum(), rel=1e-6)
+    product = combine(torch.mul, g, x)
+    assert product.second_moment == pytest.approx(np.trace(exact) / size, rel=1e-6)
+    assert mean_over(product, product.dims[0]).second_moment * size**2 == pytest.approx(exact.sum(), rel=1e-6)
+    apart = ~np.eye(size, dtype=bool)
+    assert product.gram is not None
+    assert (product.gram.factors * product.table[0, 1])[apart] == pytest.approx(exact[apart], rel=1e-6)
+
+
+def test_functions_of_positions_share_by_pairs_what_their_correlations_leave() -> None:
+    """ReLU of causal averages, each at its own level: pair by pair the arc-cosine kernel (Cho & Saul 2009)."""
+    size, weights = 48, softmax(replace(independent((48, 48), 0.0, 0.0), prior=log_weights(windows(48, 48))), -1)
+    x = contract(weights, independent((size, 512), 0.0, 1.0), "qk", "kc", "qc")
+    y = apply(torch.relu, normalise(x, x.dims[1], 0.0, centre=False))
+    count = np.arange(1.0, size + 1.0)
+    rho = np.sqrt(np.minimum.outer(count, count) / np.maximum.outer(count, count))
+    angle = np.arccos(np.minimum(rho, 1.0))
+    exact = (np.sin(angle) + (np.pi - angle) * np.cos(angle)) / (2.0 * np.pi)
+    apart = ~np.eye(size, dtype=bool)
+    assert y.gram is not None
+    assert y.gram.factors[apart] == pytest.approx(exact[apart] / exact[apart].mean(), rel=1e-3)  # the grid that inverts a series
 
 
 def test_groups_of_positions_cover_a_long_sequence() -> None:

@@ -157,6 +157,20 @@ def of_factors(x: Value, y: Value, product: Value) -> Value:
     return product
 
 
+def loud_together(x: Value, y: Value, axes: Sequence[tuple[int, int]]) -> Array:
+    """``mean of s_i^2 t_i^2`` for levels of two tensors, for the same place along axes of both; for a table of y.
+
+    A gradient and its tensor are loud at places of their own, and a product of the two where both are.
+    """
+    found = np.ones((1,) * y.table.ndim)
+    for own, other in axes:
+        size = x.axes[own].size
+        both = levels.over(x.levels, own, size) * levels.over(y.levels, other, size)
+        ratios = np.array([1.0, float((both**2).mean())])
+        found = found * ratios.reshape([2 if p == other else 1 for p in range(found.ndim)])
+    return found
+
+
 def meeting(a: Value, b: Value, summed: Sequence[tuple[int, int]]) -> Array:
     """Table of b for a sum of products over positions, of which some share much in both; ``summed``: axes of a, of b."""
     table = b.table

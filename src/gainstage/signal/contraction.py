@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from gainstage.signal import levels
 from gainstage.signal.axes import Axis, Dim, axes_of, descends, distinct
-from gainstage.signal.between import kept, meeting
+from gainstage.signal.between import kept, loud_together, meeting
 from gainstage.signal.copies import replace
 from gainstage.signal.directions import flatness_of_product
 from gainstage.signal.movement import expand, merge_dim, refine, reshape
@@ -46,6 +46,9 @@ def contract(a: Value, b: Value, labels_a: str, labels_b: str, labels_out: str) 
     table_a = a.table if pattern is None else pattern.weighted(a.table)
     summed = [n for n in index_a if n in index_b and not any(n in numbers.of(label, dims_of[label]) for label in labels_out)]
     table_b = b.table if pattern is not None else meeting(a, b, [(index_a.index(n), index_b.index(n)) for n in summed])
+    fresh = any(weight.is_weight and _is_fresh(weight) for weight in (a, b))
+    if pattern is None and not fresh and a.levels is not None and b.levels is not None:
+        table_b = table_b * loud_together(a, b, [(p, index_b.index(n)) for p, n in enumerate(index_a) if n in index_b])
     operands: list[object] = [table_a, index_a, table_b, index_b]
     count = 1.0
     for label, dim in dims_of.items():
@@ -66,7 +69,7 @@ def contract(a: Value, b: Value, labels_a: str, labels_b: str, labels_out: str) 
     if pattern is None:
         profiles = [(a.levels, index_a), (b.levels, index_b)]
         profile = levels.carried(profiles, out_index)
-        if any(weight.is_weight and _is_fresh(weight) for weight in (a, b)):
+        if fresh:
             table = table * levels.coupling(profiles, out_index)
         result = contracted(a, b, out_dims, count * a.mean * b.mean, table, profile=profile)
         result = replace(result, gram=kept(a, b, out_dims) or kept(b, a, out_dims), flatness=flatness)

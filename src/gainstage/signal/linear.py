@@ -10,7 +10,7 @@ import numpy as np
 from gainstage.signal import levels, shares
 from gainstage.signal.alike import averaged
 from gainstage.signal.axes import Axis
-from gainstage.signal.between import of_factors, of_terms, shared
+from gainstage.signal.between import loud_together, of_factors, of_terms, shared
 from gainstage.signal.copies import replace
 from gainstage.signal.filtered import meeting, times
 from gainstage.signal.gram import modulated
@@ -91,7 +91,8 @@ def mean_over(x: Value, axes: Sequence[Axis]) -> Value:
     is_number = result.mean**2 >= LEAST_CENTRE * result.second_moment
     averaged_of = (x.marginal, result.marginal) if x.statistic is None else None
     number = Statistic(latents, centre, averaged_of) if is_number else None
-    return replace(result, statistic=number, source=x.source, amplitude=amplitude_of(x)[index])
+    gram = None if x.gram is None or x.gram.axis in gone else x.gram
+    return replace(result, statistic=number, source=x.source, amplitude=amplitude_of(x)[index], gram=gram)
 
 
 def _curvature_left(x: Value, second: float) -> float:
@@ -273,6 +274,8 @@ def multiply(x: Value, y: Value) -> Value:
             levels=levels.product(x.levels, y.levels),
             filtered=times(x, y.mean, table),
         )  # fmt: skip
+    if float(shared[full]) == 0.0 and x.levels is not None and y.levels is not None:
+        table = table * loud_together(x, y, [(p, p) for p in range(table.ndim)])
     product = Value(
         dims=x.dims,
         mean=mean,
