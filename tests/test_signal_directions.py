@@ -7,6 +7,11 @@ import torch.nn.functional as F
 from torch import nn
 
 import gainstage as gs
+from gainstage.signal.axes import Axis
+from gainstage.signal.copies import replace
+from gainstage.signal.directions import divided
+from gainstage.signal.gram import Gram, widths
+from gainstage.signal.value import gaussian
 
 DRAWS, SAMPLES, TOKENS, WIDTH, CHANNELS = 100, 3, 40, 96, 32
 
@@ -66,3 +71,16 @@ def test_a_norm_of_root_mean_squares_is_one_of_lengths():
         return trace.modules["cosines"][0].second_moment
 
     assert cosines(lambda x: F.rms_norm(x, x.shape[-1:], eps=0.0) / TOKENS**0.5) == pytest.approx(cosines(), rel=1e-4)
+
+
+def test_pairs_that_are_known_to_be_alike_change_nothing():
+    """A matrix of what pairs of tokens share, all of them nearly the same, is no reason to leave the norms out."""
+    axes = tuple(Axis(size) for size in (SAMPLES, CHANNELS, TOKENS))
+    table = np.zeros((2, 2, 2))
+    table[1, 1] = 0.3, 1.0  # tokens of a channel have much in common
+    x = gaussian(tuple((axis,) for axis in axes), 0.0, table)
+    alike = replace(x, gram=Gram(axes[2], 1.0 + 0.01 * np.eye(len(widths(TOKENS)))))
+    unlike = replace(x, gram=Gram(axes[2], 1.0 + 0.5 * np.eye(len(widths(TOKENS)))))
+    assert divided(x, [2]).table[1, 1, 0] < 0.9 * x.table[1, 1, 0]
+    np.testing.assert_allclose(divided(alike, [2]).table, divided(x, [2]).table)
+    assert divided(unlike, [2]) is unlike

@@ -22,7 +22,7 @@ from gainstage.signal.pairing import spectrum, table_of
 from gainstage.signal.quadrature import Array
 from gainstage.signal.value import Value
 
-LEAST = 0.02  # relative variance of the squared norm below which it is as good as its mean
+LEAST = 0.02  # relative variance of the squared norm, or what pairs differ by, below which it is as good as none
 CENTRED = 1e-3  # of the second moment: the largest square of a mean that is none
 _LOGS = np.linspace(-12.0, 30.0, 421)  # of u, in units of one over the squared norm
 
@@ -34,7 +34,7 @@ def divided(x: Value, reduced: Sequence[int]) -> Value:
     """
     sizes = [x.axes[position].size for position in reduced]
     levelled = x.levels is None or all(x.levels.shape[position] == 1 for position in reduced)
-    if not levelled or x.near is not None or x.gram is not None or abs(x.marginal.kurtosis - 3.0) > 1.0:
+    if not levelled or x.near is not None or _has_unlike_pairs(x, reduced) or abs(x.marginal.kurtosis - 3.0) > 1.0:
         return x
     if x.second_moment <= 0.0 or x.mean**2 > CENTRED * x.second_moment:
         return x
@@ -50,6 +50,12 @@ def divided(x: Value, reduced: Sequence[int]) -> Value:
     kept = own * (apart * rho + (same - apart) * rho**3)
     table = np.moveaxis(table_of(kept, sizes), front, tuple(reduced)) + x.mean**2
     return replace(x, table=np.ascontiguousarray(table), rho=None, flatness=flatness)
+
+
+def _has_unlike_pairs(x: Value, reduced: Sequence[int]) -> bool:
+    """Whether some pairs of entries along these axes share more than others."""
+    along = x.gram is not None and any(x.axes[position] is x.gram.axis for position in reduced)
+    return along and x.gram is not None and float(np.abs(x.gram.factors - 1.0).max()) > LEAST
 
 
 def flatness_of_product(x: Value, y: Value, along_x: Sequence[int], along_y: Sequence[int]) -> float:
