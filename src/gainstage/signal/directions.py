@@ -34,7 +34,7 @@ def divided(x: Value, reduced: Sequence[int]) -> Value:
     """
     sizes = [x.axes[position].size for position in reduced]
     levelled = x.levels is None or all(x.levels.shape[position] == 1 for position in reduced)
-    if not levelled or x.near is not None or _has_unlike_pairs(x, reduced) or abs(x.marginal.kurtosis - 3.0) > 1.0:
+    if not levelled or x.near is not None or _has_unlike_pairs(x) or abs(x.marginal.kurtosis - 3.0) > 1.0:
         return x
     if x.second_moment <= 0.0 or x.mean**2 > CENTRED * x.second_moment:
         return x
@@ -52,10 +52,9 @@ def divided(x: Value, reduced: Sequence[int]) -> Value:
     return replace(x, table=np.ascontiguousarray(table), rho=None, flatness=flatness)
 
 
-def _has_unlike_pairs(x: Value, reduced: Sequence[int]) -> bool:
-    """Whether some pairs of entries along these axes share more than others."""
-    along = x.gram is not None and any(x.axes[position] is x.gram.axis for position in reduced)
-    return along and x.gram is not None and float(np.abs(x.gram.factors - 1.0).max()) > LEAST
+def _has_unlike_pairs(x: Value) -> bool:
+    """Whether some pairs of positions are known to share more than others."""
+    return x.gram is not None and float(np.abs(x.gram.factors - 1.0).max()) > LEAST
 
 
 def flatness_of_product(x: Value, y: Value, along_x: Sequence[int], along_y: Sequence[int]) -> float:
