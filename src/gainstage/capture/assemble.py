@@ -14,6 +14,7 @@ from gainstage.capture.constants import fold
 from gainstage.capture.functional import NotFunctional, functionalise
 from gainstage.capture.lowered import UNKNOWN_SIZE, Lowered
 from gainstage.capture.norms import name_norms
+from gainstage.capture.pads import fold_padding
 from gainstage.capture.products import name_contractions
 from gainstage.capture.regions import Wiring, fuse_parametrizations, fuse_regions, resized, unsized
 from gainstage.capture.rows import choose_rows
@@ -104,7 +105,7 @@ def _fused(functional: Lowered, live: Collection[str]) -> tuple[list[Node], Lowe
     nodes = reachable(resized(nodes) if live else nodes, functional)
     nodes, guesses = fold(nodes, functional.outputs, unsized(Wiring(nodes)) if live else ())
     marked = {name for name, marks in functional.marks.items() if marks}
-    nodes = name_contractions(name_softmaxes(choose_rows(nodes)), {*functional.outputs, *marked})
+    nodes = name_contractions(name_softmaxes(fold_padding(choose_rows(nodes))), {*functional.outputs, *marked})
     nodes = reachable(name_norms(fuse_parametrizations(reachable(nodes, functional))), functional)
     nodes, names = fuse_regions(nodes, functional.outputs, marked)
     functional = dataclasses.replace(functional, outputs=names)
