@@ -14,12 +14,12 @@ from typing import final
 
 import torch
 
+from gainstage.capture.written import Written, is_negligible
 from gainstage.graph import Node, NodeKind, Ref, TensorMeta
 from gainstage.graph.families import ROW_READS, UNCHANGED, argument
 
 aten = torch.ops.aten
 
-NEGLIGIBLE = 1e-6  # added to a deviation, or the least that it may be, so that nothing is divided by zero
 _SAME = UNCHANGED - {"detach"}  # through which gradients go
 _WIDENED = _SAME | {"expand", "unsqueeze", "view", "reshape"}
 
@@ -45,11 +45,11 @@ class _MeanSquare:
 
 
 @final
-class _Written:
+class _Written(Written):
     """What the nodes of a graph stand for."""
 
     def __init__(self, nodes: Sequence[Node]) -> None:
-        self.nodes = {node.name: node for node in nodes}
+        super().__init__(nodes)
         self.data: set[str] = set()  # what is computed from more than parameters
         for node in nodes:
             is_source = node.kind is NodeKind.INPUT or node.may_draw or node.short_name in ROW_READS
@@ -71,7 +71,7 @@ class _Written:
             inner = square.of
         is_centred = centred is not None and inner is not None
         pair = (centred, inner) if is_centred else (whole, square.of)
-        both = {self._peeled(each, _SAME).name for each in pair if each is not None}
+        both = {self.peeled(each, _SAME).name for each in pair if each is not None}
         x = next((each for each in pair if each is not None and self.nodes[each.name].meta == node.meta), None)  # of that type
         if len(both) > 1 or x is None or (square.is_variance and not is_centred):
             return node
@@ -83,40 +83,40 @@ class _Written:
 
     def _under_root(self, read: Ref, *, is_inverse: bool) -> _MeanSquare | None:
         """The mean square of which a factor is the root, or one over the root."""
-        node = self._peeled(read, _WIDENED)
-        if not is_inverse and _is_negligible(node):
-            node = self._peeled(node.args[0], _WIDENED)
+        node = self.peeled(read, _WIDENED)
+        if not is_inverse and is_negligible(node):
+            node = self.peeled(node.args[0], _WIDENED)
         name = node.short_name
         if name == "reciprocal" and is_inverse:
             return self._under_root(node.args[0], is_inverse=False)
         if name == "std" and not is_inverse:
             return self._moment(node)
         if name == ("rsqrt" if is_inverse else "sqrt") or (name == "pow" and node.args[1] == (-0.5 if is_inverse else 0.5)):
-            return self._moment(self._peeled(node.args[0], _WIDENED))
+            return self._moment(self.peeled(node.args[0], _WIDENED))
         return None
 
     def _moment(self, node: Node) -> _MeanSquare | None:
         """A mean square or a variance, and what is added to it."""
         eps = 0.0
         if node.short_name == "add" and not node.kwargs and isinstance(node.args[1], float):
-            node, eps = self._peeled(node.args[0], _WIDENED), node.args[1]
+            node, eps = self.peeled(node.args[0], _WIDENED), node.args[1]
         count = self._last(node)
         if not count:
             return None
         if node.short_name in ("var", "std"):
             is_mean = argument(node, 2) in (0, False) and argument(node, 2) is not None
             return _MeanSquare(node.args[0], count, eps, is_variance=True) if is_mean else None
-        square = self._peeled(node.args[0], _SAME)
+        square = self.peeled(node.args[0], _SAME)
         return _MeanSquare(square.args[0], count, eps) if node.short_name == "mean" and _is_square(square) else None
 
     def _centred(self, read: Ref, count: int) -> Ref | None:
         """``x`` of ``x - mean(x)``, the mean over so many last dimensions."""
-        node = self._peeled(read, _SAME)
+        node = self.peeled(read, _SAME)
         if node.short_name != "sub" or node.kwargs or not all(isinstance(each, Ref) for each in node.args):
             return None
         x, shift = node.args
-        mean = self._peeled(shift, _WIDENED)
-        is_own = mean.short_name == "mean" and self._peeled(mean.args[0], _SAME) is self._peeled(x, _SAME)
+        mean = self.peeled(shift, _WIDENED)
+        is_own = mean.short_name == "mean" and self.peeled(mean.args[0], _SAME) is self.peeled(x, _SAME)
         return x if is_own and self._last(mean) == count and self._is_along(shift, node, count) else None
 
     def _last(self, node: Node) -> int:
@@ -134,16 +134,9 @@ class _Written:
         assert isinstance(of.meta, TensorMeta)
         kept = (*of.meta.shape[:-count], *[1] * count)
         node = self.nodes[read.name]
-        while _shape(node) != kept and (node.short_name in _SAME | {"expand"} or _is_negligible(node)):
+        while _shape(node) != kept and (node.short_name in _SAME | {"expand"} or is_negligible(node)):
             node = self.nodes[node.args[0].name]
         return _shape(node) == kept
-
-    def _peeled(self, read: Ref, through: frozenset[str]) -> Node:
-        """The node behind operations that change no entry."""
-        node = self.nodes[read.name]
-        while node.kind is NodeKind.OP and node.short_name in through:
-            node = self.nodes[node.args[0].name]
-        return node
 
 
 def _with_factors(node: Node) -> Iterator[tuple[Ref, Ref]]:
@@ -160,13 +153,6 @@ def _is_square(node: Node) -> bool:
     if node.short_name == "square":
         return True
     return bool(node.args[1] == {"pow": 2, "mul": node.args[0]}.get(node.short_name)) if len(node.args) == 2 else False
-
-
-def _is_negligible(node: Node) -> bool:
-    """Whether a node adds next to nothing to a deviation, or holds it above next to nothing."""
-    if node.short_name not in ("add", "clamp", "clamp_min") or len(node.args) != 2 or node.kwargs:
-        return False
-    return isinstance(node.args[1], (int, float)) and 0.0 <= node.args[1] <= NEGLIGIBLE
 
 
 def _shape(node: Node) -> tuple[int, ...] | None:

@@ -8,17 +8,17 @@ the same along the dimension that is summed over.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, final
 
 import torch
 
-from gainstage.graph import Node, NodeKind, Ref, TensorMeta
+from gainstage.capture.written import Written, is_negligible
+from gainstage.graph import Node, Ref, TensorMeta
 from gainstage.graph.families import UNCHANGED
 
 aten = torch.ops.aten
 
-NEGLIGIBLE = 1e-6  # added to a sum of exponentials so that it is not zero
 _WIDENED = UNCHANGED | {"expand", "unsqueeze", "view", "reshape"}
 _PRODUCTS = frozenset({"matmul", "bmm"})
 
@@ -40,11 +40,8 @@ def name_softmaxes(nodes: Sequence[Node]) -> list[Node]:
 
 
 @final
-class _Written:
+class _Written(Written):
     """What the nodes of a graph stand for, as far as they have been named."""
-
-    def __init__(self, nodes: Sequence[Node]) -> None:
-        self.nodes = {node.name: node for node in nodes}
 
     def named(self, node: Node) -> list[Node]:
         """A node, or what it is the same as."""
@@ -69,10 +66,10 @@ class _Written:
         made = dataclasses.replace(
             exponential, op=aten.softmax.int, args=(Ref(self._shifted(exponential, dim).name), dim), kwargs={}
         )
-        if self._peeled(above, UNCHANGED) is exponential and node.meta == exponential.meta:
+        if self.peeled(above, UNCHANGED) is exponential and node.meta == exponential.meta:
             return [dataclasses.replace(made, name=node.name, meta=node.meta, provenance=node.provenance)]
-        product = self._peeled(above, UNCHANGED)
-        if product.short_name not in _PRODUCTS or self._peeled(product.args[0], UNCHANGED) is not exponential:
+        product = self.peeled(above, UNCHANGED)
+        if product.short_name not in _PRODUCTS or self.peeled(product.args[0], UNCHANGED) is not exponential:
             return [node]
         rank = len(exponential.meta.shape)
         if dim != rank - 1 or node.meta != product.meta or not isinstance(node.meta, TensorMeta) or len(node.meta.shape) != rank:
@@ -82,12 +79,12 @@ class _Written:
 
     def _exponential(self, node: Node) -> Node:
         """``exp(log_softmax(x))``."""
-        inner = self._peeled(node.args[0], UNCHANGED)
+        inner = self.peeled(node.args[0], UNCHANGED)
         return dataclasses.replace(node, op=aten.softmax.int, args=inner.args[:2]) if inner.op is aten.log_softmax.int else node
 
     def _logarithm(self, node: Node) -> Node:
         """``log(softmax(x))``."""
-        inner = self._peeled(node.args[0], UNCHANGED)
+        inner = self.peeled(node.args[0], UNCHANGED)
         return dataclasses.replace(node, op=aten.log_softmax.int, args=inner.args[:2]) if inner.op is aten.softmax.int else node
 
     def _whole(self, node: Node) -> Node:
@@ -98,19 +95,19 @@ class _Written:
         return node
 
     def _log_sum(self, log: Ref, shift: Ref, node: Node) -> Node | None:
-        inner = self._peeled(log, _WIDENED)
+        inner = self.peeled(log, _WIDENED)
         summed = self._sum(inner.args[0]) if inner.short_name == "log" else None
         if summed is None or not isinstance(node.meta, TensorMeta):
             return None
         exponential, dim = summed
-        x, difference = self._shifted(exponential, dim), self._peeled(exponential.args[0], UNCHANGED)
+        x, difference = self._shifted(exponential, dim), self.peeled(exponential.args[0], UNCHANGED)
         if x is difference or not isinstance(x.meta, TensorMeta) or not isinstance(difference.args[1], Ref):
             return None
         (*before, _), after = x.meta.shape[: dim + 1], x.meta.shape[dim + 1 :]
         keeps = node.meta.shape == (*before, 1, *after)
         if not (keeps or node.meta.shape == (*before, *after)):
             return None
-        if self._peeled(difference.args[1], _WIDENED) is not self._peeled(shift, _WIDENED):
+        if self.peeled(difference.args[1], _WIDENED) is not self.peeled(shift, _WIDENED):
             return None
         return dataclasses.replace(node, op=aten.logsumexp.default, args=(Ref(x.name), [dim], keeps))
 
@@ -118,11 +115,11 @@ class _Written:
         """``x - log(sum exp(x))``."""
         if not all(isinstance(argument, Ref) for argument in node.args):
             return node
-        x, whole = self._peeled(node.args[0], UNCHANGED), self._peeled(node.args[1], _WIDENED)
+        x, whole = self.peeled(node.args[0], UNCHANGED), self.peeled(node.args[1], _WIDENED)
         if whole.short_name == "logsumexp" and len(whole.args[1]) == 1:
             of, dim = self.nodes[whole.args[0].name], whole.args[1][0]
         elif whole.short_name == "log" and (summed := self._sum(whole.args[0])) is not None:
-            of, dim = self._peeled(summed[0].args[0], UNCHANGED), summed[1]
+            of, dim = self.peeled(summed[0].args[0], UNCHANGED), summed[1]
         else:
             return node
         if of is not x or not isinstance(x.meta, TensorMeta) or node.meta != x.meta:
@@ -135,17 +132,17 @@ class _Written:
         """The exponential that a denominator is the sum of along one dimension, and this dimension."""
         if not isinstance(below, Ref):
             return None
-        node = self._peeled(below, _WIDENED, _is_negligible)
+        node = self.peeled(below, _WIDENED, is_negligible)
         if node.short_name != "sum" or len(node.args) < 2 or len(node.args[1] or ()) != 1:
             return None
-        exponential = self._peeled(node.args[0], UNCHANGED)
+        exponential = self.peeled(node.args[0], UNCHANGED)
         if exponential.short_name != "exp" or not isinstance(exponential.meta, TensorMeta):
             return None
         return exponential, node.args[1][0] % len(exponential.meta.shape)
 
     def _shifted(self, exponential: Node, dim: int) -> Node:
         """``x`` of ``exp(x - m)``, m the same along a dimension; what the exponential is of where there is no such m."""
-        difference = self._peeled(exponential.args[0], UNCHANGED)
+        difference = self.peeled(exponential.args[0], UNCHANGED)
         if difference.short_name != "sub" or difference.kwargs or not isinstance(difference.args[0], Ref):
             return difference
         x, shift = self.nodes[difference.args[0].name], difference.args[1]
@@ -157,7 +154,7 @@ class _Written:
         """Whether a tensor has one entry along a dimension of x, with which it is broadcast, or repeats one there."""
         node = self.nodes[read.name]
         assert isinstance(x.meta, TensorMeta)
-        while node.short_name in UNCHANGED | {"expand"} or _is_negligible(node):
+        while node.short_name in UNCHANGED | {"expand"} or is_negligible(node):
             if self._size(node, x, dim) == 1:
                 return True
             node = self.nodes[node.args[0].name]
@@ -168,17 +165,3 @@ class _Written:
         shape = node.meta.shape if isinstance(node.meta, TensorMeta) else ()
         place = dim - len(x.meta.shape) + len(shape)
         return shape[place] if place >= 0 else 1
-
-    def _peeled(self, read: Ref, through: frozenset[str], also: Callable[[Node], bool] = lambda _: False) -> Node:
-        """The node behind operations that change no entry, or next to nothing."""
-        node = self.nodes[read.name]
-        while node.kind is NodeKind.OP and (node.short_name in through or also(node)):
-            node = self.nodes[node.args[0].name]
-        return node
-
-
-def _is_negligible(node: Node) -> bool:
-    """Whether a node adds next to nothing to a sum of exponentials, or holds it above next to nothing."""
-    if node.short_name not in ("add", "clamp", "clamp_min") or len(node.args) != 2 or node.kwargs:
-        return False
-    return isinstance(node.args[1], (int, float)) and 0.0 <= node.args[1] <= NEGLIGIBLE

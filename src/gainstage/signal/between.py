@@ -33,7 +33,6 @@ from gainstage.signal.quadrature import Array, evaluate_series
 from gainstage.signal.value import Value
 
 LONG = 1024  # positions up to which pairs of them are looked at one by one
-_NEGLIGIBLE = 1e-9  # of a second moment
 
 
 def kept(x: Value, other: Value, dims: Sequence[Dim]) -> Gram | None:

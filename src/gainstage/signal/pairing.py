@@ -113,18 +113,16 @@ def _later(x: Value, y: Value) -> Value | None:
 
 def _of_one_source(x: Value, y: Value) -> Array:
     """Covariance of two tensors that are linear in one source, component by component."""
-    sizes = [axis.size for axis in x.axes]
-    table = table_of(amplitude_of(x) * amplitude_of(y), sizes)
-    for position, (a, b) in enumerate(zip(x.axes, y.axes, strict=True)):
-        if a is not b and sizes[position] > 1:  # other coordinates of the same tensor
-            other = np.take(table, 0, axis=position)
-            table = np.stack([other, other], axis=position)
-    return table
+    return _by_coordinates(table_of(amplitude_of(x) * amplitude_of(y), [axis.size for axis in x.axes]), x, y)
 
 
 def _of_one_latent(x: Value, y: Value) -> Array:
-    """Covariance of functions of one latent at other coordinates, which in rows and columns are the same on the diagonal."""
-    table = covariance_series(x.marginal.values, y.marginal.values, x.correlation())
+    """Covariance of two functions of one latent."""
+    return _by_coordinates(covariance_series(x.marginal.values, y.marginal.values, x.correlation()), x, y)
+
+
+def _by_coordinates(table: Array, x: Value, y: Value) -> Array:
+    """What x and y share, by what equal coordinates do: where they are others, as others; in rows and columns, as on average."""
     for position, (a, b) in enumerate(zip(x.axes, y.axes, strict=True)):
         if a is not b and a.size > 1:
             other, same = np.take(table, 0, axis=position), np.take(table, 1, axis=position)
