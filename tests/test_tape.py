@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import importlib
 import random
 import sys
@@ -292,6 +293,23 @@ class ThroughNumPy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g):
         return 2 * g
+
+
+@pytest.mark.parametrize("is_frozen", [False, True])
+def test_what_was_there_is_left_out_of_collections_on_the_way_only(is_frozen, monkeypatch):
+    """Unless the caller left it out before: then it stays so."""
+    seen, frozen, export = [], gc.get_freeze_count, torch.export.export
+    monkeypatch.setattr(torch.export, "export", lambda *args, **named: (seen.append(frozen()), export(*args, **named))[1])
+    if is_frozen:
+        gc.freeze()
+    try:
+        before = frozen()
+        gs.plan(square(), (x(),))
+        assert (before > 0) == is_frozen
+        assert [count > 0 for count in seen] == [True]
+        assert (frozen() > 0) == is_frozen
+    finally:
+        gc.unfreeze()
 
 
 def test_a_tape_that_lost_parameters_is_refused_with_the_reasons_of_all_rungs():

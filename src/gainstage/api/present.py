@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from gainstage.apply.write import one_thread
+from gainstage.capture import past_kept
 from gainstage.errors import InputError
 from gainstage.graph import Graph, Node, parameters_of_regions, real_parameters
 from gainstage.propagate import (
@@ -36,7 +37,7 @@ def on_host() -> Iterator[None]:
     other processes run. The numbers do not depend on how many threads there are, either.
     """
     host = torch.device("cpu")  # as a context it is asked at every call of a function
-    with one_thread(), nullcontext() if torch.get_default_device() == host else host:
+    with past_kept(), one_thread(), nullcontext() if torch.get_default_device() == host else host:
         yield
 
 

@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 from gainstage.capture.lowered import CallMark
 from gainstage.capture.provenance import UserFrame
 from gainstage.capture.refusal import refusal
-from gainstage.capture.surroundings import Request, marked_calls, on_device_of, plain_modules, quiet, seeded
+from gainstage.capture.surroundings import Request, marked_calls, on_device_of, past_kept, plain_modules, quiet, seeded
 from gainstage.errors import GainstageError
 from gainstage.graph.attributes import same_attributes
 
@@ -44,6 +44,7 @@ def export(request: Request) -> Exported:
     model, loss = request.model, request.loss
     args, kwargs, originals = on_device_of(model, request.args, request.kwargs)
     with (
+        past_kept(),
         seeded(0),
         same_attributes(model),
         marked_calls(model, loss, _mark),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import gc
 import inspect
 import io
 import logging
@@ -109,6 +110,19 @@ def copied(
     except Exception as error:
         raise CaptureError(f"the model or an input cannot be copied: {type(error).__name__}: {error}") from error
     return copies
+
+
+@contextlib.contextmanager
+def past_kept() -> Iterator[None]:
+    """What is there already is left out of collections of garbage: each would look through all modules of all libraries."""
+    if gc.get_freeze_count() > 0:  # the caller's own, which would not be put back, or that of another thread
+        yield
+        return
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 @contextlib.contextmanager
