@@ -106,16 +106,16 @@ class _Walk:
 
     def accumulate(self, name: str, gradient: Value) -> None:
         """Add to the gradient of a node."""
-        self.gradients[name] = self._sum(self.gradients.get(name), gradient)
+        self.gradients[name] = self._sum(self.gradients.get(name), gradient, self.values[name])
 
     def _accumulate_part(self, name: str, index: int, gradient: Value) -> None:
         parts: list[Value | None] = self.gradients.setdefault(name, [None] * len(self.values[name]))
-        parts[index] = self._sum(parts[index], gradient)
+        parts[index] = self._sum(parts[index], gradient, self.values[name][index])
 
-    def _sum(self, before: Value | None, gradient: Value) -> Value:
+    def _sum(self, before: Value | None, gradient: Value, of: Value) -> Value:
         if before is None:
             return gradient
-        total = accumulated(before, gradient)
+        total = accumulated(before, gradient, of)
         return total if self.graph is None else gradient_sum(total, (before, gradient), self.graph)
 
     def _through(self, node: Node, g: Any) -> tuple[tuple[Any, ...], bool]:

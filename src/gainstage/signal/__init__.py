@@ -1,7 +1,6 @@
 """The abstract value of a tensor, and its algebra. Knows tensors' shapes and Gaussians; no graph, no operations of torch."""
 
 from gainstage.signal.adjoint import (
-    accumulated,
     across_rows,
     along_weight,
     lookup_gradient,
@@ -14,6 +13,7 @@ from gainstage.signal.adjoint import (
 )
 from gainstage.signal.adjoint_maxima import largest_gradient
 from gainstage.signal.adjoint_softmax import agreeing, leaning, softmax_gradient
+from gainstage.signal.adjoint_sums import accumulated
 from gainstage.signal.attention import participation, softmax
 from gainstage.signal.contraction import contract, convolve
 from gainstage.signal.correlation import convolution_weight_gradient
@@ -27,7 +27,7 @@ from gainstage.signal.mixture import mixture
 from gainstage.signal.movement import expand, permute, reorder, reshape
 from gainstage.signal.multiples import is_multiple
 from gainstage.signal.pairing import covariance_between, cross_table
-from gainstage.signal.pointwise import apply, combine
+from gainstage.signal.pointwise import apply, combine, of_one_latent
 from gainstage.signal.selection import gathered, pick
 from gainstage.signal.slicing import select, take
 from gainstage.signal.slopes import slope
@@ -68,6 +68,7 @@ __all__ = [
     "mixture",
     "normalise",
     "normalise_gradient",
+    "of_one_latent",
     "participation",
     "permute",
     "pick",

@@ -21,7 +21,7 @@ from gainstage.signal.linear import affine, multiply
 from gainstage.signal.movement import parts_along, refine, with_axes
 from gainstage.signal.neighbours import Neighbours, made, through
 from gainstage.signal.pairing import amplitude_of
-from gainstage.signal.pointwise import align, combine
+from gainstage.signal.pointwise import align, of_one_latent
 from gainstage.signal.quadrature import (
     Array,
     evaluate_series,
@@ -238,20 +238,27 @@ def through_slope(g: Value, steepness: tuple[Value, Array], against: float = 0.0
 
     ``against``: of the result, see :func:`turned_by`.
     """
-    g, slopes = align(g, steepness[0])
-    own = Given(slopes.marginal.values, steepness[1], g)
+    base, (g, slopes) = g, align(g, steepness[0])
+    own = Given(slopes.marginal.values, steepness[1], base)
     if g.given is None:
         return replace(multiply(g, slopes), against=against, given=own.scaled())
     given = Given(g.given.mean * own.mean, g.given.square * own.square, g.given.base)
-    before, after = g.given.moments(), given.moments()
-    if before[0] ** 2 <= 1e-6 * before[1] or after[0] ** 2 <= 1e-6 * after[1]:  # the mean of r carries nothing that two share
-        made = multiply(g, slopes)
+    alone = expectation(given.square) / expectation(g.given.square)
+    if expectation(g.given.mean**2) <= 1e-6 * expectation(g.given.square):  # it carries nothing that two share
+        made = multiply(g, _of_second_moment(slopes, alone))
     else:
-        made = _meeting_again(g, slopes, given.mean, after[1] / before[1])
+        made = meeting_again(g, slopes, given.mean, alone)
     return replace(made, against=against, given=given.scaled())
 
 
-def _meeting_again(g: Value, x: Value, mean: Array, alone: float) -> Value:
+def _of_second_moment(x: Value, level: float) -> Value:
+    """The same but for what an entry has by itself."""
+    table = x.table.copy()
+    table[(1,) * table.ndim] = level
+    return gaussian(x.dims, 0.0, table, x.levels)
+
+
+def meeting_again(g: Value, x: Value, mean: Array, alone: float) -> Value:
     """What is left of ``g = g0 r`` as ``g0 r'`` for functions of x's latent: two entries have ``E[g g'] E[r' r'] / E[r r]``.
 
     ``mean``: ``E[r' | z]``; ``alone``: what becomes of the second moment of an entry.
@@ -260,8 +267,9 @@ def _meeting_again(g: Value, x: Value, mean: Array, alone: float) -> Value:
     before, after = power_series(g.given.mean), power_series(mean)
 
     def factor(rho: Array) -> Array:
-        ratio = evaluate_series(after, rho) / evaluate_series(before, rho)
-        return np.where(rho >= 1.0, alone, ratio)
+        shared, left = evaluate_series(before, rho), evaluate_series(after, rho)
+        known = np.abs(shared) > 1e-3 * float(before.sum())  # of an odd r nothing is left between entries of no correlation
+        return np.where((rho < 1.0) & known, left / np.where(known, shared, 1.0), alone)
 
     table = factor(x.correlation())
     table[(1,) * table.ndim] = alone
@@ -275,6 +283,8 @@ def _meeting_again(g: Value, x: Value, mean: Array, alone: float) -> Value:
 
 def to_summand(g: Value, total: Value, x: Value, y: Value, sign: float) -> Value:
     """Gradient of x from that of ``x + sign y``: ``E[h(x + sign y) | x]`` of what it knows of the sum."""
+    if of_one_latent(x, y):  # both ways lead to one tensor
+        return g if g.given is not None else replace(g, given=Given(np.ones(nodes().shape), np.ones(nodes().shape), g))
     part = min(x.variance / total.variance, 1.0) if total.variance > 0.0 else 0.0
     g = replace(g, against=g.against * part, across=shares.times(g.across, part))
     if g.given is None:
@@ -294,41 +304,6 @@ def _staggered(values: Array) -> Array:
     return kinds[np.arange(values.size) % STAGGER]
 
 
-def accumulated(first: Value, second: Value) -> Value:
-    """Sum of two independent gradients of one tensor; of a concatenation part by part."""
-    for one, other in ((first, second), (second, first)):
-        parts = parts_along(one)
-        if parts is not None:
-            return join([accumulated(part, piece) for part, piece in zip(parts[1], slices(other, *parts), strict=True)], parts[0])
-    total = combine(torch.add, first, second)
-    if total.second_moment > 0.0:
-        own, rest = first.second_moment / total.second_moment, second.second_moment / total.second_moment
-        x, y = align(first, second)
-        across = shares.added(x.axes, y.axes, shares.times(first.across, own), shares.times(second.across, rest))
-        total = replace(total, against=own * first.against + rest * second.against, across=across)
-    if (first.given is None and second.given is None) or total.second_moment <= 0.0:
-        return total
-    even = Given(np.ones(nodes().shape), np.ones(nodes().shape))
-    a, b = first.given or even, second.given or even
-    share = first.second_moment / (first.second_moment + second.second_moment)
-    common = _share_in_common(*align(first, second), share)
-    mean = np.sqrt(common * a.mean**2 + (1.0 - common) * b.mean**2)
-    louder = a if common > 0.5 else b
-    return replace(total, given=Given(mean, share * a.square + (1.0 - share) * b.square, louder.base).scaled())
-
-
-def _share_in_common(first: Value, second: Value, alone: float) -> float:
-    """Share of the first in what the sum's entries share, of those pairs that weigh most; ``alone``: its share in an entry."""
-    pairs = np.ones((1,) * first.table.ndim)
-    for position, axis in enumerate(first.axes):
-        pairs = pairs * np.array([axis.size - 1.0, 1.0]).reshape([2 if p == position else 1 for p in range(pairs.ndim)])
-    weight = pairs * np.abs(first.table + second.table)
-    weight[(1,) * weight.ndim] = 0.0
-    most = np.unravel_index(int(weight.argmax()), weight.shape)
-    total = float((first.table + second.table)[most])
-    return float(np.clip(first.table[most] / total, 0.0, 1.0)) if weight[most] > 0.0 else alone
-
-
 def times_own(g: Value, x: Value) -> Value:
     """``g x`` for a gradient g and the tensor x that it belongs to, or an affine function of it.
 
@@ -341,7 +316,7 @@ def times_own(g: Value, x: Value) -> Value:
     if series[0] <= 1e-6 * float(series.sum()):  # r is odd: what two entries share of g says nothing of g0
         return multiply(g, x)
     own = x.marginal.values
-    return _meeting_again(g, x, g.given.mean * own, expectation(g.given.square * own**2) / expectation(g.given.square))
+    return meeting_again(g, x, g.given.mean * own, expectation(g.given.square * own**2) / expectation(g.given.square))
 
 
 def along_weight(g: Value, x: Value, reduced: Sequence[int], fan_in: float) -> tuple[Value, Value] | None:

@@ -57,6 +57,7 @@ def affine(x: Value, scale: float, shift: float = 0.0) -> Value:
     result = replace(
         x, mean=mean, table=table, marginal=marginal, rho=x.correlation(), statistic=statistic, constant=constant,
         amplitude=amplitude, levels=profile, filtered=None if shift else times(x, scale, table),
+        given=None if x.given is None else x.given.times(scale),
     )  # fmt: skip
     result = after_shift(result, x) if shift else result
     if x.joined is None or x.joined.table is not x.table:

@@ -289,6 +289,12 @@ def combine(function: Function, x: Value, y: Value) -> Value:
     return _as_statistic(function, x, y, result)
 
 
+def of_one_latent(x: Value, y: Value) -> bool:
+    """Whether two tensors of one shape are functions of one latent, entry by entry; of numbers, no."""
+    is_number = any(v.statistic is not None or v.constant is not None for v in (x, y))
+    return not is_number and x.shape == y.shape and _shares_latent(x, y)
+
+
 def _row_of_numbers(function: Function, x: Value, y: Value) -> Value | None:
     """A tensor spread over a few known numbers, such as centres or frequencies: a function of it for each, side by side.
 

@@ -173,9 +173,14 @@ class Given:
     square: Array
     base: Value | None = None
 
-    def moments(self) -> Array:
-        """``E[r]`` and ``E[r^2]``."""
-        return np.array([expectation(self.mean), expectation(self.square)])
+    @property
+    def is_even(self) -> bool:
+        """Whether it knows nothing but where it comes from."""
+        return float(np.ptp(self.mean)) == 0.0
+
+    def times(self, factor: float) -> Given:
+        """Of the gradient times a number: only its sign counts."""
+        return self if factor >= 0.0 else Given(-self.mean, self.square, self.base)
 
     def scaled(self) -> Given | None:
         """With ``E[r^2] = 1``; None where the gradient vanishes."""

@@ -10,7 +10,20 @@ from gainstage.rules.backward.linear import bias_gradient
 from gainstage.rules.backward.registry import BackwardCall, Gradient, backward
 from gainstage.rules.backward.sums import to_shape
 from gainstage.rules.conditions import kept
-from gainstage.signal import Value, affine, apply, combine, dropout, join, slope, take, through_slope, to_summand, turned_by
+from gainstage.signal import (
+    Value,
+    affine,
+    apply,
+    combine,
+    dropout,
+    join,
+    of_one_latent,
+    slope,
+    take,
+    through_slope,
+    to_summand,
+    turned_by,
+)
 
 aten = torch.ops.aten
 
@@ -81,11 +94,18 @@ def _times(g: Value, factor: Any) -> Value:
     return combine(torch.mul, g, factor) if isinstance(factor, Value) else affine(g, float(factor))
 
 
+def _times_slope_of(g: Value, x: Value, factor: Any) -> Value:
+    """``g factor`` for a product of x with the factor, which may be a function of x itself."""
+    if not (isinstance(factor, Value) and of_one_latent(x, factor)):
+        return _times(g, factor)
+    return through_slope(g, (factor, factor.marginal.values**2))
+
+
 @backward(aten.mul.Tensor, aten.mul.Scalar, aten.multiply.Tensor)
 def multiplied(call: BackwardCall, g: Value, x: Any, y: Any) -> tuple[Gradient, ...]:
     """``g y`` and ``g x``."""
-    to_x = _for(x, _times(g, y)) if isinstance(x, Value) and call.wants(0) else None
-    return to_x, _for(y, _times(g, x)) if isinstance(y, Value) and call.wants(1) else None
+    to_x = _for(x, _times_slope_of(g, x, y)) if isinstance(x, Value) and call.wants(0) else None
+    return to_x, _for(y, _times_slope_of(g, y, x)) if isinstance(y, Value) and call.wants(1) else None
 
 
 @backward(aten.div.Tensor, aten.div.Scalar, aten.divide.Tensor, aten.true_divide.Tensor)
@@ -93,6 +113,9 @@ def divided(call: BackwardCall, g: Value, x: Any, y: Any) -> tuple[Gradient, ...
     """``g / y`` and ``-g x / y^2``."""
     if not isinstance(y, Value):
         return _for(x, affine(g, 1.0 / float(y))), None
+    if of_one_latent(x, y):
+        by_y = _times_slope_of(g, x, apply(torch.reciprocal, y))
+        return by_y, affine(_times_slope_of(by_y, y, combine(torch.div, x, y)), -1.0) if call.wants(1) else None
     by_y = combine(torch.div, g, y)
     to_y = affine(combine(torch.div, _times(by_y, x), y), -1.0) if call.wants(1) else None
     return _for(x, by_y), None if to_y is None else _for(y, to_y)
