@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -12,17 +14,37 @@ from gainstage.plan import Block, Distribution, ParameterPlan, Plan
 
 @dataclass(frozen=True, slots=True)
 class Scale:
-    """``w -> s (w + o) - o`` for some rows (empty: all) along one dimension."""
+    """``w -> s (w + o) - o`` for some rows (empty: all) along one dimension: one factor for all of them, or one for each."""
 
     dim: int
     rows: Ranges
-    factor: float
+    factors: tuple[float, ...]
     offset: float = 0.0
 
-    def of(self, distribution: Distribution) -> Distribution:
-        """Distribution of the scaled entries."""
-        mean = self.factor * (distribution.mean + self.offset) - self.offset
-        return replace(distribution, mean=mean, std=self.factor * distribution.std)
+    def of(self, distribution: Distribution, row: int) -> Distribution:
+        """Distribution of the scaled entries of a row."""
+        factor = self.factors[self._place(row) if len(self.factors) > 1 else 0]
+        mean = factor * (distribution.mean + self.offset) - self.offset
+        return replace(distribution, mean=mean, std=factor * distribution.std)
+
+    def edges(self) -> set[int]:
+        """Rows in front of which the factor may change."""
+        if len(self.factors) > 1:
+            return set(range(len(self.factors) + 1)) if not self.rows else {i for a, b in self.rows for i in range(a, b + 1)}
+        return {edge for span in self.rows for edge in span}
+
+    def _place(self, row: int) -> int:
+        """Which of the rows it is."""
+        if not self.rows:
+            return row
+        return sum(min(max(row - start, 0), stop - start) for start, stop in self.rows)
+
+    def __str__(self) -> str:
+        """For a derivation."""
+        times = f"times {math.exp(statistics.fmean(map(math.log, self.factors))):.6g}"
+        if len(self.factors) > 1:
+            times += f", single rows by {min(self.factors):.4g} to {max(self.factors):.4g}"
+        return times + (f", rows {_text(self.rows)}" if self.rows else "")
 
 
 def amended(plan: Plan, scales: Mapping[str, Sequence[Scale]]) -> Plan:
@@ -36,17 +58,14 @@ def _scaled(planned: ParameterPlan, scales: Sequence[Scale]) -> ParameterPlan:
     if not scales:
         return planned
     dim = planned.blocks[0].dim if planned.blocks else scales[0].dim
-    if any(scale.rows and scale.dim != dim for scale in scales):
+    if any(scale.edges() and scale.dim != dim for scale in scales):
         return planned  # blocks along two dimensions: no plan can say that
     size = planned.shape[dim] if planned.shape else 1
     edges = {0, size, *(edge for block in planned.blocks for edge in (block.start, block.stop))}
-    edges |= {edge for scale in scales for span in scale.rows for edge in span}
+    edges |= {edge for scale in scales for edge in scale.edges()}
     parts = [(start, stop, _distribution(planned, scales, start)) for start, stop in pairwise(sorted(edges))]
     blocks = _joined(dim, parts)
-    lines = tuple(
-        f"calibrated on data: times {scale.factor:.6g}" + (f", rows {_text(scale.rows)}" if scale.rows else "")
-        for scale in scales
-    )
+    lines = tuple(f"calibrated on data: {scale}" for scale in scales)
     return replace(
         planned,
         distribution=blocks[0].distribution,
@@ -60,7 +79,7 @@ def _distribution(planned: ParameterPlan, scales: Sequence[Scale], row: int) -> 
     distribution = next(own, planned.distribution)
     for scale in scales:
         if not scale.rows or any(start <= row < stop for start, stop in scale.rows):
-            distribution = scale.of(distribution)
+            distribution = scale.of(distribution, row)
     return distribution
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,10 +12,10 @@ from torch import nn
 
 from gainstage.apply.memory import check_writable
 from gainstage.calibrate.amend import amended
-from gainstage.calibrate.repeated import PASSES, Key, Leaning, worst
+from gainstage.calibrate.repeated import NOTE, PASSES, is_near, repeated, steps, worst
 from gainstage.calibrate.result import Calibration, CalibrationRow
 from gainstage.calibrate.scaling import Scaling
-from gainstage.calibrate.sites import collect_sites
+from gainstage.calibrate.sites import Key, collect_sites
 from gainstage.errors import NonFiniteError
 from gainstage.graph import Graph, real_parameters
 from gainstage.plan import Plan
@@ -23,7 +25,7 @@ from gainstage.roles import Roles
 def calibrate(graph: Graph, roles: Roles, plan: Plan, planned: Mapping[str, Any], model: nn.Module) -> Calibration:
     """Scale parameters so that the levels that they set are those planned, all of them or none.
 
-    In one pass; in PASSES at most where a parameter is read several times and its first call's scale is not the best for all.
+    In one pass; in PASSES at most where a parameter is read several times and its first call's scale does not serve all.
 
     Args:
         graph: of this model at the data to calibrate on.
@@ -40,18 +42,28 @@ def calibrate(graph: Graph, roles: Roles, plan: Plan, planned: Mapping[str, Any]
     devices = sorted({tensor.device.index or 0 for tensor in present.values() if tensor.is_cuda})
     sites = collect_sites(graph, roles)
 
-    def run(leans: Mapping[Key, float]) -> tuple[list[CalibrationRow], Scaling]:
-        scaling = Scaling(graph, sites, plan, planned, dict(present), leans)
+    whole = {
+        name for name, own in plan.parameters.items() if any(part.family.is_matrix for part in own.distributions)
+    }  # with rows scaled apart an orthogonal matrix would not be one
+
+    def run(given: Mapping[Key, torch.Tensor]) -> tuple[list[CalibrationRow], Scaling]:
+        scaling = Scaling(graph, sites, plan, planned, dict(present), given)
         with torch.no_grad(), torch.random.fork_rng(devices=devices):
             return scaling.run(), scaling
 
     passes = [run({})]
-    leaning = Leaning()
-    while len(passes) < PASSES and leaning.learn(passes[-1][0]):
-        passes.append(run(leaning.factors()))
+    given: dict[Key, torch.Tensor] = {}
+    while len(passes) < PASSES and not is_near(passes[-1][0]):
+        calls, scaling = repeated(passes[-1][0]), passes[-1][1]
+        with torch.random.fork_rng(devices=devices):
+            found = steps(graph, scaling.tensors, calls, scaling.scales, whole)
+        for key, step in found.items():
+            given[key] = step + given.get(key, math.log(calls[key][0].factor))
+        passes.append(run(given))
     rows, scaling = min(passes, key=lambda found: worst(found[0]))
     with torch.no_grad():
         _write({name: (old, scaling.tensors[name]) for name, old in present.items() if scaling.tensors[name] is not old})
+    rows = [replace(row, note="") if row.note == NOTE and row.is_met else row for row in rows]
     return Calibration(rows=tuple(rows), plan=amended(plan, scaling.scales))
 
 

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 
 import torch
 
-from gainstage.calibrate.sites import Ranges
+from gainstage.calibrate.sites import Ranges, channel_dim
 from gainstage.graph import Node, Ref
+from gainstage.propagate.execution import Execution
 from gainstage.signal import Value, take
 
 
@@ -33,6 +34,13 @@ def channels_of(x: torch.Tensor, dim: int, channels: Ranges) -> torch.Tensor:
 def level(x: torch.Tensor) -> float:
     """Mean of the squares, in float64."""
     return float(torch.linalg.vector_norm(x, dtype=torch.float64)) ** 2 / x.numel()
+
+
+def settled(execution: Execution, node: Node, output: torch.Tensor, channels: Ranges) -> torch.Tensor:
+    """Of a node's output what its level is taken over: some channels (empty: all), without the table's row of zeros."""
+    part = channels_of(output, channel_dim(node, output.dim()), channels)
+    indices = indices_of(node)
+    return part if indices is None else without_padding(node, part, execution.read(indices))
 
 
 def without_padding(node: Node, output: torch.Tensor, indices: torch.Tensor | None) -> torch.Tensor:
@@ -66,13 +74,21 @@ def solve_factor(found: float, planned: float, output: torch.Tensor, rest: torch
     return factor if factor > 0.0 else math.nan
 
 
-def spread_out(shape: Sequence[int], dim: int, parts: Sequence[tuple[Ranges, float]], like: torch.Tensor) -> torch.Tensor | float:
-    """The factors of some channels each (empty: all), as a number or as a tensor to multiply with."""
-    if len(parts) == 1 and not parts[0][0]:
+def spread_out(
+    shape: Sequence[int], dim: int, parts: Sequence[tuple[Ranges, float | torch.Tensor]], like: torch.Tensor
+) -> torch.Tensor | float:
+    """The factors of some channels each (empty: all), as a number or as a tensor to multiply with.
+
+    A factor is a number, or a tensor: of one entry, or of one for each of these channels.
+    """
+    if len(parts) == 1 and not parts[0][0] and isinstance(parts[0][1], float):
         return parts[0][1]
     dtype = torch.promote_types(like.dtype, torch.float32)
     factors = torch.ones([size if d == dim else 1 for d, size in enumerate(shape)], dtype=dtype, device=like.device)
     for channels, factor in parts:
-        for start, stop in channels:
-            factors.narrow(dim, start, stop - start).fill_(factor)
+        done = 0
+        for start, stop in channels or ((0, shape[dim]),):
+            own = factor if isinstance(factor, float) or factor.numel() == 1 else factor[done : done + stop - start]
+            factors.view(-1)[start:stop] = own
+            done += stop - start
     return factors

@@ -15,9 +15,10 @@ class CalibrationRow:
     """One parameter, or some of its rows, at one operation that reads it.
 
     ``rows``: ranges (start, stop) of the parameter's output coordinate; empty for all of it. ``factor``: what these entries were
-    multiplied by. ``before`` is the second moment that the operation's output had with the parameter as it was (and all before
-    it calibrated), ``after`` with the parameter as it is now, ``planned`` what the plan predicts there. ``note``: why a level is
-    out of reach; "" where it is not.
+    multiplied by; where single rows have factors of their own, their geometric mean, and ``spread`` is the standard deviation of
+    the logs of these factors. ``before`` is the second moment that the operation's output had with the parameter as it was (and
+    all before it calibrated), ``after`` with the parameter as it is now, ``planned`` what the plan predicts there. ``note``: why a
+    level is out of reach; "" where it is not.
     """
 
     parameter: str
@@ -29,6 +30,7 @@ class CalibrationRow:
     before: float
     after: float
     planned: float
+    spread: float = 0.0
     note: str = ""
 
     @property
@@ -45,7 +47,10 @@ class CalibrationRow:
         rows = f"[{', '.join(f'{start}:{stop}' for start, stop in self.rows[:3])}{', ...' if self.rows[3:] else ''}]"
         place = f"{self.parameter}{rows if self.rows else ''}" + (f" (call {self.call + 1})" if self.call else "")
         note = f" ({self.note})" if self.note else ""
-        return f"{place}: x {self.factor:.4g}, level {self.before:.4g} -> {self.after:.4g}, planned {self.planned:.4g}{note}"
+        spread = f" (rows +-{self.spread:.1%})" if self.spread else ""
+        return (
+            f"{place}: x {self.factor:.4g}{spread}, level {self.before:.4g} -> {self.after:.4g}, planned {self.planned:.4g}{note}"
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -10,10 +10,10 @@ from typing import Any, final
 import torch
 
 from gainstage.calibrate.amend import Scale
-from gainstage.calibrate.levels import channels_of, indices_of, level, planned_level, solve_factor, spread_out, without_padding
-from gainstage.calibrate.repeated import NOTE, Key
+from gainstage.calibrate.levels import channels_of, level, planned_level, settled, solve_factor, spread_out
+from gainstage.calibrate.repeated import NOTE
 from gainstage.calibrate.result import CalibrationRow
-from gainstage.calibrate.sites import Ranges, Site, channel_dim, gaps, overlap
+from gainstage.calibrate.sites import Key, Ranges, Site, channel_dim, gaps, overlap
 from gainstage.errors import NonFiniteError
 from gainstage.graph import Graph, Node
 from gainstage.plan import Family, ParameterPlan, Plan
@@ -55,7 +55,8 @@ class Scaling:
         plan: which parameters may be scaled.
         planned: node -> what the plan predicts there.
         tensors: parameters as they are by now; those that are scaled are replaced, never written to.
-        leans: factors of the planned levels at which parameters that are read several times are to be at their first call.
+        given: logs of the factors of parameters that are read several times, which are found from pass to pass: of each row, or
+            one for all.
     """
 
     graph: Graph
@@ -63,7 +64,7 @@ class Scaling:
     plan: Plan
     planned: Mapping[str, Any]
     tensors: dict[str, torch.Tensor]
-    leans: Mapping[Key, float]
+    given: Mapping[Key, torch.Tensor]
     scales: dict[str, list[Scale]] = field(default_factory=dict, init=False)  # what was done to each parameter
     execution: Execution = field(init=False)
 
@@ -128,9 +129,7 @@ class Scaling:
         )
 
     def _level(self, node: Node, output: torch.Tensor, block: _Block) -> float:
-        part = channels_of(output, channel_dim(node, output.dim()), block.channels)
-        indices = indices_of(node)
-        return level(part if indices is None else without_padding(node, part, self.execution.read(indices)))
+        return level(settled(self.execution, node, output, block.channels))
 
     def _attempt(
         self, site: Site, node: Node, output: torch.Tensor, blocks: Sequence[tuple[_Block, CalibrationRow]]
@@ -148,7 +147,9 @@ class Scaling:
         if all(row.factor == 1.0 for row in rows):
             return output, rows
         before = self.tensors[site.parameter]
-        factors = spread_out(before.shape, site.dim, [(b.rows, r.factor) for (b, _), r in zip(blocks, rows, strict=True)], before)
+        factors = spread_out(
+            before.shape, site.dim, [(b.rows, self._factor(r)) for (b, _), r in zip(blocks, rows, strict=True)], before
+        )
         self.tensors[site.parameter] = ((before + offset) * factors - offset).to(before.dtype)
         now = self._scaled(site, node, output, rest, [(b, r) for (b, _), r in zip(blocks, rows, strict=True)])
         found = [replace(row, after=self._level(node, now - apart, block)) for (block, _), row in zip(blocks, rows, strict=True)]
@@ -157,7 +158,8 @@ class Scaling:
             return output, [replace(row, factor=1.0, note=row.note or "its scale cancels on the way here") for row in rows]
         for (block, _), row in zip(blocks, found, strict=True):
             if row.factor != 1.0:
-                self.scales.setdefault(site.parameter, []).append(Scale(site.dim, block.rows, row.factor, offset))
+                factors_of = tuple(torch.as_tensor(self._factor(row), dtype=torch.float64).view(-1).tolist())
+                self.scales.setdefault(site.parameter, []).append(Scale(site.dim, block.rows, factors_of, offset))
         return now, found
 
     def _scaled(
@@ -170,7 +172,7 @@ class Scaling:
     ) -> torch.Tensor:
         """``s (y - c) + c`` where the operation reads the parameter itself; computed again where something lies between."""
         is_direct = any(self.graph.by_name[name].parameter == site.parameter for name in node.operands())
-        if not is_direct or any(block.rows and not block.channels for block, _ in rows):
+        if not is_direct or any((block.rows and not block.channels) or row.spread for block, row in rows):
             again = self.execution.compute(node)
             assert isinstance(again, torch.Tensor)
             return again
@@ -202,11 +204,18 @@ class Scaling:
         if site.is_tied:
             factor = math.sqrt(_planned_square(self.plan.parameters[site.parameter]) / level(self.tensors[site.parameter]))
             return replace(row, factor=factor, note="tied to a head: the whole table is made as planned, as the head reads it")
-        lean = self.leans.get((row.parameter, row.rows), 1.0)
-        factor = solve_factor(row.before, lean * row.planned, *output.channels(block))
+        given = self.given.get((row.parameter, row.rows))
+        if given is not None:
+            return replace(row, factor=math.exp(given.mean()), spread=float(given.std(correction=0)), note=NOTE)
+        factor = solve_factor(row.before, row.planned, *output.channels(block))
         if not math.isfinite(factor):
             return replace(row, note="what is added to it (a bias) is louder than planned, or its scale does nothing")
-        return replace(row, factor=factor, note="" if lean == 1.0 else NOTE)
+        return replace(row, factor=factor)
+
+    def _factor(self, row: CalibrationRow) -> float | torch.Tensor:
+        """What its entries are multiplied by: a number, or of each row a number."""
+        given = self.given.get((row.parameter, row.rows)) if row.factor != 1.0 else None
+        return row.factor if given is None else given.exp()
 
     def _offset(self, site: Site, node: Node) -> float:
         """``o`` where the operation multiplies by ``slope (w + o)``: 1 for a norm written as ``1 + w``, 0 for a contraction."""

@@ -15,6 +15,7 @@ from gainstage.solve.constraint import is_contraction, is_lookup
 aten = torch.ops.aten
 
 Ranges = tuple[tuple[int, int], ...]
+Key = tuple[str, Ranges]  # a parameter, and which of its rows (empty: all)
 
 # Channels of a convolution stand in front of its spatial dimensions; those of any other contraction stand last.
 _SPATIAL: dict[object, int] = {
