@@ -17,8 +17,8 @@ class CalibrationRow:
     ``rows``: ranges (start, stop) of the parameter's output coordinate; empty for all of it. ``factor``: what these entries were
     multiplied by; where single rows have factors of their own, their geometric mean, and ``spread`` is the standard deviation of
     the logs of these factors. ``before`` is the second moment that the operation's output had with the parameter as it was (and
-    all before it calibrated), ``after`` with the parameter as it is now, ``planned`` what the plan predicts there. ``note``: why a
-    level is out of reach; "" where it is not.
+    all before it calibrated), ``after`` with the parameter as it is now, ``planned`` what the plan predicts there. ``note``: why
+    a level is out of reach; "" where it is not.
     """
 
     parameter: str
