@@ -7,7 +7,22 @@ import torch
 from gainstage.graph import ParameterInfo
 from gainstage.propagate import parameter_value
 from gainstage.rules import Call, rules
-from gainstage.signal import apply, combine, expand, filter_dim, independent, join, known, permute, reshape, select, take
+from gainstage.signal import (
+    apply,
+    combine,
+    expand,
+    filter_dim,
+    gaussian,
+    independent,
+    join,
+    known,
+    levels,
+    permute,
+    reshape,
+    select,
+    take,
+)  # fmt: skip
+from gainstage.signal.axes import new_dims
 from gainstage.signal.quadrature import kurtosis
 
 aten = torch.ops.aten
@@ -89,3 +104,18 @@ def test_sums_of_different_levels_are_a_mixture_of_sums():
     alike, spread = kurtosis(summed.marginal.even), (1.0 + 81.0) / 2.0 / 5.0**2
     assert alike < 3.0 + (kurtosis(x.marginal.even) - 3.0) / 3.0
     assert summed.marginal.kurtosis == pytest.approx(spread * alike, rel=0.15)
+
+
+def test_what_is_loud_at_the_same_places_adds_up_there():
+    """A stream and a branch on a map with a quiet border: as if each were quiet elsewhere, the mean was 4 % too large."""
+    profile = np.array([0.2] * 8 + [1.0] * 8)
+    dims, own = new_dims((16, 64)), np.array([[0.0, 0.0], [0.0, 1.0]])
+    x, y = (gaussian(dims, 0.0, own, levels.normalised(profile[:, None])) for _ in range(2))
+    total = combine(torch.add, apply(torch.relu, x), y)
+    z, places = torch.randn(2, 16, 200_000, generator=torch.Generator().manual_seed(0)).double(), torch.tensor(profile)
+    at = (places / places.square().mean().sqrt())[:, None]
+    real = (at * z[0]).relu() + at * z[1]
+    # The errors of sampling are .001 of the mean and .005 of the fourth moment.
+    assert apply(torch.relu, total).mean == pytest.approx(float(real.relu().mean()), rel=0.004)
+    apart = real - real.mean()
+    assert total.marginal.kurtosis == pytest.approx(float(apart.pow(4).mean() / apart.square().mean() ** 2), rel=0.02)

@@ -1,19 +1,9 @@
 """The abstract value of a tensor, and its algebra. Knows tensors' shapes and Gaussians; no graph, no operations of torch."""
 
-from gainstage.signal.adjoint import (
-    across_rows,
-    along_weight,
-    lookup_gradient,
-    normalise_gradient,
-    through_slope,
-    times_own,
-    to_reader,
-    to_summand,
-    turned_by,
-)
+from gainstage.signal.adjoint import across_rows, lookup_gradient, normalise_gradient, to_reader, turned_by
+from gainstage.signal.adjoint_given import accumulated, along_weight, through_slope, times_own, to_summand
 from gainstage.signal.adjoint_maxima import largest_gradient
 from gainstage.signal.adjoint_softmax import agreeing, leaning, softmax_gradient
-from gainstage.signal.adjoint_sums import accumulated
 from gainstage.signal.attention import participation, softmax
 from gainstage.signal.contraction import contract, convolve
 from gainstage.signal.correlation import convolution_weight_gradient

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
 
 import numpy as np
 import torch
 
-from gainstage.signal import levels, shares
+from gainstage.signal import levels
+from gainstage.signal.adjoint_given import times_own
 from gainstage.signal.alike import averaged, border, centred, mean_square
 from gainstage.signal.axes import Axis
 from gainstage.signal.between import rescaled
@@ -17,46 +17,26 @@ from gainstage.signal.filters import normalise
 from gainstage.signal.gather import same_index_table
 from gainstage.signal.gram import Gram
 from gainstage.signal.joining import join
-from gainstage.signal.linear import affine, multiply
-from gainstage.signal.movement import parts_along, refine, with_axes
-from gainstage.signal.neighbours import Neighbours, made, through
+from gainstage.signal.linear import affine
+from gainstage.signal.movement import parts_along, refine, together, with_axes
+from gainstage.signal.neighbours import Neighbours, made
 from gainstage.signal.pairing import amplitude_of
-from gainstage.signal.pointwise import align, of_one_latent
 from gainstage.signal.quadrature import (
     Array,
-    evaluate_series,
     expectation,
     few_points,
-    invert_series,
-    nodes,
-    power_series,
-    weights,
 )
 from gainstage.signal.shares import Share
-from gainstage.signal.slicing import take
+from gainstage.signal.slicing import slices
 from gainstage.signal.uneven import is_centred
-from gainstage.signal.value import Given, Value, gaussian
+from gainstage.signal.value import Value, gaussian
 
-STAGGER = 8
 LARGEST = 0.05  # of a variance: one component that is no more than this is as good as many
 
 
 def averaged_over(table: Array, value: Value, reduced: Sequence[Axis]) -> Array:
     """Average of a table over all pairs of coordinates along some axes of a value, which keep length 1."""
     return averaged(table, [value.axes.index(axis) for axis in reduced], reduced)
-
-
-def slices(g: Value, dim: int, parts: Sequence[Value]) -> list[Value]:
-    """Slices of g as long as the parts of a concatenation."""
-    bounds = np.cumsum([0, *(part.shape[dim] for part in parts)])
-    return [take(g, dim, int(start), int(stop)) for start, stop in pairwise(bounds)]
-
-
-def together(x: Value, y: Value) -> tuple[Value, Value]:
-    """Two values of one shape, with the axes of both split alike."""
-    for d in range(len(x.dims)):
-        x, y = refine(x, y, d, d)
-    return x, y
 
 
 def normalise_gradient(g: Value, x: Value, dims: Sequence[int], eps: float, *, centre: bool = True) -> tuple[Value, Value]:
@@ -231,108 +211,3 @@ def lookup_gradient(g: Value, index: torch.Tensor, rows: int) -> Value:
     table = np.stack([other, same / rows]) if rows > 1 else everything
     rows_dim = (Axis(rows),) if rows > 1 else ()
     return gaussian((rows_dim, *g.dims[rank:]), 0.0, np.asarray(table), lineage=g.lineage, stray=g.stray.hidden())
-
-
-def through_slope(g: Value, steepness: tuple[Value, Array], against: float = 0.0) -> Value:
-    """``g f'(u)`` for the slope f'(u) of an activation: what g knows of u and what the slope knows of it are not independent.
-
-    ``against``: of the result, see :func:`turned_by`.
-    """
-    base, (g, slopes) = g, align(g, steepness[0])
-    own = Given(slopes.marginal.values, steepness[1], base)
-    if g.given is None:
-        return replace(multiply(g, slopes), against=against, given=own.scaled())
-    given = Given(g.given.mean * own.mean, g.given.square * own.square, g.given.base)
-    alone = expectation(given.square) / expectation(g.given.square)
-    if expectation(g.given.mean**2) <= 1e-6 * expectation(g.given.square):  # it carries nothing that two share
-        made = multiply(g, _of_second_moment(slopes, alone))
-    else:
-        made = meeting_again(g, slopes, given.mean, alone)
-    return replace(made, against=against, given=given.scaled())
-
-
-def _of_second_moment(x: Value, level: float) -> Value:
-    """The same but for what an entry has by itself."""
-    table = x.table.copy()
-    table[(1,) * table.ndim] = level
-    return gaussian(x.dims, 0.0, table, x.levels)
-
-
-def meeting_again(g: Value, x: Value, mean: Array, alone: float) -> Value:
-    """What is left of ``g = g0 r`` as ``g0 r'`` for functions of x's latent: two entries have ``E[g g'] E[r' r'] / E[r r]``.
-
-    ``mean``: ``E[r' | z]``; ``alone``: what becomes of the second moment of an entry.
-    """
-    assert g.given is not None
-    before, after = power_series(g.given.mean), power_series(mean)
-
-    def factor(rho: Array) -> Array:
-        shared, left = evaluate_series(before, rho), evaluate_series(after, rho)
-        known = np.abs(shared) > 1e-3 * float(before.sum())  # of an odd r nothing is left between entries of no correlation
-        return np.where((rho < 1.0) & known, left / np.where(known, shared, 1.0), alone)
-
-    table = factor(x.correlation())
-    table[(1,) * table.ndim] = alone
-    near, distant = x.neighbours(), 0.0
-    if near is not None:
-        series = x.marginal.even_series
-        own, far = x.apart(near)
-        near, distant = through(near, own, far, lambda m: factor(np.where(m >= own, 1.0, invert_series(series, m - series[0]))))
-    return multiply(g, gaussian(x.dims, 0.0, table).with_neighbours(near, alone, distant))
-
-
-def to_summand(g: Value, total: Value, x: Value, y: Value, sign: float) -> Value:
-    """Gradient of x from that of ``x + sign y``: ``E[h(x + sign y) | x]`` of what it knows of the sum."""
-    if of_one_latent(x, y):  # both ways lead to one tensor
-        return g if g.given is not None else replace(g, given=Given(np.ones(nodes().shape), np.ones(nodes().shape), g))
-    part = min(x.variance / total.variance, 1.0) if total.variance > 0.0 else 0.0
-    g = replace(g, against=g.against * part, across=shares.times(g.across, part))
-    if g.given is None:
-        return g
-    known, which = np.unique(total.marginal.values, return_inverse=True)
-    each = np.bincount(which, weights())
-    terms, mass = _staggered(y.marginal.values), _staggered(weights())
-    places, mass = x.marginal.values[:, None] + sign * terms, mass / mass.sum(1, keepdims=True)
-    parts = [np.bincount(which, weights() * part) / each for part in (g.given.mean, g.given.square)]
-    mean, square = (np.vecdot(np.interp(places, known, part), mass) for part in parts)
-    return replace(g, given=Given(mean, square, g.given.base).scaled())
-
-
-def _staggered(values: Array) -> Array:
-    """Every eighth of values on the grid, from another of the first eight for each point: where h jumps, errors average out."""
-    kinds = values[: values.size - values.size % STAGGER].reshape(-1, STAGGER).T
-    return kinds[np.arange(values.size) % STAGGER]
-
-
-def times_own(g: Value, x: Value) -> Value:
-    """``g x`` for a gradient g and the tensor x that it belongs to, or an affine function of it.
-
-    Where g has met x in an activation, ``g = g0 r(x)``: two entries have ``E[g g'] E[r x r' x'] / E[r r']``, by Mehler's formula.
-    """
-    g, x = together(*align(g, x))
-    if g.given is None:
-        return multiply(g, x)
-    series = power_series(g.given.mean)
-    if series[0] <= 1e-6 * float(series.sum()):  # r is odd: what two entries share of g says nothing of g0
-        return multiply(g, x)
-    own = x.marginal.values
-    return meeting_again(g, x, g.given.mean * own, expectation(g.given.square * own**2) / expectation(g.given.square))
-
-
-def along_weight(g: Value, x: Value, reduced: Sequence[int], fan_in: float) -> tuple[Value, Value] | None:
-    """Two tensors whose product, summed like ``g x``, is what the gradient of a weight w has along w itself; None for nothing.
-
-    Where the gradient of ``u = w x`` has met u in an activation, ``g = g0 r(u)``, samples of one g0 add up along the weight: by
-    Stein's lemma ``E[r(u) x_i] = w_i E[r u] E[x^2] / E[u^2]``, so that ``E[x x']`` gains ``E[r z]^2 E[x^2] / n`` for n terms and
-    the standardised u = z. ``reduced``: the dimensions of x that the weight sums over.
-    """
-    if g.given is None or g.given.base is None or g.given.base.shape != g.shape or g.given.base.second_moment <= 0.0:
-        return None
-    pull = expectation(g.given.mean * nodes()) ** 2
-    starts = np.cumsum([0, *(len(dim) for dim in x.dims)])
-    shared = {position for d in reduced for position in range(starts[d], starts[d + 1])}
-    table = np.zeros_like(x.table)
-    table[tuple(1 if position in shared else slice(None) for position in range(table.ndim))] = pull * x.second_moment / fan_in
-    table[(1,) * table.ndim] = 0.0  # a sample with itself is counted in full
-    base = g.given.base
-    return affine(base, (g.second_moment / base.second_moment) ** 0.5), gaussian(x.dims, 0.0, table)

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from gainstage.signal import levels
-from gainstage.signal.adjoint import averaged_over, slices
+from gainstage.signal.adjoint import averaged_over
 from gainstage.signal.axes import Axis, Dim
 from gainstage.signal.contraction import Places
 from gainstage.signal.copies import replace
@@ -16,6 +16,7 @@ from gainstage.signal.joining import join
 from gainstage.signal.movement import merge_dim, parts_along
 from gainstage.signal.neighbours import pairs_by_lag
 from gainstage.signal.quadrature import Array, coarse, invert_series, nodes
+from gainstage.signal.slicing import slices
 from gainstage.signal.value import Given, Value, gaussian
 
 

@@ -27,11 +27,10 @@ import numpy as np
 import torch
 
 from gainstage.signal import levels
-from gainstage.signal.adjoint import together
 from gainstage.signal.attention import Powers, apart, known_shares, powers_of
 from gainstage.signal.axes import Axis
 from gainstage.signal.copies import replace
-from gainstage.signal.movement import merge_dim
+from gainstage.signal.movement import merge_dim, together
 from gainstage.signal.quadrature import Array
 from gainstage.signal.value import Value, gaussian
 

@@ -178,6 +178,18 @@ def groups(levels: Array, most: int = 12) -> tuple[Array, Array]:
     return np.sqrt(squares[present] / counts[present]), counts[present] / flat.size
 
 
+def groups_of_two(first: Array, second: Array, most: int = 6) -> tuple[Array, Array]:
+    """As :func:`groups`, of two profiles over the same coordinates: pairs of levels [2, classes], and shares of entries."""
+    flat = np.array([np.abs(levels).ravel() for levels in np.broadcast_arrays(first, second)])
+    tops = np.maximum(flat.max(axis=1, keepdims=True), 1e-300)
+    index = np.minimum((flat / tops * most).astype(int), most - 1)
+    which = index[0] * most + index[1]
+    counts = np.bincount(which, minlength=most**2)
+    squares = np.array([np.bincount(which, weights=each**2, minlength=most**2) for each in flat])
+    present = counts > 0
+    return np.sqrt(squares[:, present] / counts[present]), counts[present] / which.size
+
+
 def normal_mixture(levels: Array) -> Array:
     """Grid values of the increasing function of a normal that is distributed as ``s z``, for an s drawn from the levels.
 

@@ -248,7 +248,19 @@ def _sum_marginal(x: Value, y: Value, sign: float, moments: tuple[float, float],
     def values() -> Array:
         return standardised(sum_quantiles(x.marginal.values, sign * y.marginal.values), mean, std)
 
-    return Marginal(object(), values)
+    if x.levels is None or y.levels is None:
+        return Marginal(object(), values)
+    first, second = x.levels, y.levels
+
+    def even() -> Array:
+        return standardised(sum_quantiles(x.marginal.even, sign * y.marginal.even), mean, std)
+
+    def at_levels() -> Array:
+        sizes, shares = levels.groups_of_two(first, second)
+        each = [sum_quantiles(a * x.marginal.even, sign * b * y.marginal.even) for a, b in sizes.T]
+        return standardised(quantiles(np.array(each), shares[:, None] * weights()), mean, std)
+
+    return Marginal(object(), at_levels, even)
 
 
 def multiply(x: Value, y: Value) -> Value:

@@ -257,3 +257,10 @@ def _with_one(x: Value, dim: int, place: int, one: Axis) -> Value:
     dims = tuple((*axes[:place], one, *axes[place:]) if d == dim else axes for d, axes in enumerate(x.dims))
     profile = None if x.levels is None else np.expand_dims(x.levels, position)
     return map_tables(replace(x, amplitude=None), dims, lambda table: np.stack([table, table], axis=position), profile)
+
+
+def together(x: Value, y: Value) -> tuple[Value, Value]:
+    """Two values of one shape, with the axes of both split alike."""
+    for d in range(len(x.dims)):
+        x, y = refine(x, y, d, d)
+    return x, y

@@ -147,3 +147,9 @@ def _parts_like(y: Value, dim: int, sizes: Sequence[int]) -> Sequence[Value] | N
     if found is None or found[0] != dim + len(y.dims) or [part.shape[dim] for part in found[1]] != list(sizes):
         return None
     return found[1]
+
+
+def slices(g: Value, dim: int, parts: Sequence[Value]) -> list[Value]:
+    """Slices of g as long as the parts of a concatenation."""
+    bounds = np.cumsum([0, *(part.shape[dim] for part in parts)])
+    return [take(g, dim, int(start), int(stop)) for start, stop in pairwise(bounds)]

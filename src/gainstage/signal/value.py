@@ -167,11 +167,14 @@ class Given:
     """What a gradient knows of its own tensor, which it met in an activation further down: ``g = g0 r``, g0 independent of it.
 
     ``mean`` and ``square``: ``E[r | z]`` and ``E[r^2 | z]`` on the grid of the tensor's latent z. ``base``: g0, up to a factor.
+    ``terms``: independent gradients that the gradient with this ``table`` is the sum of, each with what it knows itself.
     """
 
     mean: Array
     square: Array
     base: Value | None = None
+    terms: tuple[Value, ...] = ()
+    table: Array | None = None
 
     @property
     def is_even(self) -> bool:

@@ -8,8 +8,8 @@ import torch
 from gainstage.rules.backward.registry import BackwardCall, Gradient, backward
 from gainstage.rules.backward.sums import to_shape
 from gainstage.signal import Value, affine, apply, combine, gaussian, known, softmax
-from gainstage.signal.adjoint import together
 from gainstage.signal.copies import replace
+from gainstage.signal.movement import together
 from gainstage.signal.quadrature import Array, expectation
 from gainstage.signal.value import Given
 
