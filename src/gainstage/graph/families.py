@@ -104,7 +104,7 @@ _PLACES: Mapping[str, tuple[int, int, int | None]] = {  # places of data, weight
 }
 # The weight is known by its place even where data come from parameters too.
 PLACED = frozenset(_PLACES) - PRODUCTS
-CONTRACTIONS = frozenset(_PLACES) | {"einsum", "bilinear"}
+CONTRACTIONS = frozenset(_PLACES) | {"einsum", "bilinear", "_trilinear"}
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from gainstage.graph import Graph, Node, Ref
+from gainstage.graph.families import CONTRACTIONS, GATHERS
 from gainstage.policies import FanScaled, Level
 from gainstage.roles import Use
 from gainstage.rules.attention import attention_logits
@@ -96,26 +97,14 @@ class Own:
     is_balanced: bool = False
 
 
-CONTRACTIONS = frozenset(
-    {
-        aten.linear.default, aten.addmm.default, aten.mm.default, aten.bmm.default, aten.matmul.default, aten.baddbmm.default,
-        aten.mv.default, aten._sparse_mm.default, aten.einsum.default, aten.bilinear.default, aten._trilinear.default,
-        aten.conv1d.default, aten.conv2d.default, aten.conv3d.default,
-        aten.conv1d.padding, aten.conv2d.padding, aten.conv3d.padding,
-        aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input, aten.convolution.default,
-    }
-)  # fmt: skip
-LOOKUPS = frozenset({aten.embedding.default, aten.index.Tensor, aten.index_select.default})
-
-
 def is_contraction(node: Node) -> bool:
     """Whether a node sums products of its operands, or picks rows of one."""
-    return node.op in CONTRACTIONS or node.op in LOOKUPS
+    return node.short_name in CONTRACTIONS or is_lookup(node)
 
 
 def is_lookup(node: Node) -> bool:
     """Whether a node picks rows of a table: a contraction with fan-in 1."""
-    return node.op in LOOKUPS
+    return node.short_name == "embedding" or node.short_name in GATHERS
 
 
 def data_operand(node: Node, values: Mapping[str, Any]) -> tuple[str, Value] | None:

@@ -20,12 +20,12 @@ import numpy as np
 import torch
 
 from gainstage.graph import Graph, Node, NodeKind
+from gainstage.graph.families import CONTRACTIONS
 from gainstage.propagate.host import run_on_host
 from gainstage.propagate.interpret import resolve
 from gainstage.roles import Role, Roles, Setter
 from gainstage.signal import Value
 from gainstage.signal.sampling import draw
-from gainstage.solve.constraint import CONTRACTIONS
 from gainstage.solve.priors import constants_value
 from gainstage.solve.setting import Setting
 
@@ -168,7 +168,7 @@ class _Run:
         """Operations from a layer's output to the first term that it reaches without a contraction; what they read is settled."""
         reached = {node.name}
         for other in self.graph.nodes:
-            if other.op not in CONTRACTIONS and any(name in reached for name in other.operands()):
+            if other.short_name not in CONTRACTIONS and any(name in reached for name in other.operands()):
                 reached.add(other.name)
         term = next((name for name in terms if name in reached), None)
         leading = {term}

@@ -9,6 +9,7 @@ import torch
 
 from gainstage.findings import WIDEST_SPREAD, Finding, FindingKind
 from gainstage.graph import Graph, NodeKind, TensorMeta
+from gainstage.graph.families import CONTRACTIONS
 from gainstage.plan import Family, Plan
 from gainstage.verify.blame import first_attention, nearest_parameters, unused_parameters
 from gainstage.verify.compare import Prediction
@@ -18,7 +19,6 @@ from gainstage.verify.result import CheckRow
 DEAD, EXPLODING = 1e-4, 1e4  # second moments: float16 loses the squares of the one, and a softmax saturates on the other
 SPREAD, FAR = math.log(2.0), math.log(1.25)  # of log levels: a wide band, and a level that is away from its middle
 SATURATED = 0.5  # of the attention goes to one key, on average over queries
-_CONTRACTIONS = ("linear", "addmm", "mm", "matmul", "bmm", "einsum", "convolution", "conv1d", "conv2d", "conv3d")
 
 Rows = Sequence[tuple[CheckRow, Prediction]]
 
@@ -102,7 +102,7 @@ def large_spread(graph: Graph, rows: Rows) -> list[Finding]:
     wide = (
         (row, one)
         for row, one in rows
-        if graph.by_name[one.node].short_name in _CONTRACTIONS
+        if graph.by_name[one.node].short_name in CONTRACTIONS
         and row.ok
         and row.spread > SPREAD
         and row.ratio > 0.0
@@ -214,7 +214,7 @@ def output_heads(graph: Graph) -> dict[int, tuple[str, int]]:
         short = node.short_name
         parameters = [graph.by_name[operand].parameter for operand in node.operands()]
         weight = next((parameter for parameter in parameters if parameter), None)
-        if short in _CONTRACTIONS and weight and isinstance(node.meta, TensorMeta):
+        if short in CONTRACTIONS and weight and isinstance(node.meta, TensorMeta):
             heads[position] = (weight, 1 if short.startswith("conv") else -1)
     return heads
 
