@@ -13,17 +13,25 @@ WIDTH, LENGTH, DRAWS = 64, 32, 40
 
 
 class Attention(nn.Module):
-    """Plain attention; ``scale``: of queries and keys, so that logits have the variance ``scale^4``."""
+    """Plain attention; ``scale``: of queries and keys, so that logits have the variance ``scale^4``.
 
-    def __init__(self, scale, *, causal=False, first=False):
+    ``written``: out in products and a softmax, with logits that are capped, and a copy of the one key head for each of two.
+    """
+
+    def __init__(self, scale, *, causal=False, first=False, written=False):
         super().__init__()
-        self.causal, self.first = causal, first
+        self.causal, self.first, self.written = causal, first, written
         self.q, self.k, self.v = (nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(3))
         for layer, std in ((self.q, scale), (self.k, scale), (self.v, 1.0)):
             nn.init.normal_(layer.weight, std=std * WIDTH**-0.5)
 
     def forward(self, x):
         q, k, v = (layer(x).unflatten(-1, (1, WIDTH)).transpose(1, 2) for layer in (self.q, self.k, self.v))
+        if self.written:
+            k, v = (part[:, :, None].expand(-1, -1, 2, -1, -1).flatten(1, 2) for part in (k, v))
+            logits = 30.0 * torch.tanh(q @ k.transpose(2, 3) / WIDTH**0.5 / 30.0)
+            hidden = torch.ones(LENGTH, LENGTH, dtype=torch.bool).triu(1) & self.causal
+            return logits.masked_fill(hidden, -torch.inf).softmax(-1) @ v
         y = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
         return y[:, :, 0] if self.first else y
 
@@ -41,12 +49,17 @@ def test_powers_of_softmaxes_are_those_of_samples(variance):
         assert exact == pytest.approx(float(sampled), rel=0.01)
 
 
+@pytest.mark.parametrize("written", [False, True])
 @pytest.mark.parametrize(("scale", "causal"), [(0.3, False), (1.0, False), (1.5, False), (1.0, True)])
-def test_gradients_of_queries_keys_and_values_are_those_of_draws(scale, causal):
+def test_gradients_of_queries_keys_and_values_are_those_of_draws(scale, causal, written):
     """Each law alone is worth 20 to 70 %: quiet logits the keys that agree, loud ones the slope of their softmax."""
-    measured = measured_gradients(lambda: Attention(scale, causal=causal), (4, LENGTH, WIDTH), DRAWS)
+
+    def build():
+        return Attention(scale, causal=causal, written=written)
+
+    measured = measured_gradients(build, (4, LENGTH, WIDTH), DRAWS)
     torch.manual_seed(0)
-    found = gs.inspect(Attention(scale, causal=causal), (torch.randn(4, LENGTH, WIDTH),)).parameters
+    found = gs.inspect(build(), (torch.randn(4, LENGTH, WIDTH),)).parameters
     for name, (mean, error) in measured.items():
         within = 0.06 if scale <= 1.0 else 0.1  # the next order in the variance of the logits over 64 channels
         assert abs(found[name].gradient_second_moment / mean - 1.0) < within + 2.0 * error / mean, (name, mean, error)

@@ -88,11 +88,11 @@ def choose(condition: Value, x: Any, y: Any) -> Value:
     for part, chance in ((x, condition.mean), (y, 1.0 - condition.mean)):
         if valid is None and chance > 1.0 - 1e-9 and isinstance(part, Value) and part.shape == condition.shape:
             return part  # for sure: where(isfinite(x), x, NaN), where(x == a number of padding, NaN, x)
-    if valid is None and any(_only_number(part) < EXCLUDES for part in (x, y)):
+    if valid is None and any(only_number(part) < EXCLUDES for part in (x, y)):
         (sample,) = draw([condition], np.random.default_rng(condition.shape))
         valid = sample > 0.5  # a mask that depends on data is one realisation of itself
     for chosen, other, seen in ((x, y, valid), (y, x, None if valid is None else ~valid)):
-        if isinstance(chosen, Value) and seen is not None and chosen.constant is None and _only_number(other) < EXCLUDES:
+        if isinstance(chosen, Value) and seen is not None and chosen.constant is None and only_number(other) < EXCLUDES:
             return exclude(chosen, seen)
     share = condition if valid is None else known(valid.to(torch.float64))
     values = [part if isinstance(part, Value) else known(torch.tensor(float(part), dtype=torch.float64)) for part in (x, y)]
@@ -105,7 +105,7 @@ def choose(condition: Value, x: Any, y: Any) -> Value:
     return mixture(share, values[0], values[1], is_choice=True)
 
 
-def _only_number(x: Any) -> float:
+def only_number(x: Any) -> float:
     """The value of all entries, NaN if they differ or are not known."""
     if not isinstance(x, Value):
         return float(x)

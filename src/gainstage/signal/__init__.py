@@ -3,7 +3,7 @@
 from gainstage.signal.adjoint import across_rows, lookup_gradient, normalise_gradient, to_reader, turned_by
 from gainstage.signal.adjoint_given import accumulated, along_weight, through_slope, times_own, to_summand
 from gainstage.signal.adjoint_maxima import largest_gradient
-from gainstage.signal.adjoint_softmax import agreeing, leaning, softmax_gradient
+from gainstage.signal.adjoint_softmax import of_product, softmax_gradient
 from gainstage.signal.attention import participation, softmax
 from gainstage.signal.contraction import contract, convolve
 from gainstage.signal.correlation import convolution_weight_gradient
@@ -29,7 +29,6 @@ __all__ = [
     "accumulated",
     "across_rows",
     "affine",
-    "agreeing",
     "along_weight",
     "apply",
     "coins",
@@ -49,7 +48,6 @@ __all__ = [
     "join",
     "known",
     "largest_gradient",
-    "leaning",
     "lookup",
     "lookup_gradient",
     "max_over",
@@ -59,6 +57,7 @@ __all__ = [
     "normalise",
     "normalise_gradient",
     "of_one_latent",
+    "of_product",
     "participation",
     "permute",
     "pick",

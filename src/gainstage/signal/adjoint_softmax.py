@@ -28,11 +28,12 @@ import torch
 
 from gainstage.signal import levels
 from gainstage.signal.attention import Powers, apart, known_shares, powers_of
-from gainstage.signal.axes import Axis
+from gainstage.signal.axes import descends
 from gainstage.signal.copies import replace
 from gainstage.signal.movement import merge_dim, together
+from gainstage.signal.overlap import NONE, Overlap
 from gainstage.signal.quadrature import Array
-from gainstage.signal.value import Value, gaussian
+from gainstage.signal.value import Logits, Value, gaussian
 
 ROWS = 64  # of a mask, at most, of which all pairs are looked at
 
@@ -44,6 +45,7 @@ def softmax_gradient(g: Value, p: Value, x: Value, dim: int) -> Value:
     common, and for a row with itself; between the two a power law in their correlation.
     """
     g, p = together(g, p)
+    d = g
     g, p, x = merge_dim(g, dim), merge_dim(p, dim), merge_dim(apart(x), dim)
     if not g.dims[dim]:
         return gaussian(g.dims, 0.0, np.zeros_like(g.table))
@@ -60,30 +62,51 @@ def softmax_gradient(g: Value, p: Value, x: Value, dim: int) -> Value:
     profile, together_ = _profile(g, position, dim, slopes.pattern)
     same[(1,) * same.ndim] *= together_
     table = np.stack([-same / (size - 1.0), same], axis=position)
-    return gaussian(g.dims, 0.0, table, profile, lineage=g.lineage | p.lineage, stray=g.stray.hidden())
+    found = gaussian(g.dims, 0.0, table, profile, lineage=g.lineage | p.lineage, stray=g.stray.hidden())
+    return _agreeing(found, d, slopes, dim)
 
 
-def agreeing(a: Value, d: Value, values: Value, x: Value) -> Value:
-    """``a = p (d - sum p d)`` for ``d = g . v``, with what two keys have in common because their values do."""
-    n = float(a.shape[-1])
-    if n <= 1.0 or a.second_moment <= 0.0:
+def _agreeing(a: Value, d: Value, slopes: _Slopes, dim: int) -> Value:
+    """``a = p (d - sum p d)`` along a dimension, with what two keys have in common of a because they have it of d."""
+    n, names = float(a.shape[dim]), [name for name, axes in d.read if axes <= frozenset(d.dims[dim])]
+    if not names or n <= 1.0 or a.second_moment <= 0.0:
         return a
-    pair = d.second_moment * _over_rows(x).between / (n * (n - 1.0))
-    return replace(a, overlap=values.overlap.centred().times((pair / a.second_moment) ** 2), read=_along_keys(values))
+    pair = d.second_moment * slopes.between / (n * (n - 1.0))
+    return _read_along(a, dim, names, d.overlap.centred().times((pair / a.second_moment) ** 2))
 
 
-def leaning(g: Value, keys: Value, x: Value) -> Value:
-    """The gradient ``p^T g`` of values, with what two keys have in common because the logits x do."""
-    rows, n = _over_rows(x), float(x.shape[-1])
+def of_product(found: Value, g: Value, a: Value, b: Value, labels: tuple[str, str, str]) -> Value:
+    """Gradient of a in a product of activations a and b, with what its places have in common for those of b, or of g.
+
+    Logits and values at two places agree as what they were made of does, and the gradients ``g . v_s`` of the weights of keys as
+    the values; the gradient ``p^T g`` of values as weights that lean, where b is a softmax. ``labels``: of ``found``, g and b.
+    """
+    own, from_g, from_b = labels
+    for dim, label in enumerate(own):
+        axes = found.dims[dim]
+        known = b.read or (frozenset() if b.tilt is None else a.read)
+        names = [name for name, read in known if axes and all(descends(axis, read) for axis in axes)]
+        if label in from_b and label not in from_g and names:
+            overlap = b.overlap if b.tilt is None else _leaning(a, b.tilt.of)
+            return _read_along(found, dim, names, overlap)
+    for dim, label in enumerate(own):
+        names = [name for name, read in g.read if read == frozenset(found.dims[dim])]
+        if label in from_g and label not in from_b and names:
+            return _read_along(found, dim, names, g.overlap)
+    return found
+
+
+def _leaning(values: Value, logits: Logits) -> Overlap:
+    """How the gradients of values agree because the logits do, which agree as the values: both read one tensor."""
+    rows, n = _slopes(merge_dim(logits.of, logits.dim), logits.dim), float(logits.of.shape[logits.dim])
     if n <= 1.0 or rows.square <= 0.0:
-        return g
-    factor = x.variance * rows.lean / ((n - 1.0) * rows.square)
-    return replace(g, overlap=keys.overlap.centred().times(factor**2), read=_along_keys(keys))
+        return NONE
+    factor = logits.of.variance * rows.lean / ((n - 1.0) * rows.square)
+    return values.overlap.centred().times(factor**2)
 
 
-def _along_keys(x: Value) -> frozenset[tuple[object, frozenset[Axis]]]:
-    """What keys or values read; it is between those of one sample that gradients agree."""
-    return frozenset((name, frozenset(x.dims[-2])) for name, _ in x.read)
+def _read_along(x: Value, dim: int, names: Sequence[object], overlap: Overlap) -> Value:
+    return replace(x, overlap=overlap, read=frozenset((name, frozenset(x.dims[dim])) for name in names))
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,10 +124,6 @@ class _Slopes:
     between: float
     lean: float
     pattern: Array | None = None
-
-
-def _over_rows(x: Value) -> _Slopes:
-    return _slopes(merge_dim(apart(x), len(x.dims) - 1), len(x.dims) - 1)
 
 
 def _slopes(x: Value, dim: int) -> _Slopes:

@@ -153,9 +153,10 @@ def softmax(x: Value, dim: int) -> Value:
         rho = _fit(x, position, variance)
     matched = overlap * gain**rho
     of_rest = (x.variance / variance) ** 2 if variance > 0.0 else 1.0  # what keys do not have in common
-    tilt = Tilt(np.stack([rho * variance] * 2, axis=position), x.overlap.times(of_rest))
     rest = (1.0 - size * matched) / (size * (size - 1.0)) if size > 1 else matched
     table = np.stack([rest, matched], axis=position)
+    logits = Logits(table, x, dim)
+    tilt = Tilt(np.stack([rho * variance] * 2, axis=position), x.overlap.times(of_rest), logits)
     std = max(float(table[(1,) * table.ndim]) - size**-2.0, 0.0) ** 0.5
 
     def values() -> Array:
@@ -163,7 +164,7 @@ def softmax(x: Value, dim: int) -> Value:
 
     return Value(
         dims=x.dims, mean=1.0 / size, table=table, marginal=Marginal(object(), values), source=object(), lineage=x.lineage,
-        levels=None if lean is None else lean.levels, lean=lean, tilt=tilt, read=x.read, logits=Logits(table, x, dim),
+        levels=None if lean is None else lean.levels, lean=lean, tilt=tilt, read=x.read, logits=logits,
     )  # fmt: skip
 
 

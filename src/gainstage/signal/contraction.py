@@ -34,6 +34,8 @@ Places = NDArray[np.int64]
 
 def contract(a: Value, b: Value, labels_a: str, labels_b: str, labels_out: str) -> Value:
     """Sum of products over the labels that are not in ``labels_out``; one letter for each dimension, as in einsum."""
+    if b.tilt is not None and a.tilt is None:
+        return contract(b, a, labels_b, labels_a, labels_out)
     if a.tilt is not None:  # what is summed over are keys, whatever map they were laid out on before
         for d, label in enumerate(labels_b):
             b = b if label in labels_out else merge_dim(b, d)
@@ -90,13 +92,14 @@ def _agreement(a: Value, b: Value, summed: Sequence[tuple[Axis, Axis]]) -> float
     Over the weights the entries of each at two places share the cosine of what was read there, which strays, and is the same for
     both. ``summed``: pairs of axes, as a has them and as b has them.
     """
-    places = _in_common(a.read, b.read, [own for own, _ in summed])
+    places = _in_common(a.read, b.read, summed)
     covariance = a.overlap.shared(b.overlap) if places else 0.0
-    for one, other, at in ((a, b, 1), (b, a, 0)):
-        axes = [pair[at] for pair in summed]
+    for one, other, pairs in ((a, b, summed), (b, a, [(second, first) for first, second in summed])):
         along = frozenset((name, read) for name, read in one.read if len(read) < len(other.axes))
-        if own := _in_common(along, _names(other), axes):
-            chance = by_chance(other, {p: float(axis.size) for p, axis in enumerate(other.axes) if axis not in axes}) ** 0.5
+        if own := _in_common(along, _names(other), pairs):
+            places_of = [axis for _, axis in pairs]
+            terms = {p: float(axis.size) for p, axis in enumerate(other.axes) if axis not in places_of}
+            chance = by_chance(other, terms) ** 0.5
             places, covariance = own, one.overlap.shared(other.overlap) + one.overlap.of_entries(other.marginal.latent) * chance
     size = math.prod(axis.size for axis in places)
     each = math.prod(own.size for own, _ in summed) / size
@@ -104,11 +107,13 @@ def _agreement(a: Value, b: Value, summed: Sequence[tuple[Axis, Axis]]) -> float
 
 
 def _in_common(
-    first: frozenset[tuple[object, frozenset[Axis]]], second: frozenset[tuple[object, frozenset[Axis]]], summed: Sequence[Axis]
+    first: frozenset[tuple[object, frozenset[Axis]]],
+    second: frozenset[tuple[object, frozenset[Axis]]],
+    summed: Sequence[tuple[Axis, Axis]],
 ) -> set[Axis]:
-    """Axes that are summed over, along which two tensors read the same."""
+    """Axes that are summed over, along which two tensors read the same; ``summed``: as the first has them and as the second."""
     pairs = [(one, other) for name, one in first for known, other in second if name == known]
-    return {axis for axis in summed if any(descends(axis, one) and descends(axis, other) for one, other in pairs)}
+    return {a for a, b in summed if any(descends(a, one) and descends(b, other) for one, other in pairs)}
 
 
 def _strayed(y: Value, x: Value, weight: Value, labels: tuple[str, str, str]) -> Value:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -17,6 +18,9 @@ from gainstage.signal.axes import Axis
 from gainstage.signal.copies import replace
 from gainstage.signal.neighbours import REACH, padded, pairs_by_lag
 from gainstage.signal.quadrature import Array
+
+if TYPE_CHECKING:
+    from gainstage.signal.value import Logits
 
 MOST = 16  # causes kept apart
 
@@ -122,11 +126,12 @@ NONE = Overlap()
 class Tilt:
     """What the weights that a softmax makes lean by: the covariances of its logits, and how the cosines of these stray.
 
-    Both of what keys do not have in common.
+    Both of what keys do not have in common. ``of``: the logits.
     """
 
     table: Array
     overlap: Overlap
+    of: Logits
 
 
 @dataclass(frozen=True, slots=True)

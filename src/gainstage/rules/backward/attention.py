@@ -7,23 +7,20 @@ from typing import Any
 import torch
 
 from gainstage.rules.attention import attention_logits, repeat_heads
+from gainstage.rules.backward.linear import contract_backward
 from gainstage.rules.backward.registry import BackwardCall, Gradient, backward
 from gainstage.rules.backward.sums import summed_over, to_shape
 from gainstage.signal import (
     Value,
     affine,
-    agreeing,
     combine,
-    contract,
     dropout,
     expand,
-    leaning,
     mean_over,
     reshape,
     softmax,
     softmax_gradient,
 )
-from gainstage.signal.copies import replace
 
 aten = torch.ops.aten
 LETTERS = "abcdefgh"
@@ -56,20 +53,17 @@ def attention(
     wide_v = repeat_heads(v, q.shape[-3]) if enable_gqa and v.shape[-3] != q.shape[-3] else v
     batch = LETTERS[: len(q.dims) - 2]
     used = dropout(weights, 1.0 - dropout_p) if dropout_p > 0.0 else weights
-    to_v = contract(used, g, batch + "xz", batch + "xy", batch + "zy")
-    to_weights = contract(g, wide_v, batch + "xy", batch + "zy", batch + "xz")
+    to_weights, to_v = contract_backward(g, used, wide_v, batch + "xz", batch + "zy", batch + "xy")
     if dropout_p > 0.0:
         to_weights = dropout(to_weights, 1.0 - dropout_p)
     factor = scale if scale is not None else q.shape[-1] ** -0.5
     to_logits = affine(softmax_gradient(to_weights, weights, logits, len(weights.dims) - 1), factor)
-    alike = agreeing(to_logits, affine(to_weights, factor), v, logits)
-    to_q = contract(alike, wide_k, batch + "xz", batch + "zy", batch + "xy")
-    to_k = contract(to_logits, q, batch + "xz", batch + "xy", batch + "zy")
+    to_q, to_k = contract_backward(to_logits, q, wide_k, batch + "xy", batch + "zy", batch + "xz")
     to_bias = None if attn_mask is None or attn_mask.constant is not None else affine(to_logits, 1.0 / factor)
     return (
         to_shape(to_q, q.shape),
-        replace(_of_group(to_k, k), overlap=alike.overlap, read=alike.read),
-        leaning(_of_group(to_v, v), k, logits),
+        _of_group(to_k, k),
+        _of_group(to_v, v),
         None if to_bias is None or attn_mask is None else to_shape(to_bias, attn_mask.shape),
     )
 

@@ -9,7 +9,7 @@ import torch
 from gainstage.rules.backward.linear import bias_gradient
 from gainstage.rules.backward.registry import BackwardCall, Gradient, backward
 from gainstage.rules.backward.sums import to_shape
-from gainstage.rules.conditions import kept
+from gainstage.rules.conditions import EXCLUDES, kept, only_number
 from gainstage.signal import (
     Value,
     affine,
@@ -164,18 +164,21 @@ def _of_slope(g: Value, weight: Value) -> Gradient:
 
 @backward(aten.masked_fill.Scalar, aten.masked_fill.Tensor)
 def filled(call: BackwardCall, g: Value, x: Value, mask: Value, value: Any) -> tuple[Gradient, ...]:
-    """``g`` where the mask is off."""
+    """``g`` where the mask is off; of logits that are excluded there it is nothing there by itself."""
     if mask.constant is None:
         raise NotImplementedError("masked_fill by a mask that depends on the input")
-    return _for(x, kept(g, ~mask.constant.bool())), None, None
+    return _for(x, g if only_number(value) < EXCLUDES else kept(g, ~mask.constant.bool())), None, None
 
 
 @backward(aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf)
 def chosen(call: BackwardCall, g: Value, condition: Value, x: Any, y: Any) -> tuple[Gradient, ...]:
-    """``g`` to the operand that was taken."""
+    """``g`` to the operand that was taken; where logits are excluded it is nothing by itself."""
     if condition.constant is None:
         raise NotImplementedError("where by a condition that depends on the input")
     valid = condition.constant.bool()
+    for chosen, other in ((x, y), (y, x)):
+        if isinstance(chosen, Value) and only_number(other) < EXCLUDES:
+            return None, *(_for(part, g) if part is chosen else None for part in (x, y))
     return None, _for(x, kept(g, valid)), _for(y, kept(g, ~valid))
 
 

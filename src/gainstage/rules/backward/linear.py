@@ -21,10 +21,13 @@ from gainstage.signal import (
     convolution_weight_gradient,
     convolve,
     expand,
+    of_product,
     permute,
     reshape,
     to_reader,
 )
+from gainstage.signal.copies import replace
+from gainstage.signal.overlap import NONE
 
 aten = torch.ops.aten
 
@@ -36,12 +39,20 @@ def contract_backward(g: Value, a: Value, b: Value, labels_a: str, labels_b: str
 
 def _one_side(g: Value, a: Value, b: Value, labels_a: str, labels_b: str, labels_out: str) -> Value:
     known = "".join(c for c in labels_a if c in labels_b or c in labels_out)
-    found = contract(g, b, labels_out, labels_b, known)
+    found = contract(_along(g, labels_out, labels_b), b, labels_out, labels_b, known)
+    if not (a.is_weight or b.is_weight):
+        found = of_product(found, g, a, b, (known, labels_out, labels_b))
     for position, label in enumerate(labels_a):
         if label not in known:  # a was summed over it by itself
             found = reshape(found, (*found.shape[:position], 1, *found.shape[position:]))
     size = [max(n, m) for n, m in zip(found.shape, a.shape, strict=True)]
     return to_shape(expand(found, size), a.shape)
+
+
+def _along(g: Value, labels: str, summed: str) -> Value:
+    """A gradient, with what its places have in common where these are summed over."""
+    along = frozenset(axis for dim, label in zip(g.dims, labels, strict=True) if label in summed for axis in dim)
+    return g if all(read <= along for _, read in g.read) else replace(g, overlap=NONE)
 
 
 def bias_gradient(g: Value, bias: Value | None, dim: int) -> Gradient:

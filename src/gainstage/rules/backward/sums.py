@@ -8,13 +8,18 @@ import numpy as np
 
 from gainstage.signal import Value, affine, gaussian, join, mean_over, reshape
 from gainstage.signal.axes import Axis, Dim
+from gainstage.signal.copies import replace
 
 
 def summed_over(g: Value, dims: Sequence[int]) -> Value:
     """Sum over dimensions, which stay with size 1; what cancels to less than the table resolves is nothing."""
     count = float(np.prod([g.shape[d] for d in dims]))
-    found = affine(mean_over(g, [axis for d in dims for axis in g.dims[d]]), count)
-    return zeros(found.dims) if found.second_moment < 0.0 else found
+    gone = frozenset(axis for d in dims for axis in g.dims[d])
+    found = affine(mean_over(g, list(gone)), count)
+    if found.second_moment < 0.0:
+        return zeros(found.dims)
+    along = frozenset((name, axes) for name, axes in g.read if axes <= frozenset(found.axes))
+    return replace(found, overlap=g.overlap, read=along) if along else found
 
 
 def to_shape(g: Value, shape: Sequence[int]) -> Value:
