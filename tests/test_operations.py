@@ -11,6 +11,7 @@ import gainstage as gs
 from gainstage import testing
 from gainstage.api.operations import operations
 from gainstage.report.ops import count_ops
+from gainstage.rules.backward import backward
 
 WIDTH = 128
 
@@ -159,9 +160,33 @@ def test_a_rule_that_fails_leaves_its_node_to_sampling_and_the_trace_says_so():
     assert treatments(half)["gainstage_tests.half.default"] == "sampled"
     for remarks in (trace.assumptions, gs.plan(model, (x(),)).notes, operations(model, (x(),)).remarks):
         (sentence,) = [remark for remark in remarks if "half" in remark]
-        assert "unsupported operand type(s) for /" in sentence
+        assert "a mistake of the rule (test_operations.broken: TypeError: unsupported operand type(s) for /" in sentence
     with pytest.raises(TypeError):  # held against the operation, the mistake comes out
         testing.assert_rule(testing.RuleCase(op=torch.ops.gainstage_tests.half.default, args=(testing.entries(4, 6),)))
+
+
+@torch.library.custom_op("gainstage_tests::third", mutates_args=())
+def third(x: torch.Tensor) -> torch.Tensor:
+    return x / 3.0
+
+
+third.register_fake(torch.empty_like)
+third.register_autograd(lambda ctx, g: g / 3.0)
+gs.rules.pointwise(torch.ops.gainstage_tests.third.default)
+
+
+@backward(torch.ops.gainstage_tests.third.default)
+def broken_backwards(call, g, x):
+    """A backward rule with a mistake in it."""
+    return (g / 3,)
+
+
+def test_a_backward_rule_that_fails_is_named_as_well():
+    trace = gs.inspect(Between(third), (x(),))
+    assert not trace.sampled
+    assert [trace.graph.by_name[name].op_name for name in trace.sampled_backward] == ["gainstage_tests.third.default"]
+    (sentence,) = [remark for remark in trace.assumptions if "third" in remark]
+    assert "a mistake of the rule (test_operations.broken_backwards: TypeError" in sentence
 
 
 def assert_level_over_draws(trace, make, length):

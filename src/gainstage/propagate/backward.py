@@ -14,6 +14,7 @@ from gainstage.errors import GainstageError
 from gainstage.graph import Graph, Node, NodeKind, Ref
 from gainstage.propagate.interpret import resolve
 from gainstage.propagate.kinship import Operation, gradient_sum, gradients_with_origin
+from gainstage.propagate.sample import Reason, fault_of
 from gainstage.propagate.sample_backward import sample_backward
 from gainstage.rules import is_free, is_pointwise
 from gainstage.rules.backward import BackwardCall, BackwardRule, backward_rules, times_slope
@@ -30,10 +31,14 @@ def unit_gradient(output: Value) -> Value:
 
 @dataclass(frozen=True, slots=True)
 class Backward:
-    """What a backward pass found: the gradient of every node that has one, and the nodes whose backward pass was sampled."""
+    """What a backward pass found: the gradient of every node that has one, and the nodes whose backward pass was sampled.
+
+    ``given_up``: those of them that have a rule, and why it was not followed.
+    """
 
     gradients: Mapping[str, Value]
     sampled: tuple[str, ...]
+    given_up: tuple[tuple[Node, Reason], ...] = ()
 
 
 def propagate_backward(graph: Graph, values: Mapping[str, Any]) -> Backward:
@@ -52,7 +57,7 @@ def propagate_backward(graph: Graph, values: Mapping[str, Any]) -> Backward:
         if isinstance(values[name], Value) and name in walk.needed:
             walk.accumulate(name, unit_gradient(values[name]))
     sampled = walk.back(graph.nodes)
-    return Backward(walk.found(), sampled)
+    return Backward(walk.found(), sampled, tuple(walk.given_up))
 
 
 def propagate_back_along(
@@ -82,6 +87,7 @@ class _Walk:
     values: Mapping[str, Any]
     graph: Graph | None = None
     gradients: dict[str, Any] = field(default_factory=dict)
+    given_up: list[tuple[Node, Reason]] = field(default_factory=list)
 
     def found(self) -> dict[str, Value]:
         """The gradient of every node that has one."""
@@ -133,7 +139,11 @@ class _Walk:
             found = _by_rule(rule, node.op, wanted, operands, kwargs)
         except GainstageError:
             raise
-        except Exception:  # noqa: BLE001  (the rule does not cover this call, whether it knew so or not)
+        except NotImplementedError as error:
+            self.given_up.append((node, Reason(f"backwards: {error}")))
+            return sample_backward(node, g, args, kwargs), True
+        except Exception as error:  # noqa: BLE001  (a mistake of the rule, which the result names)
+            self.given_up.append((node, fault_of(rule, error)))
             return sample_backward(node, g, args, kwargs), True
         if self.graph is None or not self.graph.reused:
             return found, False

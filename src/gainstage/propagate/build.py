@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from gainstage.graph import Graph, Node, NodeKind
 from gainstage.propagate.backward import Backward
 from gainstage.propagate.interpret import has_rule
 from gainstage.propagate.path import main_path
-from gainstage.propagate.sample import Sampled, samplings
+from gainstage.propagate.sample import Reason, Sampled, samplings
 from gainstage.propagate.trace import CallSignals, ParameterStatistics, Signal, Trace
 from gainstage.rules import is_free
 from gainstage.signal import Value
@@ -40,7 +40,7 @@ def build_trace(graph: Graph, values: Mapping[str, Any], backward: Backward | No
         parameters=parameters,
         sampled=sampled_nodes(graph, values),
         sampled_backward=() if backward is None else backward.sampled,
-        assumptions=(*graph.assumptions, *given_up(graph, values)),
+        assumptions=(*graph.assumptions, *given_up(graph, values), *_sentences(() if backward is None else backward.given_up)),
         depth=None if backward is None else main_path(graph, signals),
     )
 
@@ -52,15 +52,17 @@ def sampled_nodes(graph: Graph, values: Mapping[str, Any]) -> tuple[str, ...]:
 
 def given_up(graph: Graph, values: Mapping[str, Any]) -> tuple[str, ...]:
     """A sentence for each rule, and each reason, that left nodes to samples."""
-    places: dict[tuple[str, str], list[Node]] = {}
-    for node in graph.nodes:
-        for reason in {origin.reason for origin in _new_samplings(node, values) if origin.reason}:
-            places.setdefault((node.op_name, reason), []).append(node)
-    return tuple(
-        f"Run on samples, as the rule of {op} does not cover the call ({reason}): {nodes[0].name} in {nodes[0].provenance}"
-        + (f", and {len(nodes) - 1} more." if len(nodes) > 1 else ".")
-        for (op, reason), nodes in places.items()
+    return _sentences(
+        (node, origin.reason) for node in graph.nodes for origin in _new_samplings(node, values) if origin.reason is not None
     )
+
+
+def _sentences(given_up: Iterable[tuple[Node, Reason]]) -> tuple[str, ...]:
+    """One for each op and reason, with the first of the nodes."""
+    places: dict[tuple[str, Reason], dict[str, Node]] = {}
+    for node, reason in given_up:
+        places.setdefault((node.op_name, reason), {})[node.name] = node
+    return tuple(reason.sentence(op, next(iter(nodes.values())), len(nodes) - 1) for (op, reason), nodes in places.items())
 
 
 def _new_samplings(node: Node, values: Mapping[str, Any]) -> set[Sampled]:

@@ -12,7 +12,7 @@ import torch
 from gainstage.errors import GainstageError, UnsupportedOpError
 from gainstage.graph import Graph, Node, NodeKind, ParameterInfo, Ref, TensorMeta
 from gainstage.propagate.kinship import Operation, known_origin, with_origin
-from gainstage.propagate.sample import as_numbers, constant_value, is_known, run_known, sample_node
+from gainstage.propagate.sample import Reason, as_numbers, constant_value, fault_of, is_known, run_known, sample_node
 from gainstage.rules import Call, is_free, rule_of
 from gainstage.signal import Value
 
@@ -76,9 +76,9 @@ def _unknown(node: Node, call: Call, args: list[Any], kwargs: dict[str, Any]) ->
     except GainstageError:
         raise
     except NotImplementedError as error:  # the rule does not cover this call, and knows it
-        return sample_node(node, call, args, kwargs, str(error))
-    except Exception as error:  # noqa: BLE001  (it does not, or has a mistake)
-        return sample_node(node, call, args, kwargs, f"{type(error).__name__}: {error}")
+        return sample_node(node, call, args, kwargs, Reason(str(error)))
+    except Exception as error:  # noqa: BLE001  (a mistake of the rule, which the result names)
+        return sample_node(node, call, args, kwargs, fault_of(rule_of(node.op), error))
 
 
 def _by_rule(node: Node, call: Call, args: list[Any], kwargs: dict[str, Any]) -> Result:

@@ -31,7 +31,28 @@ ENTRIES = 2**20  # stop when the draws have this many entries together, of opera
 MOST, FEWEST = 32, 4
 
 
-def sample_node(node: Node, call: Call, args: Sequence[Any], kwargs: Mapping[str, Any], reason: str = "") -> Any:
+@dataclass(frozen=True, slots=True)
+class Reason:
+    """Why a rule was not followed: it does not cover the call and says so, or it raised, which is a mistake of the rule."""
+
+    text: str
+    is_fault: bool = False
+
+    def sentence(self, op: str, first: Node, more: int) -> str:
+        """What is to be told of an op that was run on samples, at a node and at some more."""
+        rest = f", and {more} more." if more else "."
+        place = f"{first.name} in {first.provenance}{rest}"
+        if self.is_fault:
+            return f"Run on samples, as the rule of {op} failed, which is a mistake of the rule ({self.text}): {place}"
+        return f"Run on samples, as the rule of {op} does not cover the call ({self.text}): {place}"
+
+
+def fault_of(rule: Any, error: Exception) -> Reason:
+    """The mistake of a rule that raised."""
+    return Reason(f"{rule.__module__}.{rule.__qualname__}: {type(error).__name__}: {error}", is_fault=True)
+
+
+def sample_node(node: Node, call: Call, args: Sequence[Any], kwargs: Mapping[str, Any], reason: Reason | None = None) -> Any:
     """Result of an op from draws of its operands; the same for the same node name. ``reason``: why its rule was not followed."""
     operands = list(operands_of(args)) + list(operands_of(list(kwargs.values())))
     lineage = 0
@@ -84,7 +105,7 @@ def as_numbers(argument: Any) -> Any:
 class Sampled:
     """Where a value comes from that was measured on samples; ``reason``: why not by the rule that there is."""
 
-    reason: str = ""
+    reason: Reason | None = None
 
 
 def samplings(result: Any) -> set[Sampled]:
