@@ -159,3 +159,26 @@ def test_a_cell_in_a_loop_is_a_layer(kind: Callable[..., nn.Module]) -> None:
     (whole,) = trace.modules[""]
     assert whole.second_moment == pytest.approx(level.mean(), rel=0.04)
     assert whole.cosine(1) == pytest.approx(np.mean(pairs) / (steps - 1) / level.sum(), abs=0.03)
+
+
+WIDTH = 64
+
+
+class Slots(nn.Module):
+    """A cell on all of a set at once: its state is a view of one that has an axis more, and was changed since."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cell, self.norm = nn.GRUCell(WIDTH, WIDTH), nn.LayerNorm(WIDTH)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        state = self.norm(x)
+        return self.cell(x.reshape(-1, WIDTH), state.reshape(-1, WIDTH)).view_as(x)
+
+
+def test_states_with_an_axis_more_are_followed_by_the_rule() -> None:
+    torch.manual_seed(0)
+    model, x = Slots(), torch.randn(8, 12, WIDTH)
+    trace = inspect(model, (x,), gradients=False)
+    assert not trace.sampled
+    assert trace.modules[""][0].second_moment == pytest.approx(float(model(x).detach().square().mean()), rel=0.05)

@@ -1,5 +1,6 @@
 """Softmaxes that are written out are softmaxes; the model itself is the judge of what they are the same as."""
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -8,6 +9,8 @@ import gainstage as gs
 from gainstage.capture import capture
 from gainstage.graph import real_parameters
 from gainstage.propagate.execution import Execution
+from gainstage.signal import independent, reshape, softmax
+from gainstage.signal.sampling import draw
 
 WIDTH, KEYS, SPREAD = 64, 32, 3.0  # logits of so large a variance that exponentials and their sum are far from independent
 
@@ -139,3 +142,9 @@ def test_projections_behind_it_are_queries_and_keys():
     model = Attention(over_their_sum)
     plan = gs.plan(model, (drawn(model, 0),))
     assert {plan.parameters[name].role for name in ("query.weight", "key.weight")} == {"query", "key"}
+
+
+def test_a_view_of_shares_is_sampled_in_its_own_shape() -> None:
+    shares = reshape(softmax(independent((4, 6), 0.0, 1.0), 1), (24,))
+    (sample,) = draw([shares], np.random.default_rng(0))
+    torch.testing.assert_close(sample.view(4, 6).sum(1), torch.ones(4, dtype=torch.float64))

@@ -229,9 +229,8 @@ def _cell(kind: Kind, x: Value, states: Sequence[Value], params: Sequence[Value 
     """One step: the next of those that the states came of, or the first, from Gaussian states independent of the input."""
     given = tuple(p for p in params if p is not None)
     (weights,) = _unpacked(given, len(given) > 2, 1)
-    x, *states = (_leading(value) for value in (x, *states))
-    x = merge_dim(merge_dim(x, 1), 2)
     before = _steps_to(states, given)
+    x, *states = (merge_dim(merge_dim(_leading(value), 1), 2) for value in (x, *states))
     if before is None:
         gates, start = kind.gates + kind.splits_new, (_state(states[0], 0), _state(states[-1], 0))
         units, inputs = Units(gates, start, STEPS), [x]

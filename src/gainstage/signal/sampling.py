@@ -28,7 +28,7 @@ def draw(values: Sequence[Value], generator: np.random.Generator) -> list[torch.
             tensors.append(value.constant)
             continue
         if value.logits is not None and value.logits.table is value.table:
-            tensors.append(_softmax_of(value.logits, generator))
+            tensors.append(_softmax_of(value.logits, generator).reshape(value.shape))
             continue
         key = (value.marginal.latent, *value.axes)
         if key not in latents:
