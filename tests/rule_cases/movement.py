@@ -120,6 +120,13 @@ CASES = [
     ),
     RuleCase(
         op=aten.embedding_bag.padding_idx,
+        args=(MATRIX, constant(BAGS), constant(torch.arange(0, 12, 3)), False, 0, False, entries(12, mean=0.5), False, None),
+        model_error=0.03,
+        shape_error=0.13,
+        reason="rows that two bags have in common are averaged over; sums of three products have more of the extremes",
+    ),
+    RuleCase(
+        op=aten.embedding_bag.padding_idx,
         args=(MATRIX, constant(BAGS), constant(torch.tensor([0, 2, 5, 8])), False, 0, False, None, False, 3),
         shape_error=0.1,
         reason="sums of different numbers of rows are spread as much as one is, on average",

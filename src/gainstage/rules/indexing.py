@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from gainstage.rules.registry import Call, rule
-from gainstage.signal import Value, affine, filter_dim, gathered, lookup, permute, pick, reshape, take
+from gainstage.signal import Value, affine, contract, filter_dim, gathered, lookup, permute, pick, reshape, take
 
 aten = torch.ops.aten
 
@@ -40,15 +40,23 @@ def embedding_bag(
     sparse: bool = False, per_sample_weights: Value | None = None, include_last_offset: bool = False,
     padding_idx: int | None = None,
 ) -> tuple[Value | None, ...]:  # fmt: skip
-    """Sum or mean of the rows in each bag: ``A w``, with how often each row that is there lies in each bag."""
+    """Sum or mean of the rows in each bag: ``A w``, with how often each row that is there lies in each bag.
+
+    Of rows with weights, in bags of one size: ``sum over k of s_bk w_bk``, the rows of a bag independent of their weights.
+    """
     rows, starts = known_integers(indices), known_integers(offsets)
     starts = starts[:-1] if include_last_offset else starts
+    size = len(rows) // max(len(starts), 1)
+    if per_sample_weights is not None and padding_idx in (None, -1) and torch.equal(starts, size * torch.arange(len(starts))):
+        bags = (len(starts), size)
+        picked = reshape(lookup(weight, 0, rows), (*bags, weight.shape[1]))
+        return contract(reshape(per_sample_weights, bags), picked, "bk", "bkd", "bd"), None, None, None
     bag = torch.searchsorted(starts.contiguous(), torch.arange(len(rows)), right=True) - 1
     if padding_idx is not None:
         bag, rows = bag[rows != padding_idx], rows[rows != padding_idx]
     counts = torch.bincount(bag, minlength=len(starts))
     if per_sample_weights is not None or mode == LARGEST or not bool((counts > 0).all()):
-        raise NotImplementedError("rows with weights, the largest of rows, or bags without any")
+        raise NotImplementedError("rows with weights in bags of many sizes, the largest of rows, or bags without any")
     used, which = rows.unique(return_inverse=True)  # type: ignore[no-untyped-call]
     if len(starts) * len(used) > MOST_SHARES:
         raise NotImplementedError("a map of so many rows to so many bags")
