@@ -167,8 +167,11 @@ def _average_marginal(x: Value, result: Value, count: int) -> Marginal:
 
 def add(x: Value, y: Value, sign: float = 1.0) -> Value:
     """``x + sign y`` of aligned values on different latents."""
-    if y.variance <= 0.0 and y.prior is None and y.constant is None and not x.is_weight:
-        return replace(affine(x, 1.0, sign * y.mean) if y.mean else x, lineage=x.lineage | y.lineage, constant=None)
+    for number, other, (own, its) in ((y, x, (1.0, sign)), (x, y, (sign, 1.0))):
+        is_known = number.constant is not None and other.constant is not None  # of both the sum is known entry by entry
+        if number.variance <= 0.0 and number.prior is None and not is_known and not other.is_weight:
+            shifted = affine(other, own, its * number.mean) if number.mean or own != 1.0 else other
+            return replace(shifted, lineage=x.lineage | y.lineage, constant=None)
     cross, met = cross_table(x, y), meeting(x, y, sign)
     table = np.array(x.table + y.table + 2.0 * sign * cross) if met is None else met.table.copy()
     mean = x.mean + sign * y.mean

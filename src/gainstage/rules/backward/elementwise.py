@@ -24,12 +24,20 @@ from gainstage.signal import (
     to_summand,
     turned_by,
 )
+from gainstage.signal.copies import replace
+from gainstage.signal.movement import parts_along
+from gainstage.signal.slicing import slices
 
 aten = torch.ops.aten
 
 
 def times_slope(call: BackwardCall, g: Value, x: Value, *args: Any, **kwargs: Any) -> tuple[Gradient, ...]:
-    """``g f'(x)``: second moment ``E[g^2] E[f'(x)^2]``."""
+    """``g f'(x)``: second moment ``E[g^2] E[f'(x)^2]``; of several tensors side by side, of each."""
+    parts = parts_along(x)
+    if parts is not None:
+        pieces = zip(slices(g, *parts), slices(call.output, *parts), parts[1], strict=True)
+        each = [times_slope(replace(call, output=y), piece, part, *args, **kwargs) for piece, y, part in pieces]
+        return (join([found for (found,) in each if found is not None], parts[0]),)
     op: Any = call.op
     steepness = slope(lambda t: op(t, *args, **kwargs), x)
     return (through_slope(g, steepness, turned_by(g, x, call.output, steepness[0].marginal.values)),)
