@@ -159,3 +159,24 @@ def test_gate_passes_in_part_what_the_residual_is(way: Callable[..., torch.Tenso
     model = Gated(way)
     plan = gs.plan(model, (torch.randn(64, 16),))
     assert plan.predictions["@0"][0] == pytest.approx(measured(model, plan, ((64, 16),), 60), rel=0.05)
+
+
+class Excess(nn.Module):
+    """What one layer has beyond another, by a sum with their maximum or minimum."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.first, self.second, self.way = nn.Linear(64, 64), nn.Linear(64, 64), way
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        a, b = self.first(x), self.second(x)
+        ways = {"maximum": lambda: torch.maximum(a, b) - a, "minimum": lambda: b - torch.minimum(b, a)}
+        return ways[self.way]()
+
+
+@pytest.mark.parametrize("way", ["maximum", "minimum"])
+def test_sums_with_a_maximum_know_what_it_has_of_their_terms(way: str) -> None:
+    """``E[max(b - a, 0)^2] = (E[a^2] + E[b^2]) / 2``; half of it for each of two that know nothing of each other is too much."""
+    trace = gs.inspect(Excess(way), (torch.randn(16, 64),), gradients=False)
+    total = trace.modules["first"][0].second_moment + trace.modules["second"][0].second_moment
+    assert trace.modules[""][0].second_moment == pytest.approx(total / 2, rel=0.01)

@@ -28,22 +28,19 @@ from gainstage.signal.pairing import amplitude_of
 from gainstage.signal.places import over_places
 from gainstage.signal.quadrature import (
     Array,
-    coarse,
     evaluate_series,
     expectation,
-    expectation_of_two,
     few_scales,
     invert_series,
-    matmul,
     nodes,
     power_series,
-    quantiles,
     standardised,
     tied_correlation,
 )
 from gainstage.signal.slicing import part_by_part
 from gainstage.signal.spread import held
 from gainstage.signal.stray import Stray, passed
+from gainstage.signal.two import of_two
 from gainstage.signal.uneven import with_means
 from gainstage.signal.value import Value, statistic_at
 
@@ -285,7 +282,7 @@ def combine(function: Function, x: Value, y: Value) -> Value:
     elif function is torch.div:
         result = multiply(x, _reciprocal(y))
     else:
-        result = _two_latents(function, x, y)
+        result = of_two(lambda u, v: call_on(function, u, v), x, y)
     return _as_statistic(function, x, y, result)
 
 
@@ -390,35 +387,3 @@ def _as_statistic(function: Function, x: Value, y: Value, result: Value) -> Valu
     a, b = np.broadcast_arrays(a, b)
     statistic, profile = statistic_at(of, call_on(function, a, b), result.levels)
     return replace(result, statistic=statistic, levels=profile)
-
-
-def _two_latents(function: Function, x: Value, y: Value) -> Value:
-    """Any function of two independent entries: expectation over a grid of both, conditional on what they share.
-
-    The table follows from the two-dimensional Mehler expansion ``sum_nm a_nm^2 rho_x^n rho_y^m``.
-    """
-    points, mass = coarse(4)  # finer: functions with a kink give what is summed up from steps of the grid
-    u = np.interp(points, nodes(), x.marginal.values)
-    v = np.interp(points, nodes(), y.marginal.values)
-    grid_u, grid_v = np.broadcast_arrays(u[:, None], v[None, :])
-    surface = call_on(function, grid_u, grid_v)
-    order = 16
-    basis = np.polynomial.hermite_e.hermevander(points, order)
-    norm = np.sqrt(np.cumprod(np.append(1.0, np.arange(1, order + 1))))
-    basis = basis / norm * mass[:, None]
-    squares = matmul(matmul(basis.T, surface), basis) ** 2
-    second = expectation_of_two(surface**2, mass)
-    squares[-1, -1] += max(second - float(squares.sum()), 0.0)
-    table = np.polynomial.polynomial.polyval2d(x.correlation(), y.correlation(), squares)
-    mean = expectation_of_two(surface, mass)
-    weight = mass[:, None] * mass[None, :]
-    return Value(
-        dims=x.dims,
-        mean=mean,
-        table=np.asarray(table),
-        marginal=Marginal(object(), lambda: quantiles(surface, weight)),
-        source=object(),
-        lineage=x.lineage | y.lineage,
-        stray=max(x.stray, y.stray, key=lambda stray: stray.variance).hidden(),
-        is_weight=x.is_weight and y.is_weight,
-    )
