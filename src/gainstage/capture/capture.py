@@ -1,12 +1,13 @@
 """The stage itself: a module and example inputs in, a graph out, by the first rung of a ladder that holds.
 
-Rung "export" is torch.export, which follows the code without values. Rung "tape" is one real run of a copy.
+Rung "export" follows the code without values: what torch.export finds. Rung "tape" is one real run of a copy.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -18,9 +19,11 @@ from gainstage.capture.export import decompose, export
 from gainstage.capture.functional import NotFunctional, functionalise
 from gainstage.capture.lower import lower
 from gainstage.capture.lowered import Lowered
+from gainstage.capture.outline import outline
 from gainstage.capture.parameters import parameter_table, with_shapes
 from gainstage.capture.refusal import all_refused
 from gainstage.capture.run import Recording, run_on_tape
+from gainstage.capture.shapes import Unclear
 from gainstage.capture.surroundings import Request, check_arguments
 from gainstage.errors import CaptureError
 from gainstage.graph import Graph, NodeKind
@@ -89,7 +92,12 @@ class Found:
 
 
 def by_export(request: Request) -> Found:
-    """What torch.export finds; where our way of undoing writes does not suffice, after torch's own."""
+    """What torch.export finds: by an outline where that can tell.
+
+    Where our way of undoing writes does not suffice, after torch's own.
+    """
+    with suppress(Unclear, NotFunctional):
+        return Found(functionalise(outline(request)))
     exported, paths = export(request), canonical_paths(request.model)
     try:
         return Found(functionalise(lower(exported, request.names, paths)))

@@ -19,7 +19,7 @@ from gainstage.graph import Provenance
 
 _TORCH = str(Path(torch.__file__).parent) + "/"
 _OWN = str(Path(__file__).parent) + "/"
-_RUN = _OWN + "run.py"  # what called the model
+_CALLERS = frozenset({_OWN + "run.py", _OWN + "outline.py"})  # what called the model
 _FRAME = re.compile(r'File "([^"]+)", line (\d+), in [^\n]*\n([^\n]*)')
 
 
@@ -66,7 +66,7 @@ def user_line_of(traceback: TracebackType | None) -> str:
 def current_line() -> str:
     """The innermost line outside torch and this package that a run on tape is at; empty where a model is torch's alone."""
     frame: FrameType | None = sys._getframe(1)
-    while frame is not None and frame.f_code.co_filename != _RUN:
+    while frame is not None and frame.f_code.co_filename not in _CALLERS:
         filename = frame.f_code.co_filename
         if _is_users(filename):
             return f"{_short(filename)}:{frame.f_lineno}: {linecache.getline(filename, frame.f_lineno).strip()}"

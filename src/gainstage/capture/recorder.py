@@ -22,11 +22,11 @@ from gainstage.graph.flatten import tensor_leaves
 
 aten = torch.ops.aten
 
-_READS = frozenset({aten.item.default, aten.is_nonzero.default, aten._local_scalar_dense.default, aten.equal.default})
+READS = frozenset({aten.item.default, aten.is_nonzero.default, aten._local_scalar_dense.default, aten.equal.default})
 _PLACES = frozenset({aten.where.default, aten.nonzero_numpy.default})  # where a condition holds, a tensor for each dimension
 _DECISIONS = frozenset({aten.is_nonzero.default, aten.equal.default})
-_LEAVING = frozenset({torch.Tensor.numpy, torch.Tensor.__array__, torch.Tensor.tolist, torch.Tensor.__dlpack__})
-_INDEXINGS = frozenset({"index", "index_put", "index_put_", "_index_put_impl_"})
+LEAVING = frozenset({torch.Tensor.numpy, torch.Tensor.__array__, torch.Tensor.tolist, torch.Tensor.__dlpack__})
+INDEXINGS = frozenset({"index", "index_put", "index_put_", "_index_put_impl_"})
 
 
 @contextmanager
@@ -75,7 +75,7 @@ class _Functions(TorchFunctionMode):
     def __torch_function__(self, func: Any, _types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         if func is torch._C._set_grad_enabled:
             self._tape.is_tracked = bool(args[0])
-        elif func in _LEAVING:
+        elif func in LEAVING:
             self._tape.read(args[0])
         elif func is torch.ops.higher_order.cond:
             predicate, then, otherwise, operands = args
@@ -91,7 +91,7 @@ def _write(tape: Tape, op: Callable[..., Any], args: tuple[Any, ...], kwargs: di
     name = short_name(op)
     if name in ASSERTIONS:
         return op(*args, **kwargs)
-    if op in _READS:
+    if op in READS:
         return _read(tape, op, args)
     if op in _PLACES:
         places = op(*args)
@@ -99,11 +99,11 @@ def _write(tape: Tape, op: Callable[..., Any], args: tuple[Any, ...], kwargs: di
         return places
     if name == "masked_select":
         op, args = aten.index.Tensor, _as_indexing(*args)
-    if name in _INDEXINGS or op is aten.index.Tensor:
+    if name in INDEXINGS or op is aten.index.Tensor:
         args = (args[0], _without_masks(tape, args[1]), *args[2:])
     written, named = tape.refer_all(args), tape.refer_all(kwargs)
     result = op(*args, **kwargs)
-    if _has_size_of_values(op, name):
+    if has_size_of_values(op, name):
         tape.freeze(op, written, result)
     else:
         tape.record(op, written, named, result)
@@ -124,8 +124,9 @@ def _read(tape: Tape, op: Any, args: tuple[Any, ...]) -> Any:
     return True if op in _DECISIONS or tensors[0].dtype is torch.bool else 1.0 if tensors[0].is_floating_point() else 1
 
 
-def _has_size_of_values(op: Any, name: str) -> bool:
-    return name not in _INDEXINGS and torch.Tag.dynamic_output_shape in getattr(op, "tags", ())
+def has_size_of_values(op: Any, name: str) -> bool:
+    """Whether values decide the shape of what an operation returns; an index by a condition is left to the caller."""
+    return name not in INDEXINGS and torch.Tag.dynamic_output_shape in getattr(op, "tags", ())
 
 
 def _as_indexing(x: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:

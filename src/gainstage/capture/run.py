@@ -74,7 +74,7 @@ def _record(request: Request, seed: int) -> Recording:
     args, kwargs, _ = on_device_of(model, given_args, given_kwargs)
     _hold_sources(tape, request, model, (args, kwargs))
     stance = torch.compiler.set_stance("force_eager")
-    with quiet(), seeded(seed), plain_modules(), stance, _stacked(tape, model), marked_calls(model, request.loss, tape.mark):
+    with quiet(), seeded(seed), plain_modules(), stance, stacked(tape, model), marked_calls(model, request.loss, tape.mark):
         outputs = _run(tape, model, args, kwargs)
     tape.lowered.outputs = [tape.refer(tensor) for tensor in outputs]
     leaves = _with_gradient(outputs)
@@ -103,10 +103,10 @@ def _hold_sources(tape: Tape, request: Request, model: nn.Module, fed: Any) -> N
         tape.hold(parameter, tape.lowered.add_parameter(base, canonical, parameter).name)
     for name, buffer in model.named_buffers(remove_duplicate=False):
         value = request.buffers.get(name, originals[name]) if buffer.is_meta else originals[name]
-        tape.hold_source(buffer, f"b_{name.replace('.', '_')}", value, name.rpartition(".")[0])
+        tape.hold_source(buffer, tape.name(f"b_{name.replace('.', '_')}"), value, name.rpartition(".")[0])
     values = tensor_leaves((request.args, request.kwargs))
     for name, tensor, value in zip(_input_names(request), tensor_leaves(fed), values, strict=True):
-        tape.hold_source(tensor, name, value, is_input=True)
+        tape.hold_source(tensor, tape.name(name), value, is_input=True)
 
 
 def _input_names(request: Request) -> Iterator[str]:
@@ -147,9 +147,10 @@ def _is_decided_by_draws(made: Recording) -> bool:
 
 
 @contextmanager
-def _stacked(tape: Tape, model: nn.Module) -> Iterator[None]:
+def stacked(tape: Tape, model: nn.Module) -> Iterator[None]:
     """Tell a tape which module calls it is in."""
     counts: dict[str, int] = {}
+    handles = []
 
     def hooks_for(path: str) -> tuple[Any, Any]:
         def enter(_module: nn.Module, _args: Any) -> None:
@@ -164,6 +165,12 @@ def _stacked(tape: Tape, model: nn.Module) -> Iterator[None]:
     for path, module in hookable(model):
         enter, leave = hooks_for(path)
         tape.types[path] = f"{type(module).__module__}.{type(module).__qualname__}"
-        module.register_forward_pre_hook(enter, prepend=True)
-        module.register_forward_hook(leave, always_call=True)
-    yield
+        handles += [
+            module.register_forward_pre_hook(enter, prepend=True),
+            module.register_forward_hook(leave, always_call=True),
+        ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

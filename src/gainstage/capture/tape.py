@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch._ops import OpOverload
-from torch.fx.graph import _Namespace
+from torch.fx.graph import _is_magic, _Namespace, _snake_case
 
 from gainstage.capture.lowered import CallMark, Lowered, meta_of
 from gainstage.capture.provenance import current_line
@@ -50,6 +50,13 @@ class Tape:
         """A name that no node has yet, as torch.fx would choose it."""
         return self._names.create_name(candidate, None)
 
+    def reserved(self, candidate: str) -> str:
+        """A name for what a user feeds or a model holds: as it is, if no node has it."""
+        if candidate in self._names._used_names:
+            return self.name(candidate)
+        self._names._used_names.add(candidate)
+        return candidate
+
     def hold(self, tensor: torch.Tensor, name: str) -> None:
         """Remember that a tensor is the value of a node."""
         self._alive.append(tensor)
@@ -61,7 +68,7 @@ class Tape:
         self, tensor: torch.Tensor, name: str, value: torch.Tensor, path: str = "", *, is_input: bool = False
     ) -> None:
         """Append what the run starts from; ``value`` is what the user gave, ``tensor`` stands for it in the run."""
-        self.hold(tensor, self.lowered.add_source(self.name(name), value, path, is_input=is_input, like=tensor).name)
+        self.hold(tensor, self.lowered.add_source(name, value, path, is_input=is_input, like=tensor).name)
 
     def mark(self, tensor: torch.Tensor, mark: CallMark) -> None:
         """Remember that a module call returned a tensor; inside torch.func it is one of no definite shape."""
@@ -79,6 +86,10 @@ class Tape:
                 self._detached[name] = self._append("detach", aten.detach.default, (Ref(name),), {}, tensor)
             name = self._detached[name]
         return name
+
+    def knows(self, tensor: torch.Tensor) -> bool:
+        """Whether a tensor is the value of a node, or shows the memory of one."""
+        return id(tensor) in self._known or self._seen(tensor) is not None
 
     def _seen(self, tensor: torch.Tensor) -> str | None:
         """Node that shows the memory of a tensor that no operation made: what autograd saved, or ``.data``."""
@@ -111,7 +122,8 @@ class Tape:
 
     def record(self, op: Any, args: Any, kwargs: Any, result: Any) -> None:
         """Append an operation that returned ``result``; its arguments are in the graph's terms."""
-        base = short_name(op) or "operation"
+        base = _snake_case(short_name(op) or "operation")
+        base = base[2:-2] if _is_magic(base) else base
         if isinstance(result, torch.Tensor):
             written = isinstance(op, OpOverload) and op._schema.is_mutable
             if not self.is_tracked and not written and Ref(self._known.get(id(result), "")) in args:

@@ -1,0 +1,270 @@
+"""The modes of torch that see every operation of an outline: it computes shapes alone, and is written on a tape.
+
+What a model holds and is fed stays as it is. An operation meets twins of it on the meta device, and what it returns says that it
+lies where the model does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import nn
+from torch._C import DispatchKey
+from torch._dispatch.python import enable_python_dispatcher
+from torch._ops import HigherOrderOperator, OpOverload
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.schema_check_mode import SchemaCheckMode
+from torch.overrides import TorchFunctionMode
+
+from gainstage.capture.lowered import ASSERTIONS
+from gainstage.capture.recorder import INDEXINGS, LEAVING, READS, has_size_of_values
+from gainstage.capture.tape import Tape
+from gainstage.graph import short_name
+from gainstage.graph.flatten import tensor_leaves
+
+aten = torch.ops.aten
+nondeterministic_seeded = torch.Tag.nondeterministic_seeded
+
+_META = torch.device("meta")
+_OWN: Any = torch.Tensor
+_PLACES: Mapping[Any, Callable[[torch.device], Any]] = {
+    _OWN.device.__get__: lambda home: home,
+    _OWN.is_cpu.__get__: lambda home: home.type == "cpu",
+    _OWN.is_cuda.__get__: lambda home: home.type == "cuda",
+    _OWN.is_meta.__get__: lambda home: home.type == "meta",
+}
+_COPIES = {aten.lift_fresh.default: aten.lift_fresh_copy.default}  # what is written into a constant is not the constant's
+# What reads or changes a tensor without being an operation.
+_UNSEEN = LEAVING | {
+    _OWN.data.__get__, _OWN.data.__set__, _OWN.grad.__get__, _OWN.grad.__set__, _OWN.requires_grad.__set__, _OWN.requires_grad_,
+    _OWN.retain_grad, _OWN.register_hook, _OWN.backward, torch.autograd.grad, _OWN.__deepcopy__, _OWN.__reduce_ex__,
+    _OWN.data_ptr, _OWN.storage, _OWN.untyped_storage, _OWN.set_, _OWN.share_memory_, _OWN.apply_, _OWN.map_, _OWN.map2_,
+    _OWN.get_device, _OWN.cuda, _OWN.pin_memory, _OWN.new, _OWN.new_tensor, _OWN.module_load,
+}  # fmt: skip
+
+
+class Unclear(Exception):  # noqa: N818 - a signal to choose another way, not an error
+    """An outline cannot tell how the model goes on."""
+
+
+@dataclass(slots=True)
+class Twins:
+    """Tensors on the meta device in the place of those that a model holds and is fed; ``home`` is where it lies."""
+
+    home: torch.device
+    varying: set[int] = field(default_factory=set)  # memory that holds what parameters, inputs or random numbers decide
+    _of: dict[int, torch.Tensor] = field(default_factory=dict)  # id of a tensor -> its twin
+    _alive: list[torch.Tensor] = field(default_factory=list)  # so that no id is used twice
+    _memory: set[int] = field(default_factory=set)
+
+    def find(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The twin of a tensor, or the tensor itself if it has none."""
+        return self._of.get(id(tensor), tensor)
+
+    def make(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A twin of a tensor, or the one that it has.
+
+        Raises:
+            Unclear: it is no plain tensor, lies elsewhere, or shares its memory with another one.
+        """
+        if (known := self._of.get(id(tensor))) is not None:
+            return known
+        is_plain = type(tensor) in (torch.Tensor, nn.Parameter, nn.Buffer) and tensor.layout is torch.strided
+        if not is_plain or memory(tensor) in self._memory or (tensor.dim() > 0 and tensor.device != self.home):
+            raise Unclear
+        twin = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=_META)
+        self._of[id(tensor)] = twin.requires_grad_(tensor.requires_grad)
+        self._memory.add(memory(tensor))
+        self._alive.append(tensor)
+        return twin
+
+
+def memory(tensor: torch.Tensor) -> int:
+    """Which memory a tensor shows."""
+    return int(tensor.untyped_storage()._cdata)
+
+
+@contextmanager
+def outlining(tape: Tape, twins: Twins) -> Iterator[None]:
+    """Write on a tape what would run inside."""
+    with enable_python_dispatcher(), _Functions(tape, twins), _Shapes(tape, twins):
+        yield
+
+
+class _Functions(TorchFunctionMode):
+    """Sees what is no operation: where a tensor lies, no_grad, and what an outline has no answer to."""
+
+    def __init__(self, tape: Tape, twins: Twins) -> None:
+        super().__init__()
+        self._tape, self._twins = tape, twins
+
+    def __torch_function__(self, func: Any, _types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        if func in _PLACES and args[0].is_meta:
+            return _PLACES[func](self._twins.home)
+        if func is torch._C._set_grad_enabled:
+            if torch.is_grad_enabled() != self._tape.is_tracked:  # inside of an autograd.Function
+                raise Unclear
+            self._tape.is_tracked = bool(args[0])
+        elif func in _UNSEEN or isinstance(func, HigherOrderOperator) or (func is _OWN.type and len(args) == 1 and not kwargs):
+            raise Unclear
+        elif func is _OWN.__setitem__ and isinstance(args[2], (bool, int, float)) and self._twins.home.type == "cpu":
+            args = (*args[:2], _number(args[2], args[0].dtype))
+        return func(*args, **(kwargs or {}))
+
+
+def _number(value: float, dtype: torch.dtype) -> torch.Tensor:
+    """What torch makes of a number that is written into a tensor on the host, without an operation."""
+    with torch._C._DisablePythonDispatcher():
+        return torch.tensor(value, dtype=dtype, device="cpu")
+
+
+class _Shapes(SchemaCheckMode):  # type: ignore[no-untyped-call]
+    """Sees operations before autograd and before they are decomposed; only kin of this class may stand there."""
+
+    def __init__(self, tape: Tape, twins: Twins) -> None:
+        super().__init__()
+        self.__dict__["_dispatch_key"] = DispatchKey.PreDispatch
+        self._tape, self._twins, self._results = tape, twins, _Results(twins.home)
+
+    def __torch_dispatch__(self, func: Any, _types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        if short_name(func) in ASSERTIONS:
+            return None
+        func = _COPIES.get(func, func)
+        if _is_transformed() or _depends_on_values(func, args):
+            raise Unclear
+        with torch._C.DisableTorchFunction(), torch._C._DisablePythonDispatcher():
+            args, kwargs = _each(args, self._met), _each(kwargs or {}, self._met)
+            written, named = self._tape.refer_all(args), self._tape.refer_all(kwargs)
+            result = self._results.of(func, _each(args, _on_meta), _each(kwargs, _on_meta))
+            self._tape.record(func, written, named, result)
+            self._follow(func, tensor_leaves((args, kwargs)), tensor_leaves(result))
+        return result
+
+    def _follow(self, op: OpOverload, operands: list[torch.Tensor], results: list[torch.Tensor]) -> None:
+        """Give up where gradients are cut off from what varies: torch.export has regions of their own for that."""
+        if nondeterministic_seeded in op.tags or not self._twins.varying.isdisjoint(map(memory, operands)):
+            if not self._tape.is_tracked:
+                raise Unclear
+            self._twins.varying.update(map(memory, results))
+
+    def _met(self, argument: Any) -> Any:
+        """What an operation meets in the place of a tensor that the model holds or has made outside of all operations."""
+        if not isinstance(argument, torch.Tensor):
+            return argument
+        tensor = self._twins.find(argument)
+        if self._tape.knows(tensor):
+            return tensor
+        if tensor.is_meta:
+            raise Unclear
+        twin = self._twins.make(tensor)
+        self._tape.hold_source(twin, self._tape.name("constant"), tensor)
+        return twin
+
+
+def _is_transformed() -> bool:
+    """Whether operations are not what they seem here."""
+    is_under_func = torch._C._functorch.peek_interpreter_stack() is not None
+    return (
+        is_under_func
+        or torch.is_inference_mode_enabled()
+        or torch.is_autocast_enabled("cpu")
+        or torch.is_autocast_enabled("cuda")
+    )
+
+
+def _depends_on_values(op: Any, args: tuple[Any, ...]) -> bool:
+    """Whether values decide the shape of what an operation returns, or where the model goes on."""
+    if op in READS or has_size_of_values(op, short_name(op)):
+        return True
+    if short_name(op) not in INDEXINGS and op is not aten.index.Tensor:
+        return False
+    return any(index.dtype in (torch.bool, torch.uint8) for index in tensor_leaves(args[1]))
+
+
+@dataclass(frozen=True, slots=True)
+class _Layout:
+    """All of a tensor but its values."""
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    requires_grad: bool
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor) -> _Layout:
+        """That of a tensor."""
+        return cls(tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.requires_grad)
+
+    def made(self, device: torch.device) -> torch.Tensor:
+        """A tensor of this layout; one that takes a gradient may be written to, as the result of an operation may."""
+        tensor = torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device=device)
+        return tensor.requires_grad_().clone() if self.requires_grad else tensor
+
+
+@dataclass(slots=True)
+class _Results:
+    """What operations return on the meta device; new tensors of one layout are computed once."""
+
+    home: torch.device
+    _known: dict[Any, _Layout] = field(default_factory=dict)
+
+    def of(self, op: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The result of an operation."""
+        if "device" not in kwargs and _takes_device(op) and not tensor_leaves(args):
+            kwargs = {**kwargs, "device": _META}
+        key = op, torch.is_grad_enabled(), _key(args), _key(tuple(kwargs.items()))
+        if (known := self._known.get(key)) is not None:
+            return known.made(_META)
+        result = op(*args, **kwargs)
+        if not isinstance(result, torch.Tensor) or op._schema.is_mutable or _shares_memory(result, (args, kwargs)):
+            return result
+        layout = _Layout.of(result)
+        if op is aten.scaled_dot_product_attention.default:
+            layout = replace(layout, stride=self._stride_at_home(op, args, kwargs))
+            result = layout.made(_META)
+        if layout.made(_META).stride() == layout.stride:
+            self._known[key] = layout
+        return result
+
+    def _stride_at_home(self, op: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, ...]:
+        """Where the model lies an operation may have other kernels, which lay results out in another way."""
+
+        def moved(argument: Any) -> Any:
+            return _Layout.of(argument).made(self.home) if isinstance(argument, torch.Tensor) else argument
+
+        with FakeTensorMode():
+            return tuple(op(*_each(args, moved), **_each(kwargs, moved)).stride())
+
+
+@lru_cache(maxsize=256)
+def _takes_device(op: OpOverload) -> bool:
+    return any(argument.name == "device" for argument in op._schema.arguments)
+
+
+def _key(argument: Any) -> Any:
+    if isinstance(argument, torch.Tensor):
+        return argument.shape, argument.stride(), argument.dtype, argument.requires_grad
+    if isinstance(argument, (list, tuple)):
+        return tuple([_key(item) for item in argument])
+    return type(argument), argument  # one and True are equal
+
+
+def _shares_memory(result: torch.Tensor, given: Any) -> bool:
+    return any(memory(tensor) == memory(result) for tensor in tensor_leaves(given))
+
+
+def _each(argument: Any, change: Callable[[Any], Any]) -> Any:
+    if isinstance(argument, dict):
+        return {key: _each(item, change) for key, item in argument.items()}
+    if isinstance(argument, (list, tuple)):
+        return type(argument)([_each(item, change) for item in argument])
+    return change(argument)
+
+
+def _on_meta(argument: Any) -> Any:
+    return _META if isinstance(argument, torch.device) else argument
