@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import reduce
 
 import numpy as np
 import torch
@@ -42,7 +43,7 @@ def largest_gradient(g: Value, x: Value, dims: Sequence[int], windows: Sequence[
     other = same.copy()
     full = (1,) * same.ndim
     same[full] = (alike[full] + _of_shared(g, axes, [w for w in windows if len(w) > 1])) * outputs / inputs
-    other[full] = (total[full] - alike[full] * outputs) / max(inputs * (inputs - 1.0), 1.0)
+    other[full] = (total[full] - same[full] * inputs) / max(inputs * (inputs - 1.0), 1.0)
     places = tuple(dim for d in dims for dim in [x.dims[d]] if dim)
     table = np.broadcast_to(np.expand_dims(other, tuple(range(-len(places), 0))), other.shape + (2,) * len(places)).copy()
     table[(slice(None),) * other.ndim + (1,) * len(places)] = same
@@ -50,7 +51,7 @@ def largest_gradient(g: Value, x: Value, dims: Sequence[int], windows: Sequence[
     made_dims = tuple(x.dims[d] if d in dims else axes_d for d, axes_d in enumerate(g.dims))
     profile = _largest_levels(g, made_dims, dims, windows)
     made = gaussian(made_dims, 0.0, np.asarray(table), profile, lineage=g.lineage | x.lineage)
-    return replace(made, given=_given_largest(x, dims, [places.shape[1] for places in windows]).scaled())
+    return replace(made, given=_given_largest(x, dims, windows).scaled())
 
 
 def _of_shared(g: Value, axes: Sequence[Axis], windows: Sequence[Places]) -> float:
@@ -102,12 +103,15 @@ def _largest_at(windows: Places, loud: Array, size: int) -> Array:
     return np.asarray(np.bincount(windows[inside], share[inside], size))
 
 
-def _given_largest(x: Value, dims: Sequence[int], kernels: Sequence[int]) -> Given:
-    window = float(np.prod(kernels))
-    shared = float(np.clip(_within_windows(x, dims, kernels), 0.0, 1.0))
+def _given_largest(x: Value, dims: Sequence[int], windows: Sequence[Places]) -> Given:
+    """What z is where the gradient goes: each window of n entries sends it to one with the density ``n Phi^(n - 1)``."""
+    shared = float(np.clip(_within_windows(x, dims, [places.shape[1] for places in windows]), 0.0, 1.0))
     points, mass = coarse()
     own = np.sqrt(1.0 - shared) * nodes()[:, None] + np.sqrt(shared) * points[None, :]
-    chance = np.vecdot(torch.special.ndtr(torch.from_numpy(own)).numpy() ** (window - 1.0), mass)
+    below = torch.special.ndtr(torch.from_numpy(own)).numpy()
+    sizes = reduce(np.multiply.outer, [(places >= 0).sum(1) for places in windows])
+    counts = zip(*np.unique(sizes, return_counts=True), strict=True)
+    chance = sum(np.vecdot(float(number * size) * below ** (size - 1.0), mass) for size, number in counts) / sizes.size
     return Given(chance, chance)
 
 
