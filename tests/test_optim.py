@@ -300,7 +300,7 @@ def test_weights_that_start_from_zeros_are_compared_with_the_unit_level_weight()
 
 @pytest.mark.parametrize("deviation", [0.0, 0.1])
 def test_quiet_scales_of_a_flow_move_as_if_they_were_at_unit_level(deviation):
-    """Drawn for log-determinants of a deviation of 0.1, or zeros: one rate, ``rho / sqrt(fan-in)``."""
+    """Drawn for log-determinants of a deviation of 0.1, or zeros: N layers reach unit level together."""
     zuko = pytest.importorskip("zuko")
     torch.manual_seed(0)
     flow = gs.Flow(zuko.flows.MAF(6, transforms=2, hidden_features=(64,)))
@@ -310,7 +310,37 @@ def test_quiet_scales_of_a_flow_move_as_if_they_were_at_unit_level(deviation):
     assert len(last) == 2
     for name in last:
         assert plan.parameters[name].distribution.std < 0.02
-        assert rates[name] == pytest.approx(0.01 / 8.0, rel=0.01)
+        assert rates[name] == pytest.approx(0.01 / 8.0 / 2**0.5, rel=0.01)
+        assert rates[name.replace("weight", "bias")] == pytest.approx(0.01 / 2**0.5, rel=0.01)
+
+
+def test_layers_of_a_flow_share_what_they_move_and_log_scales_start_at_any_value():
+    """ActNorm set from data that are normal already: log-scales of nearly 0. At spectral norms N layers follow one gradient."""
+    transforms = pytest.importorskip("nflows.transforms")
+    residual = pytest.importorskip("nflows.nn.nets").ResidualNet
+    torch.manual_seed(0)
+    x = torch.randn(256, 6)
+    x = (x - x.mean(0)) / x.std(0)
+    layers = []
+    for i in range(3):
+        mask = (torch.arange(6) + i) % 2
+        layers.append(transforms.ActNorm(6))
+        layers.append(transforms.AffineCouplingTransform(mask, lambda n, m: residual(n, m, 64, num_blocks=2)))
+    flow = gs.Flow(transforms.CompositeTransform(layers))
+    plan = gs.initialize(flow, (x,), logdet_std=0.1)
+    flow.normalize(x)
+    assert layers[0].log_scale.abs().max() < 1e-6
+    rates = {
+        norm: {name: group["lr"] for group in gs.param_groups(flow, plan, norm=norm) for name, _ in group["params"]}
+        for norm in ("entries", "spectral")
+    }
+    for i in (0, 2, 4):
+        name = f"flow._transforms.{i}.log_scale"
+        assert plan.parameters[name].role == "log_scale"
+        assert rates["entries"][name] == pytest.approx(1e-3, rel=0.01)
+        assert rates["spectral"][name] == pytest.approx(1e-3 / 3**0.5, rel=0.01)
+    assert plan.parameters["flow._transforms.1.transform_net.final_layer.weight"].branches == 3
+    assert plan.parameters["flow._transforms.1.transform_net.blocks.0.linear_layers.0.weight"].branches == 6  # a stream inside
 
 
 def test_where_the_first_gradient_is_zero_sgd_gets_its_smallest_rate():

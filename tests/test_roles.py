@@ -557,7 +557,7 @@ CASES = [
           "unused": "unused", "q.weight": "query", "last.weight": "hidden"},
          logits=[({"q.weight"}, {"k.weight"}, False)], heads=[]),
     Case("state-space", StateSpace, sequence,
-         {"decay": "kept", "shift": "kept", "skip": "layer_scale", "out.weight": "residual_end", "read.weight": "hidden"},
+         {"decay": "log_scale", "shift": "kept", "skip": "layer_scale", "out.weight": "residual_end", "read.weight": "hidden"},
          [[{"out.weight"}]]),
     Case("interpolating", Interpolating, sequence, {"mix": "kept", "last.weight": "hidden"}),
     Case("sinks", SinkAttention, sequence,

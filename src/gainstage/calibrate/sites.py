@@ -71,7 +71,7 @@ def collect_sites(graph: Graph, roles: Roles) -> dict[str, tuple[Site, ...]]:
 
 
 def _is_setting(node: Node, use: Use, *, is_end: bool) -> bool:
-    if use.role in (Role.BIAS, Role.NORM_SHIFT, Role.SLOPE, Role.KEPT, Role.UNUSED):
+    if use.role in (Role.BIAS, Role.NORM_SHIFT, Role.SLOPE, Role.KEPT, Role.LOG_SCALE, Role.UNUSED):
         return False
     return is_contraction(node) or (is_end and use.role in _SCALES)
 

@@ -86,10 +86,28 @@ def compared_with(planned: ParameterPlan, plan: Plan, rms: float) -> float:
     """The size that a parameter's updates are shares of: its rms at the start, or the one that it is meant to reach.
 
     The last weights of a flow's scales and shifts start from zeros or from as little as makes the flow quiet, and are to grow by
-    orders of magnitude: shares of what they start from would hardly move them.
+    orders of magnitude: shares of what they start from would hardly move them, nor the biases beside them. What N layers add,
+    log-scales and shifts, is to reach unit level together, so that a weight of each reaches ``1 / sqrt(N fan-in)``, its
+    bias ``1 / sqrt(N)``. A log-scale that moves by rho moves its scale by that share, whatever its own value is: its size is 1.
     """
-    is_quiet = is_matrix(planned) and Role(planned.role) in (Role.COUPLING_SCALE, Role.COUPLING_SHIFT)
-    return reached_scale(planned, plan) if is_quiet or rms == 0.0 else rms
+    if Role(planned.role) is Role.LOG_SCALE:
+        return 1.0
+    if _is_quiet(planned):
+        return reached_scale(planned, plan) / math.sqrt(planned.branches)
+    if Role(planned.role) is Role.BIAS and any(_is_quiet(other) for other in _beside(planned, plan)):
+        return 1.0 / math.sqrt(planned.branches)
+    return reached_scale(planned, plan) if rms == 0.0 else rms
+
+
+def _is_quiet(planned: ParameterPlan) -> bool:
+    """The last weight of a flow's scales or shifts."""
+    return is_matrix(planned) and Role(planned.role) in (Role.COUPLING_SCALE, Role.COUPLING_SHIFT)
+
+
+def _beside(planned: ParameterPlan, plan: Plan) -> list[ParameterPlan]:
+    """Parameters of the same module, itself included."""
+    path = planned.name.rpartition(".")[0]
+    return [other for name, other in plan.parameters.items() if name.rpartition(".")[0] == path]
 
 
 def reached_scale(planned: ParameterPlan, plan: Plan) -> float:

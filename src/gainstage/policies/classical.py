@@ -12,6 +12,7 @@ _OTHERS: dict[Role, Target] = {
     Role.LAYER_SCALE: Keep(),
     Role.BIAS: Zero(),
     Role.TEMPERATURE: Keep(),
+    Role.LOG_SCALE: Keep(),
     Role.SLOPE: Keep(),
     Role.KEPT: Keep(),
     Role.UNUSED: Keep(),

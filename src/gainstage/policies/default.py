@@ -75,6 +75,7 @@ def unit(*, logit_variance: float = 1.0, branch_shares: Mapping[str, float] | No
             Role.LAYER_SCALE: StreamShare(),
             Role.BIAS: Zero(),
             Role.TEMPERATURE: logits,
+            Role.LOG_SCALE: Keep(),
             Role.SLOPE: Keep(),
             Role.KEPT: Keep(),
             Role.UNUSED: Keep(),

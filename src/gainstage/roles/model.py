@@ -31,6 +31,7 @@ class Role(Enum):
     LAYER_SCALE = "layer_scale"  # multiplies a signal that no norm has just normalised, entry by entry
     BIAS = "bias"
     TEMPERATURE = "temperature"  # multiplies attention logits
+    LOG_SCALE = "log_scale"  # its exponential multiplies a signal; kept
     SLOPE = "slope"  # a learnable parameter of an activation
     KEPT = "kept"  # nothing contracts it: positional tables, class tokens, state-space constants
     UNUSED = "unused"  # reaches no output
@@ -41,6 +42,9 @@ CONTRACTED = frozenset({
     Role.OUTPUT_HEAD, Role.QUERY, Role.KEY, Role.VALUE, Role.ROUTER, Role.RESIDUAL_END, Role.MERGE_END, Role.GATE,
     Role.COUPLING_SCALE, Role.COUPLING_SHIFT, Role.HIDDEN, Role.DEPTHWISE,
 })  # fmt: skip
+
+# Data: nothing contracts them, and they stay as they are.
+TABLES = frozenset({Role.KEPT, Role.LOG_SCALE})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -25,7 +25,7 @@ from gainstage.graph.families import (
     is_transposed,
 )
 from gainstage.roles.coordinates import arriving, numbered, thin
-from gainstage.roles.model import Role
+from gainstage.roles.model import TABLES, Role
 from gainstage.roles.wiring import Wiring
 
 CONTRACTED = (Role.HIDDEN, Role.DEPTHWISE)
@@ -73,9 +73,9 @@ def find_sites(wiring: Wiring) -> Mapping[int, tuple[Site, ...]]:
                     site = _Reader(wiring, reader, weight, parameters[parameter], degree, logit_path).site()
                     found.setdefault(reader, []).append(site)
     interpolating = {
-        site.parameter for sites in found.values() for site in sites if site.role is Role.KEPT and math.isnan(site.degree)
+        site.parameter for sites in found.values() for site in sites if site.role in TABLES and math.isnan(site.degree)
     }
-    data = {site.parameter for sites in found.values() for site in sites if site.role is Role.KEPT}
+    data = {site.parameter for sites in found.values() for site in sites if site.role in TABLES}
     return {node: tuple(_token(_kept(site, interpolating), data) for site in sites) for node, sites in found.items()}
 
 
@@ -218,6 +218,8 @@ class _Reader:
         if signal >= 0 and self.node in self.logit_path and _widths(self.shape()) <= 1:
             return self.temperature()
         if signal < 0 or math.isnan(self.degree) or self.degree <= 0.0:
+            if self.is_exponential():
+                return self.plain(Role.LOG_SCALE, f"multiplies a signal in {self.place} by its exponential", degree=math.nan)
             return self.plain(Role.KEPT, f"enters {self.place} through a function that is no scale", degree=math.nan)
         if self.wiring.names[self.node] == "div":
             return self.plain(Role.KEPT, f"divides in {self.place}")
@@ -226,6 +228,15 @@ class _Reader:
         if self.wiring.is_normalised[signal]:
             return self.plain(Role.NORM_SCALE, f"multiplies a normalised signal in {self.place}", degree=self.degree)
         return self.plain(Role.LAYER_SCALE, f"multiplies a signal entry by entry in {self.place}", degree=self.degree)
+
+    def is_exponential(self) -> bool:
+        """Tell whether the weight is the exponential of the parameter, but for signs and movement."""
+        passed = set()
+        i = self.weight
+        while i != self.source and len(self.wiring.operands[i]) == 1:
+            passed.add(self.wiring.names[i])
+            i = self.wiring.operands[i][0]
+        return i == self.source and "exp" in passed and passed <= MOVEMENT | {"exp", "neg"}
 
     def temperature(self) -> Site:
         """What multiplies or divides logits as a whole or head by head; by its own effect, whatever function it comes through."""

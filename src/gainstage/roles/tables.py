@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from gainstage.graph import Graph, NodeKind
 from gainstage.graph.families import LOOKUP
-from gainstage.roles.model import Role
+from gainstage.roles.model import TABLES, Role
 
 
 def is_data(graph: Graph, parameter: str, role: Role) -> bool:
     """Tell whether a parameter is a table that is added or joined as it is, or looked up at places that are always the same."""
-    if role is Role.KEPT:
+    if role in TABLES:
         return True
     if role is not Role.EMBEDDING:
         return False

@@ -21,6 +21,7 @@ KEPT = Distribution(family=Family.KEEP)
 
 # A signal that is multiplied, not contracted: the parameter starts as the identity, whatever its level is for.
 _SCALES = frozenset({Role.NORM_SCALE, Role.LAYER_SCALE})
+_OTHERS = frozenset({Role.BIAS, Role.NORM_SHIFT, Role.KEPT, Role.LOG_SCALE, Role.SLOPE, Role.RECURRENT})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,7 +48,7 @@ def effective_role(graph: Graph, roles: Roles, name: str) -> Role:
     """The role that chooses a target: a norm's weight that ends a branch is a scale, not a contraction."""
     role = roles.of(name)
     use = next(iter(roles.uses.get(name, ())), None)
-    if use is None or role in _SCALES or role in (Role.BIAS, Role.NORM_SHIFT, Role.KEPT, Role.SLOPE, Role.RECURRENT):
+    if use is None or role in _SCALES | _OTHERS:
         return role
     if any(is_contraction(graph.by_name[use.node]) for use in roles.uses[name]):
         return role
