@@ -1,7 +1,15 @@
 """The abstract value of a tensor, and its algebra. Knows tensors' shapes and Gaussians; no graph, no operations of torch."""
 
-from gainstage.signal.adjoint import across_rows, lookup_gradient, normalise_gradient, to_reader, turned_by
-from gainstage.signal.adjoint_given import accumulated, along_weight, through_slope, times_own, to_summand
+from gainstage.signal.adjoint import across_rows, lookup_gradient, normalise_gradient, to_channels, to_reader, turned_by
+from gainstage.signal.adjoint_given import (
+    accumulated,
+    along_own,
+    along_weight,
+    left_by_slope,
+    through_slope,
+    to_be_summed,
+    to_summand,
+)
 from gainstage.signal.adjoint_maxima import largest_gradient
 from gainstage.signal.adjoint_softmax import of_product, softmax_gradient
 from gainstage.signal.attention import participation, softmax
@@ -29,6 +37,7 @@ __all__ = [
     "accumulated",
     "across_rows",
     "affine",
+    "along_own",
     "along_weight",
     "apply",
     "coins",
@@ -48,6 +57,7 @@ __all__ = [
     "join",
     "known",
     "largest_gradient",
+    "left_by_slope",
     "lookup",
     "lookup_gradient",
     "max_over",
@@ -69,7 +79,8 @@ __all__ = [
     "softmax_gradient",
     "take",
     "through_slope",
-    "times_own",
+    "to_be_summed",
+    "to_channels",
     "to_reader",
     "to_summand",
     "turned_by",

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from gainstage.signal import levels
-from gainstage.signal.adjoint_given import times_own
+from gainstage.signal import levels, shares
+from gainstage.signal.adjoint_given import along_own
 from gainstage.signal.alike import averaged, border, centred, mean_square
 from gainstage.signal.axes import Axis
 from gainstage.signal.between import rescaled
@@ -63,7 +63,7 @@ def normalise_gradient(g: Value, x: Value, dims: Sequence[int], eps: float, *, c
     if x.uneven is not None and not any(axis in x_axes for axis in x.uneven.axes):
         stray += x.uneven.centred if centre else x.uneven.variance
     xhat = normalise(x, x_axes, eps, centre=centre)
-    along = averaged_over(times_own(g, xhat).table, g, axes) * (1.0 - (0.0 if g.across is None else g.across.over(axes)))
+    along = averaged_over(along_own(g, xhat, axes).table, g, axes)
     common = averaged_over(g.table, g, axes) if centre else np.zeros_like(along)
     largest = float(border(x, at)[(-1,) * x.table.ndim]) / level if centre and level > 0.0 else 0.0
     inverse_factor, kept_along = _stray_inverse(stray, eps / level if level > 0.0 else 0.0, largest)  # level has eps in it
@@ -140,6 +140,18 @@ def across_rows(g: Value, of: Value, weight: Value, found: Value) -> Value:
     assert g.uneven is not None
     alike = (g.uneven.centred - (weight.marginal.kurtosis - 3.0) * weight.shape[0] / float(np.prod(weight.shape))) / 2.0
     return affine(found, max(1.0 - alike, 0.0) ** 0.5)
+
+
+def to_channels(g: Value, found: Value, channels: int) -> Value:
+    """The gradient W^T g of the input x of ``y = W x``, each output of which reads some channels, where g has nothing along y.
+
+    ``sum g' x = sum g y`` over all places and the channels that are read: nothing of it is along them. Of one channel alone, that
+    of a depthwise kernel, all of its part along x is gone.
+    """
+    places = [axis for d, dim in enumerate(g.dims) if d != 1 for axis in dim]
+    gone, _ = shares.gone(g.across, places)
+    after = frozenset(axis for d, dim in enumerate(found.dims) if d != 1 for axis in dim)
+    return replace(found, across=Share(after, gone / channels)) if gone > 0.0 else found
 
 
 def turned_by(g: Value, x: Value, y: Value, slopes: Array) -> float:

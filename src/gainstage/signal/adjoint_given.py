@@ -12,34 +12,59 @@ A function that is written out, such as ``y = x sigmoid(x)``, sends ``g r_1`` an
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial, reduce
 
 import numpy as np
 import torch
 
 from gainstage.signal import shares
+from gainstage.signal.axes import Axis
 from gainstage.signal.copies import replace
 from gainstage.signal.joining import join
 from gainstage.signal.linear import affine, multiply
-from gainstage.signal.movement import parts_along, together
+from gainstage.signal.movement import parts_along, together, with_axes
 from gainstage.signal.neighbours import through
 from gainstage.signal.pointwise import align, combine, of_one_latent
 from gainstage.signal.quadrature import Array, evaluate_series, expectation, invert_series, nodes, power_series, weights
+from gainstage.signal.shares import Share
 from gainstage.signal.slicing import slices
 from gainstage.signal.value import Given, Value, gaussian
 
 STAGGER = 8
 TERMS = 3  # of a gradient that are followed each by itself
+NOTHING = 0.02  # of a gradient's part along its tensor: if no more than this is gone, it is as if nothing was
 
 
-def through_slope(g: Value, steepness: tuple[Value, Array], against: float = 0.0) -> Value:
+def through_slope(
+    g: Value, steepness: tuple[Value, Array], against: float = 0.0, gone: tuple[float, float] = (0.0, 0.0)
+) -> Value:
     """``g f'(u)`` for the slope f'(u) of an activation: what g knows of u and what the slope knows of it are not independent.
 
-    ``against``: of the result, see :func:`turned_by`.
+    ``against``: of the result, see :func:`turned_by`. ``gone``: see :func:`left_by_slope`.
     """
     if terms := _terms(g):
-        return replace(reduce(accumulated, [through_slope(term, steepness) for term in terms]), against=against)
+        made = reduce(accumulated, [through_slope(term, steepness, gone=gone) for term in terms])
+        return replace(made, against=against)
+    lost = None if g.across is None else Share(g.across.axes, g.across.share * gone[0], g.across.share * gone[1])
+    return replace(_times_slope(g, steepness, against), across=lost)
+
+
+def left_by_slope(x: Value, y: Value, slopes: Array) -> tuple[float, float]:
+    """Of a g that has no sum and nothing along ``y = f(x)``: shares of ``sum g f' h`` that are gone, ``corr^2(f' h, f)``.
+
+    For ``h = x`` that is all where f(c x) = c f(x), as of ReLU; for h = 1, the sum, which has ``Var(f')`` left, .47 of ReLU's.
+    """
+    return _correlation(slopes * x.marginal.values, y.marginal.values) ** 2, _correlation(slopes, y.marginal.values) ** 2
+
+
+def _correlation(first: Array, second: Array) -> float:
+    first, second = first - expectation(first), second - expectation(second)
+    norms = expectation(first**2) * expectation(second**2)
+    return expectation(first * second) / norms**0.5 if norms > 0.0 else 0.0
+
+
+def _times_slope(g: Value, steepness: tuple[Value, Array], against: float) -> Value:
     base, (g, slopes) = g, align(g, steepness[0])
     own = Given(slopes.marginal.values, steepness[1], base)
     if g.given is None:
@@ -126,22 +151,40 @@ def accumulated(first: Value, second: Value, of: Value | None = None) -> Value:
         x, y = align(first, second)
         across = shares.added(x.axes, y.axes, shares.times(first.across, own), shares.times(second.across, rest))
         total = replace(total, against=own * first.against + rest * second.against, across=across)
-    if all(g.given is None or g.given.is_even for g in (first, second)) or total.second_moment <= 0.0:
+    if total.second_moment <= 0.0 or not any(_is_known(g) for g in (first, second)):
         return replace(total, given=None)
     even = Given(np.ones(nodes().shape), np.ones(nodes().shape))
     a, b = first.given or even, second.given or even
     share = first.second_moment / (first.second_moment + second.second_moment)
-    common = _share_in_common(*align(first, second), share)
+    x, y = align(first, second)
+    common = _share_in_common(x, y, share)
     mean = np.sqrt(common * a.mean**2 + (1.0 - common) * b.mean**2)
     louder = a if common > 0.5 else b
     given = Given(mean, share * a.square + (1.0 - share) * b.square, louder.base).scaled()
-    terms = _loudest([*(_terms(first) or (first,)), *(_terms(second) or (second,))])
-    return replace(total, given=None if given is None else replace(given, terms=terms, table=total.table))
+    met = total.table - x.table - y.table  # as where a pool less its input sends one gradient back by two ways
+    if given is None or float(np.abs(met).max()) > 1e-9 * total.second_moment:
+        return replace(total, given=given)
+    terms = _loudest([_on_axes(term, total) for g in (first, second) for term in _terms(g) or (g,)])
+    return replace(total, given=replace(given, terms=terms, table=total.table))
+
+
+def _is_known(g: Value) -> bool:
+    """Whether a gradient is not as any other to its tensor: what it knows of it, or does not have along it."""
+    return (g.given is not None and not g.given.is_even) or (g.across is not None and g.across.share > NOTHING)
 
 
 def _terms(g: Value) -> tuple[Value, ...]:
     """The independent gradients that g is the sum of, where they know different things of its tensor."""
     return g.given.terms if g.given is not None and g.given.table is g.table else ()
+
+
+def _on_axes(term: Value, total: Value) -> Value:
+    """A term, its coordinates named as those of the sum."""
+    term = align(total, term)[1]
+    names = dict(zip(term.axes, total.axes, strict=True))
+    lost = term.across
+    across = None if lost is None else replace(lost, axes=frozenset(names.get(axis, axis) for axis in lost.axes))
+    return replace(with_axes(term, total.dims), across=across)
 
 
 def _loudest(terms: list[Value]) -> tuple[Value, ...]:
@@ -186,13 +229,26 @@ def _share_in_common(first: Value, second: Value, alone: float) -> float:
     return float(np.clip(first.table[most] / total, 0.0, 1.0)) if weight[most] > 0.0 else alone
 
 
-def times_own(g: Value, x: Value) -> Value:
+def along_own(g: Value, x: Value, axes: Sequence[Axis]) -> Value:
+    """``g x`` for a gradient g and its tensor x, or an affine function of it, to be summed over some axes of g."""
+    return _each(g, lambda term: affine(_times_own(term, x), (1.0 - shares.gone(term.across, axes)[0]) ** 0.5))
+
+
+def to_be_summed(g: Value, axes: Sequence[Axis]) -> Value:
+    """A gradient that is summed over some axes."""
+    return _each(g, lambda term: affine(term, (1.0 - shares.gone(term.across, axes)[1]) ** 0.5))
+
+
+def _each(g: Value, function: Callable[[Value], Value]) -> Value:
+    """Sum of a function of each term."""
+    return reduce(partial(combine, torch.add), [function(term) for term in _terms(g) or (g,)])
+
+
+def _times_own(g: Value, x: Value) -> Value:
     """``g x`` for a gradient g and the tensor x that it belongs to, or an affine function of it.
 
     Where g has met x in an activation, ``g = g0 r(x)``: two entries have ``E[g g'] E[r x r' x'] / E[r r']``, by Mehler's formula.
     """
-    if terms := _terms(g):
-        return reduce(partial(combine, torch.add), [times_own(term, x) for term in terms])
     g, x = together(*align(g, x))
     if g.given is None:
         return multiply(g, x)

@@ -17,6 +17,7 @@ from gainstage.signal import (
     combine,
     dropout,
     join,
+    left_by_slope,
     of_one_latent,
     slope,
     take,
@@ -40,7 +41,9 @@ def times_slope(call: BackwardCall, g: Value, x: Value, *args: Any, **kwargs: An
         return (join([found for (found,) in each if found is not None], parts[0]),)
     op: Any = call.op
     steepness = slope(lambda t: op(t, *args, **kwargs), x)
-    return (through_slope(g, steepness, turned_by(g, x, call.output, steepness[0].marginal.values)),)
+    slopes = steepness[0].marginal.values
+    against, gone = turned_by(g, x, call.output, slopes), left_by_slope(x, call.output, slopes)
+    return (through_slope(g, steepness, against, gone),)
 
 
 backward(aten.pow.Tensor_Scalar)(times_slope)

@@ -24,6 +24,7 @@ from gainstage.signal import (
     of_product,
     permute,
     reshape,
+    to_channels,
     to_reader,
 )
 from gainstage.signal.copies import replace
@@ -137,7 +138,7 @@ def convolution(
     taps = [windows(*args) for args in each]
     terms = float(np.prod(weight.shape[1:]))
     through = convolve(g, weight, back, groups, transposed=True)
-    to_x = to_reader(g, call.output, weight, through, terms=terms, groups=float(groups))
+    to_x = to_channels(g, to_reader(g, call.output, weight, through, terms=terms, groups=float(groups)), weight.shape[1])
     if not call.wants(1, 2):
         return (to_x,)
     to_weight = across_rows(g, call.output, weight, convolution_weight_gradient(g, x, weight.shape, taps, groups))

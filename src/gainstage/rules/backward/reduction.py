@@ -22,6 +22,7 @@ from gainstage.rules.reduction import (
 from gainstage.signal import (
     Value,
     affine,
+    along_own,
     apply,
     combine,
     expand,
@@ -29,7 +30,7 @@ from gainstage.signal import (
     largest_gradient,
     normalise_gradient,
     reshape,
-    times_own,
+    to_be_summed,
 )
 
 aten = torch.ops.aten
@@ -142,8 +143,10 @@ def _affine_part(
     g: Value, xhat: Value, weight: Value | None, bias: Value | None, shape: Sequence[int]
 ) -> tuple[Gradient, Gradient]:
     """Gradients of the norm's scale, ``sum g xhat``, and of its shift, ``sum g``."""
-    to_weight = None if weight is None else reshape(to_shape(times_own(g, xhat), shape), weight.shape)
-    to_bias = None if bias is None else reshape(to_shape(g, shape), bias.shape)
+    kept = [*[1] * (len(g.dims) - len(shape)), *shape]
+    axes = [axis for dim, size in zip(g.dims, kept, strict=True) if size == 1 for axis in dim]
+    to_weight = None if weight is None else reshape(to_shape(along_own(g, xhat, axes), shape), weight.shape)
+    to_bias = None if bias is None else reshape(to_shape(to_be_summed(g, axes), shape), bias.shape)
     return to_weight, to_bias
 
 
