@@ -29,9 +29,10 @@ import torch
 from gainstage.signal import levels
 from gainstage.signal.attention import Powers, apart, known_shares, powers_of
 from gainstage.signal.axes import descends
+from gainstage.signal.between import differing, over_pairs, with_pairs_of
 from gainstage.signal.copies import replace
 from gainstage.signal.movement import merge_dim, together
-from gainstage.signal.overlap import NONE, Overlap
+from gainstage.signal.overlap import NONE, PAIRS, Overlap
 from gainstage.signal.quadrature import Array
 from gainstage.signal.value import Logits, Value, gaussian
 
@@ -51,7 +52,8 @@ def softmax_gradient(g: Value, p: Value, x: Value, dim: int) -> Value:
         return gaussian(g.dims, 0.0, np.zeros_like(g.table))
     position = sum(len(d) for d in g.dims[:dim])
     size = g.shape[dim]
-    slopes = _slopes(x, dim)
+    keys = differing(g, position)
+    slopes = _slopes(x, dim, keys)
     rho = np.zeros_like(np.take(p.table, 1, axis=position))
     if p.tilt is not None and slopes.variance > 0.0:
         rho = np.clip(np.take(p.tilt.table, 1, axis=position) / slopes.variance, 0.0, 1.0)
@@ -63,16 +65,51 @@ def softmax_gradient(g: Value, p: Value, x: Value, dim: int) -> Value:
     same[(1,) * same.ndim] *= together_
     table = np.stack([-same / (size - 1.0), same], axis=position)
     found = gaussian(g.dims, 0.0, table, profile, lineage=g.lineage | p.lineage, stray=g.stray.hidden())
-    return _agreeing(found, d, slopes, dim)
+    return _agreeing(found, d, slopes, dim, 0.0 if keys is None else _of_known_pairs(x, g, dim, keys))
 
 
-def _agreeing(a: Value, d: Value, slopes: _Slopes, dim: int) -> Value:
-    """``a = p (d - sum p d)`` along a dimension, with what two keys have in common of a because they have it of d."""
+def _agreeing(a: Value, d: Value, slopes: _Slopes, dim: int, known: float) -> Value:
+    """``a = p (d - sum p d)`` along a dimension, with what two keys have in common of a because they have it of d.
+
+    ``known``: see :func:`_of_known_pairs`.
+    """
     n, names = float(a.shape[dim]), [name for name, axes in d.read if axes <= frozenset(d.dims[dim])]
     if not names or n <= 1.0 or a.second_moment <= 0.0:
         return a
-    pair = d.second_moment * slopes.between / (n * (n - 1.0))
-    return _read_along(a, dim, names, d.overlap.centred().times((pair / a.second_moment) ** 2))
+    pair = 1.0 / (n * (n - 1.0) * a.second_moment)
+    overlap = d.overlap.centred().times((pair * d.second_moment * slopes.between) ** 2)
+    if known > 0.0:
+        uniform = powers_of(0.0, 1.0 / slopes.square).between()
+        share = pair * known * slopes.between / uniform if uniform > 0.0 else 0.0
+        overlap = overlap.with_causes({PAIRS: share**2})
+    return _read_along(a, dim, names, overlap)
+
+
+def _of_known_pairs(x: Value, d: Value, dim: int, keys: Array) -> float:
+    """``sum over s != s' of E[a_s a_s'] D_ss'`` over the deviation of D: what two keys share of d beyond the average pair.
+
+    Logits are of what values are of, so that ``k_s . k_s'`` has the same D. For weights that are known beforehand.
+    """
+    apart, deviation = keys * (1.0 - np.eye(len(keys))), over_pairs(keys)
+    if deviation <= 0.0:
+        return 0.0
+    rows = np.full((1, len(keys)), 1.0 / len(keys)) if x.prior is None else known_shares(x, dim).movedim(dim, -1).double().numpy()
+    rows = rows.reshape(-1, len(keys))
+    met, own = rows @ keys, rows @ apart
+    found = ((rows @ (keys * apart)) * rows).sum(1) - 2.0 * (rows * met * own).sum(1) + (met * rows).sum(1) * (own * rows).sum(1)
+    position = sum(len(axes) for axes in d.dims[:dim])
+    common = float(np.take(d.table, 0, axis=position)[(-1,) * (d.table.ndim - 1)])
+    loud = _loud_rows(d, dim, len(found))
+    return (d.second_moment - common) * float((found * loud).mean()) / deviation
+
+
+def _loud_rows(d: Value, dim: int, rows: int) -> Array:
+    """Mean square of each row of d over that of all, for the rows of weights that are known."""
+    if d.levels is None or dim == 0 or len(d.dims[dim - 1]) != 1:
+        return np.ones(rows)
+    axis = d.dims[dim - 1][0]
+    each = levels.over(d.levels, d.axes.index(axis), axis.size) ** 2
+    return np.tile(each, rows // axis.size) if rows % axis.size == 0 else np.ones(rows)
 
 
 def of_product(found: Value, g: Value, a: Value, b: Value, labels: tuple[str, str, str]) -> Value:
@@ -88,7 +125,7 @@ def of_product(found: Value, g: Value, a: Value, b: Value, labels: tuple[str, st
         names = [name for name, read in known if axes and all(descends(axis, read) for axis in axes)]
         if label in from_b and label not in from_g and names:
             overlap = b.overlap if b.tilt is None else _leaning(a, b.tilt.of)
-            return _read_along(found, dim, names, overlap)
+            return _read_along(with_pairs_of(found, dim, b, from_b.index(label)), dim, names, overlap)
     for dim, label in enumerate(own):
         names = [name for name, read in g.read if read == frozenset(found.dims[dim])]
         if label in from_g and label not in from_b and names:
@@ -126,7 +163,7 @@ class _Slopes:
     pattern: Array | None = None
 
 
-def _slopes(x: Value, dim: int) -> _Slopes:
+def _slopes(x: Value, dim: int, keys: Array | None = None) -> _Slopes:
     position = sum(len(d) for d in x.dims[:dim])
     within = np.take(x.covariance, 1, axis=position) - np.take(x.covariance, 0, axis=position)
     variance = round(max(float(within[(1,) * within.ndim]), 0.0), 9)
@@ -151,9 +188,9 @@ def _slopes(x: Value, dim: int) -> _Slopes:
     square = mean([powers.square for powers in found])
     between, lean = mean([powers.between() for powers in found]), mean([powers.lean() for powers in found])
     size = 1.0 / max(float(squares.mean()), 1e-300)
-    pairs = _of_known_rows(rows) * _over(_of_two_rows(powers_of(variance, size, x.flatness), size), 1.0 / size)
-    pattern = _pattern(share, dim, (picked, np.array(slope)))
-    return _Slopes(variance, _over(mean(slope), square), pairs, square, between, lean, pattern)
+    pairs = _of_known_rows(rows, keys) * _over(_of_two_rows(powers_of(variance, size, x.flatness), size), 1.0 / size)
+    pattern, louder = _pattern(share, dim, (picked, np.array(slope)), keys)
+    return _Slopes(variance, louder * _over(mean(slope), square), pairs, square, between, lean, pattern)
 
 
 def _over(slope: float, overlap: float) -> float:
@@ -169,29 +206,46 @@ def _of_two_rows(powers: Powers, size: float) -> float:
     return (1.0 - 2.0 * square + square**2) / size + (1.0 - square) ** 2 / (size * (size - 1.0))
 
 
-def _of_known_rows(rows: torch.Tensor) -> float:
+def _of_known_rows(rows: torch.Tensor, keys: Array | None) -> float:
     """``F / (U (1 - U))`` of different rows of weights that are known, on average over pairs; of many rows, of some."""
     rows = rows[:: max(len(rows) // ROWS, 1)]
     if len(rows) < 2:
         return 1.0
-    overlap, cubes = rows @ rows.T, rows.square() @ rows.T
-    slope = overlap - cubes - cubes.T + overlap.square()
+    own, met = _meeting(rows, keys)
+    cubes = (rows * met) @ rows.T
+    overlap = rows @ rows.T
+    slope = (rows * own) @ rows.T - cubes - cubes.T + overlap * (met @ rows.T)
     count = len(rows) * (len(rows) - 1.0)
     means = [float(part.sum() - part.diagonal().sum()) / count for part in (slope, overlap)]
     return _over(*means)
 
 
-def _pattern(share: torch.Tensor, dim: int, slopes: tuple[Array, Array]) -> Array | None:
-    """Mean square of a for each query and key, by the weights that are known beforehand."""
+def _meeting(rows: torch.Tensor, keys: Array | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """``K_d[s, s]`` and ``sum over u of p_u K_d[u, s]``, for each key s; 1 and p_s where no two keys differ from others."""
+    if keys is None:
+        return torch.ones(rows.shape[-1], dtype=torch.float64), rows
+    known = torch.from_numpy(keys)
+    return known.diagonal(), rows @ known
+
+
+def _pattern(share: torch.Tensor, dim: int, slopes: tuple[Array, Array], keys: Array | None) -> tuple[Array | None, float]:
+    """Mean square of a for each query and key, by the weights that are known beforehand, and how much more it is by the keys.
+
+    ``p_s^2 (K_d[s, s] - 2 sum p_u K_d[u, s] + sum p_u p_u' K_d[u, u'])``: a query near the start has its first few keys only.
+    """
     if dim == 0 or share.dim() < 2 or share.shape[-2] == 1:
-        return None
+        return None, 1.0
     flat = share.reshape(-1, *share.shape[-2:]).double()
     square = flat.square().sum(-1, keepdim=True)
-    pattern = flat.square() * ((1.0 - flat).square() + square - flat.square())
-    plain = pattern.sum(-1, keepdim=True)
+    plain, found = (
+        flat.square() * (own - 2.0 * met + (met * flat).sum(-1, keepdim=True))
+        for own, met in (_meeting(flat, None), _meeting(flat, keys))
+    )
+    sums = plain.sum(-1, keepdim=True).numpy()
     counts = 1.0 / square.clamp_min(1e-300).numpy()
-    gain = np.interp(counts, *slopes) / np.maximum(plain.numpy(), 1e-300)
-    return np.asarray((pattern.numpy() * np.where(plain.numpy() > 0.0, gain, 0.0)).mean(0))
+    gain = np.where(sums > 0.0, np.interp(counts, *slopes) / np.maximum(sums, 1e-300), 0.0)
+    before, pattern = (np.asarray((part.numpy() * gain).mean(0)) for part in (plain, found))
+    return pattern, float(pattern.sum() / before.sum()) if before.any() else 1.0
 
 
 def _profile(g: Value, position: int, dim: int, pattern: Array | None) -> tuple[Array | None, float]:

@@ -87,6 +87,40 @@ def rescaled(x: Value, position: int, ratio: Array, table: Array) -> tuple[Gram 
     return Gram(axis, factors, over, _over_mean(found, axis.size)), table
 
 
+def with_pairs_of(y: Value, dim: int, x: Value, other: int) -> Value:
+    """A product y whose places along a dimension are those of x along another, with what pairs of them share of x."""
+    if x.gram is None or x.dims[other] != (x.gram.axis,) or len(y.dims[dim]) != 1:
+        return y
+    return replace(y, gram=Gram(y.dims[dim][0], x.gram.factors))
+
+
+def differing(x: Value, position: int) -> Array | None:
+    """``(E[x_s x_t] - K) / (E[x^2] - K)`` for pairs of places, K what two have in common on average; None where all are alike."""
+    axis, index = x.axes[position], _apart(x, position)
+    common, own = float(x.table[index]), x.second_moment
+    if not _has(x, axis) or axis.size > LONG or own <= common:
+        return None
+    assert x.gram is not None
+    matrix = common * between_places(x.gram.factors, axis.size)
+    np.fill_diagonal(matrix, own * levels.over(x.levels, position, axis.size) ** 2)
+    return np.asarray((matrix - common) / (own - common))
+
+
+def deviation(x: Value) -> float:
+    """Deviation over pairs of places of what two share, relative to the second moment; 0 where all are alike."""
+    if x.gram is None or x.gram.axis not in x.axes:
+        return 0.0
+    position = x.axes.index(x.gram.axis)
+    matrix = differing(x, position)
+    return 0.0 if matrix is None else over_pairs(matrix) * (1.0 - float(x.table[_apart(x, position)]) / x.second_moment)
+
+
+def over_pairs(matrix: Array) -> float:
+    """Root mean square of what is not on the diagonal."""
+    size = len(matrix)
+    return float(((np.square(matrix).sum() - np.square(matrix.diagonal()).sum()) / (size * (size - 1.0))) ** 0.5)
+
+
 def of_part(x: Value, moved: Value, position: int, part: slice, ratio: float) -> Value:
     """A range of positions, louder than the whole by a factor that is still to come, with what its pairs and samples share."""
     whole, axis = x.axes[position], moved.axes[position]

@@ -18,12 +18,12 @@ from numpy.typing import NDArray
 
 from gainstage.signal import levels
 from gainstage.signal.axes import Axis, Dim, axes_of, descends, distinct
-from gainstage.signal.between import kept, loud_together, meeting
+from gainstage.signal.between import deviation, kept, loud_together, meeting
 from gainstage.signal.copies import replace
 from gainstage.signal.directions import flatness_of_product
 from gainstage.signal.movement import expand, merge_dim, refine, reshape
 from gainstage.signal.neighbours import REACH, Neighbours, beyond, cut, made, outer
-from gainstage.signal.overlap import Taps
+from gainstage.signal.overlap import PAIRS, Taps
 from gainstage.signal.quadrature import Array
 from gainstage.signal.rows import pattern_of, tilted
 from gainstage.signal.spread import by_chance, multiplied, weighted
@@ -93,7 +93,7 @@ def _agreement(a: Value, b: Value, summed: Sequence[tuple[Axis, Axis]]) -> float
     both. ``summed``: pairs of axes, as a has them and as b has them.
     """
     places = _in_common(a.read, b.read, summed)
-    covariance = a.overlap.shared(b.overlap) if places else 0.0
+    covariance = a.overlap.shared(b.overlap) + _known_pairs(a, b) + _known_pairs(b, a) if places else 0.0
     for one, other, pairs in ((a, b, summed), (b, a, [(second, first) for first, second in summed])):
         along = frozenset((name, read) for name, read in one.read if len(read) < len(other.axes))
         if own := _in_common(along, _names(other), pairs):
@@ -101,9 +101,16 @@ def _agreement(a: Value, b: Value, summed: Sequence[tuple[Axis, Axis]]) -> float
             terms = {p: float(axis.size) for p, axis in enumerate(other.axes) if axis not in places_of}
             chance = by_chance(other, terms) ** 0.5
             places, covariance = own, one.overlap.shared(other.overlap) + one.overlap.of_entries(other.marginal.latent) * chance
+            covariance += _known_pairs(one, other)
     size = math.prod(axis.size for axis in places)
     each = math.prod(own.size for own, _ in summed) / size
     return each * size * (size - 1.0) * a.second_moment * b.second_moment * covariance
+
+
+def _known_pairs(one: Value, other: Value) -> float:
+    """What the cosines of two tensors share for some pairs being more alike than others on average, in both."""
+    size = dict(one.overlap.parts).get(PAIRS, 0.0)
+    return size * deviation(other) if size > 0.0 else 0.0
 
 
 def _in_common(

@@ -216,12 +216,13 @@ def normalise(x: Value, reduced: Sequence[Axis], eps: float, *, centre: bool = T
     profile = _normalised_levels(x, positions, removed)
     marginal = _normalised_marginal(x, mean, std, profile, x.marginal.latent if keeps_latent else object())
     table, gram = _evened_pairs(x, profile, table * scale**2)
+    overlap = x.overlap.over(tuple(reduced)) if over_places else _evened_overlap(x, table)
     result = replace(
         x,
         uneven=shape_alone(x.uneven), mean=mean, table=table, marginal=marginal, rho=x.correlation() if keeps_latent else None,
         amplitude=amplitude, statistic=None, constant=None, prior=None, levels=profile, gram=gram,
         near=x.near_without_common() if centre else x.near, filtered=times(x, scale, table),
-        overlap=_left_overlap(x.overlap.over(tuple(reduced)) if over_places else x.overlap.held(), x.second_moment, level),
+        overlap=_left_overlap(overlap, x.second_moment, level),
     )  # fmt: skip
     result = result if over_places else divided(result, positions)
     return held(replace(result, steady=Share(frozenset(reduced), (level * scale**2) ** 2)), level * scale**2)
@@ -259,6 +260,15 @@ def _evened_pairs(x: Value, profile: Array | None, table: Array) -> tuple[Array,
         return table, x.gram
     gram, table = rescaled(x, varying[0], ratio.ravel(), table)
     return table, gram
+
+
+def _evened_overlap(x: Value, table: Array) -> Overlap:
+    """How cosines stray once each position has one level: by what two do not have in common, which loud ones had most of."""
+    if x.gram is None or x.gram.axis not in x.axes or x.overlap.variance == 0.0:
+        return x.overlap.held()
+    index = tuple(0 if axis is x.gram.axis else 1 for axis in x.axes)
+    before, after = (max(1.0 - float(each[index] / each[(1,) * each.ndim]), 0.0) for each in (x.table, table))
+    return x.overlap.held().times(min(after / before, 1.0) ** 2) if before > 0.0 else x.overlap.held()
 
 
 def _normalised_levels(x: Value, reduced: Sequence[int], removed: float) -> Array | None:

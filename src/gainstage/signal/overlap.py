@@ -37,6 +37,9 @@ class Cause:
     of: object = field(default_factory=object)
 
 
+PAIRS = Cause(of="pairs")  # no chance: what is known of each pair of places beyond the average
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Overlap:
     """How the cosine between two places strays over draws, beyond that of independent entries.
