@@ -29,8 +29,8 @@ from gainstage.rules import Call, Rule, rule_of
 from gainstage.signal import Value, apply, gaussian, independent
 from gainstage.signal.axes import Axis, new_dims
 from gainstage.signal.gather import arrangement
-from gainstage.signal.known import spread_pairs
 from gainstage.signal.movement import merge_dim
+from gainstage.signal.patterns import spread_pairs
 from gainstage.signal.quadrature import Array, quantiles, sample_quantiles, weights
 from gainstage.signal.sampling import draw
 
