@@ -313,13 +313,13 @@ def _quantile_entry(case: RuleCase, prefix: str, value: Value, sample: torch.Ten
 def _tables(samples: torch.Tensor) -> Array:
     """Table of raw second moments of each of many samples [draws, *axes], over pairs of entries that differ."""
     sizes = tuple(samples.shape[1:])
-    averaged = np.empty((len(samples), *(2,) * len(sizes)))
+    averaged = np.empty((*(2,) * len(sizes), len(samples)))
     cells: dict[tuple[int, ...], torch.Tensor] = {(): samples}  # averages over the axes so far on which a pair differs
     for axis in range(1, samples.dim()):
         cells = {
             (*subset, same): cell if same else cell.mean(axis, keepdim=True) for subset, cell in cells.items() for same in (0, 1)
         }
     for subset, cell in cells.items():
-        averaged[(slice(None), *subset)] = cell.square().reshape(len(samples), -1).mean(1).numpy()
-    pairs = spread_pairs(np.moveaxis(averaged, 0, -1), tuple(max(size, 2) for size in sizes))
+        averaged[subset] = cell.square().reshape(len(samples), -1).mean(1).numpy()
+    pairs = spread_pairs(averaged, tuple(max(size, 2) for size in sizes))
     return np.moveaxis(pairs, -1, 0)
