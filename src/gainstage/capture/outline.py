@@ -1,4 +1,4 @@
-"""An outline of a model: it is followed as torch.export follows it, without values, in a fifth of the time.
+"""An outline of a model: it is followed as torch.export follows it, without values, in a quarter of the time.
 
 Nothing is copied, and nothing of the model, its inputs or the generators of random numbers changes. Where values would decide, or
 anything else that an outline does not have, it is given up, and torch.export takes its place.
