@@ -11,7 +11,7 @@ import torch
 
 from gainstage.errors import GainstageError, UnsupportedOpError
 from gainstage.graph import Graph, Node, NodeKind, ParameterInfo, Ref, TensorMeta
-from gainstage.propagate.kinship import Operation, known_origin, with_origin
+from gainstage.propagate.kinship import Operation, beginning, with_origin
 from gainstage.propagate.sample import Reason, as_numbers, constant_value, fault_of, is_known, run_known, sample_node
 from gainstage.rules import Call, is_free, rule_of
 from gainstage.signal import Value
@@ -31,12 +31,13 @@ def evaluate(node: Node, values: Mapping[str, Result], parameter: ParameterValue
     if node.kind is NodeKind.CONSTANT:
         assert node.value is not None
         found = constant_value(node.value)
-        return known_origin(found) if graph.reused else found
+        return beginning(found) if graph.reused else found
     if node.kind is NodeKind.PARAMETER:
         assert node.parameter is not None
         return parameter(graph.parameters[node.parameter])
     if node.kind is NodeKind.INPUT:
-        return source(node)
+        fed = source(node)
+        return beginning(fed) if graph.reused else fed
     if node.op is operator.getitem:
         return resolve(node.args[0], values)[node.args[1]]
     assert node.op is not None

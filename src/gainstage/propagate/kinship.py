@@ -114,8 +114,8 @@ def with_origin(node: Node, graph: Graph, operation: Operation, result: Any, val
     return _with_returns(node, graph, made, values) if isinstance(made, Value) and made.lineage & graph.reused else made
 
 
-def known_origin(found: Value) -> Value:
-    """A constant: the beginning of what is made of it."""
+def beginning(found: Value) -> Value:
+    """A constant or an input: the beginning of what is made of it, by the axes that it has here."""
     return _originated(found, call=object(), inputs=(), run=lambda _: found, part=None, draws=False, reuses=False)
 
 

@@ -23,7 +23,7 @@ import torch
 
 from gainstage.signal.copies import replace
 from gainstage.signal.known import measured
-from gainstage.signal.movement import expand, refine
+from gainstage.signal.movement import expand, parts_along, refine
 from gainstage.signal.quadrature import Array, covariance_series, invert_series, joint_series
 from gainstage.signal.uses import are_alike, covariance_of_uses, is_same
 from gainstage.signal.value import Origin, Summed, Value
@@ -160,7 +160,9 @@ def _history(x: Value) -> Origin | None:
 
 def _before(x: Value) -> Value:
     """What a tensor was when it came about, whatever was done to it since; itself where that is not known."""
-    return x if x.origin is None or x.origin.value.table is x.table else replace(x.origin.value, origin=x.origin)
+    origin = x.origin
+    is_as_made = origin is None or (origin.value.table is x.table and origin.value.dims == x.dims)
+    return x if origin is None or is_as_made else replace(origin.value, origin=origin)
 
 
 def _as_made(x: Value) -> Value:
@@ -224,7 +226,29 @@ def _traced(x: Value, y: Value) -> Array | None:
     first, second = _history(x), _history(y)
     if first is not None and second is not None and are_alike(first, second):
         return covariance_of_uses(first, second, covariance_between)
-    return None
+    return _of_parts(x, y)
+
+
+def _of_parts(x: Value, y: Value) -> Array | None:
+    """Covariance of two concatenations of like parts, from that of part and part; different parts have nothing in common."""
+    first, second = parts_along(x), parts_along(y)
+    if first is None or second is None or first[0] != second[0] or len(x.dims[first[0]]) != 1:
+        return None
+    dim, pairs = first[0], list(zip(first[1], second[1], strict=False))
+    if len(first[1]) != len(second[1]) or any(a.shape != b.shape for a, b in pairs):
+        return None
+    position, total = sum(len(axes) for axes in x.dims[:dim]), x.shape[dim]
+    other, same = np.zeros((2, *np.take(x.table, 0, axis=position).shape))
+    for a, b in pairs:
+        n, product, common = a.shape[dim], a.mean * b.mean, covariance_between(a, b)
+        if common is not None and common.ndim == x.table.ndim:
+            other, same = other + n * (n - 1.0) * np.take(common, 0, axis=position), same + n * np.take(common, 1, axis=position)
+        elif common is not None and n == 1 and common.ndim == same.ndim:
+            same = same + common
+        other, same = other - n * product, same + n * product
+    product = x.mean * y.mean
+    other = (other + total**2 * product) / max(total * (total - 1.0), 1.0)
+    return np.stack([other, same / total], axis=position) - product
 
 
 def _has_own_weights(x: Value, y: Value) -> bool:
