@@ -167,14 +167,29 @@ def apply(function: Function, x: Value) -> Value:
     values = _within_domain(on_grid(x.marginal.values))
     result = on_latent(x, values) if x.levels is None else _on_levels(x, values, on_grid)
     result = replace(result, stray=passed(x, values))
+    alike = result.marginal
     for differing in (with_means, with_shapes, over_draws, over_places, over_loudness):
         result = differing(x, result, lambda grid: _within_domain(on_grid(grid)))
+    result = result if result.marginal is alike else _of_its_sign(result, values)
     statistic = None
     if x.statistic is not None:
         statistic, profile = statistic_at(x.statistic.of, on_grid(x.centres()), result.levels, x.statistic.averaged)
         result = replace(result, levels=profile)
     constant = None if x.constant is None else function(x.constant.to(torch.float64))
     return replace(result, statistic=statistic, constant=constant)
+
+
+def _of_its_sign(result: Value, values: Array) -> Value:
+    """With a distribution that is as far from 0 as the values of the function are, where they are all on one side of it.
+
+    A distribution that was brought to moments may reach beyond, where what comes next (a logarithm, a root) is not defined.
+    """
+    low, high = float(values.min()), float(values.max())
+    if low < 0.0 < high:
+        return result
+    marginal, limits = result.marginal, (low, None) if low >= 0.0 else (None, high)
+    even = (lambda: np.clip(marginal.even, *limits)) if marginal.has_even else None
+    return replace(result, marginal=Marginal(marginal.latent, lambda: np.clip(marginal.values, *limits), even))
 
 
 def over_draws(x: Value, result: Value, function: Callable[[Array], Array]) -> Value:
