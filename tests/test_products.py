@@ -180,3 +180,35 @@ def test_sums_with_a_maximum_know_what_it_has_of_their_terms(way: str) -> None:
     trace = gs.inspect(Excess(way), (torch.randn(16, 64),), gradients=False)
     total = trace.modules["first"][0].second_moment + trace.modules["second"][0].second_moment
     assert trace.modules[""][0].second_moment == pytest.approx(total / 2, rel=0.01)
+
+
+class Itself(nn.Module):
+    """Products of all places of a tensor with all, and something that is done with them."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.scale, self.way = nn.Parameter(torch.ones(1)), way
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.scale * x
+        products = x @ x.transpose(1, 2) / 6.0
+        rows, columns = torch.tril_indices(24, 24, -1)
+        ways = {
+            "all": lambda: products,
+            "written": lambda: torch.einsum("bic,bjc->bij", x, x),
+            "pairs": lambda: products[:, rows, columns],
+            "attention": lambda: products.softmax(-1) @ x,
+            "others": lambda: products.masked_fill(torch.eye(24, dtype=torch.bool), -torch.inf).softmax(-1) @ x,
+        }
+        return ways[self.way]()
+
+
+@pytest.mark.parametrize("way", ["all", "written", "pairs", "attention", "others"])
+def test_products_of_a_tensor_with_itself_have_a_diagonal(way: str) -> None:
+    """``x_i x_i`` is n times the variance, and a softmax sees it; what leaves the diagonal out knows nothing of it."""
+    model, generator = Itself(way), torch.Generator().manual_seed(0)
+    trace = gs.inspect(model, (torch.randn(8, 24, 36),), gradients=False)
+    with torch.no_grad():
+        exact = float(model(torch.randn(400, 24, 36, generator=generator)).square().mean())
+    # Of the diagonal's own variance half is missing; that a query leans towards its keys is followed to first order.
+    assert trace.modules[""][0].second_moment == pytest.approx(exact, rel=0.12)

@@ -61,7 +61,10 @@ def prefer(x: Value, prior: torch.Tensor) -> Value:
 
 
 def exclude(x: Value, valid: torch.Tensor) -> Value:
-    """Entries that a softmax over x does not see."""
+    """Entries that a softmax over x does not see; nor are known numbers seen that were added to these alone."""
+    added = x.added
+    if added is not None and added.table is x.table and not bool(added.known.masked_fill(~valid.cpu(), 0.0).any()):
+        x = replace(added.of, dims=x.dims) if added.of.axes == x.axes else x
     return prefer(x, torch.zeros(valid.shape, dtype=torch.float64).masked_fill(~valid.cpu(), float("-inf")))
 
 

@@ -8,7 +8,9 @@ from typing import Any
 import torch
 
 from gainstage.rules.registry import Call, rule
+from gainstage.rules.shapes import kept_apart
 from gainstage.signal import Value, affine, contract, filter_dim, gathered, lookup, permute, pick, reshape, take
+from gainstage.signal.copies import replace
 
 aten = torch.ops.aten
 
@@ -71,6 +73,12 @@ def indexed(call: Call, x: Value, indices: Sequence[Value | None]) -> Value:
     """Rows by integers or masks; where the indexed dimensions are apart, theirs come first in the result."""
     places = places_along(x, indices)
     dims, positive = [d for d, _ in places], [index for _, index in places]
+    if x.added is not None and len(dims) > 1 and len(places) == sum(index is not None for index in indices):
+        return kept_apart(
+            x,
+            lambda y: indexed(call, replace(y, added=None), indices),
+            lambda known: aten.index(known, [None if index is None else index.constant for index in indices]),
+        )
     if dims != list(range(dims[0], dims[0] + len(dims))):
         x = permute(x, [*dims, *(d for d in range(len(x.dims)) if d not in dims)])
         dims = list(range(len(dims)))

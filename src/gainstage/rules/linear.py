@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,6 +14,8 @@ from gainstage.rules.registry import Call, rule
 from gainstage.signal import Added, Value, affine, combine, contract, convolve, mean_over, permute, reshape
 from gainstage.signal.contraction import Places
 from gainstage.signal.copies import replace
+from gainstage.signal.known import known
+from gainstage.signal.quadrature import covariance_series
 
 aten = torch.ops.aten
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
@@ -52,7 +55,45 @@ def addmm(call: Call, bias: Value, x: Value, weight: Value, *, beta: float = 1, 
 @rule(aten.matmul.default, aten.mm.default, aten.bmm.default, aten.mv.default, aten._sparse_mm.default)
 def matmul(call: Call, a: Value, b: Value) -> Value:
     """Sum over the last dimension of a and the last but one of b."""
-    return contract(a, b, *matmul_labels(len(a.dims), len(b.dims)))
+    return product(a, b, *matmul_labels(len(a.dims), len(b.dims)))
+
+
+def product(a: Value, b: Value, labels_a: str, labels_b: str, labels_out: str) -> Value:
+    """Sum of products; of a tensor with itself, in rows and columns, with what is known of its diagonal beforehand.
+
+    ``E[sum over c of f(x_ic) g(x_jc)]`` is n times the covariance of f and g at one place for i = j, and at two places elsewhere,
+    beyond the product of their means. Around that products at two places are taken for those of tensors that are independent.
+    """
+    found = contract(a, b, labels_a, labels_b, labels_out)
+    places = _own_places(a, b, (labels_a, labels_b, labels_out))
+    if places is None or found.prior is not None:
+        return found
+    row, column = places
+    terms = math.prod(size for label, size in zip(labels_a, a.shape, strict=True) if label not in labels_out)
+    covariance = covariance_series(a.marginal.values, b.marginal.values, a.correlation())
+    position = sum(len(dim) for dim in a.dims[: labels_a.index(row)])
+    full = (1,) * covariance.ndim
+    same, other = (terms * float(covariance[(*full[:position], at, *full[position + 1 :])]) for at in (1, 0))
+    size = a.shape[labels_a.index(row)]
+    shape = [size if label in (row, column) else 1 for label in labels_out]
+    diagonal = (same - other) * torch.eye(size, dtype=torch.float64).reshape(shape)
+    return add_known(affine(found, 1.0, other), known(diagonal))
+
+
+def _own_places(a: Value, b: Value, labels: tuple[str, str, str]) -> tuple[str, str] | None:
+    """Labels of rows and columns, where functions of one tensor meet at other places of it and at equal ones otherwise."""
+    labels_a, labels_b, out = labels
+    if a.is_weight or b.is_weight or a.constant is not None or b.constant is not None:
+        return None
+    if a.marginal.latent != b.marginal.latent or a.statistic is not None or b.statistic is not None:
+        return None
+    rows, columns = ([c for c in own if c not in other] for own, other in ((labels_a, labels_b), (labels_b, labels_a)))
+    if len(rows) != 1 or len(columns) != 1 or not {rows[0], columns[0]} <= set(out):
+        return None
+    dims_a, dims_b = dict(zip(labels_a, a.dims, strict=True)), dict(zip(labels_b, b.dims, strict=True))
+    matched = all(dims_a[c] == dims_b[c] for c in labels_a if c in labels_b)
+    is_crossed = dims_a[rows[0]] == dims_b[columns[0]] and len(dims_a[rows[0]]) == 1
+    return (rows[0], columns[0]) if matched and is_crossed else None
 
 
 def matmul_labels(rank_a: int, rank_b: int) -> tuple[str, str, str]:
@@ -98,7 +139,7 @@ def einsum(call: Call, equation: str, operands: Sequence[Value], *, path: Any = 
         kept = "".join(dict.fromkeys(c for c in labels + its if c in later))
         if position == len(operands) - 2:
             kept = output
-        value = contract(value, other, labels, its, kept)
+        value = product(value, other, labels, its, kept)
         labels = kept
     return value
 

@@ -35,7 +35,7 @@ from gainstage.signal.stray import Stray
 from gainstage.signal.stray import averaged as averaged_stray
 from gainstage.signal.stray import summed as summed_stray
 from gainstage.signal.uneven import of_product, of_sum
-from gainstage.signal.value import Lean, Statistic, Sum, Value, gaussian, statistic_at
+from gainstage.signal.value import Added, Lean, Statistic, Sum, Value, gaussian, statistic_at
 
 LEAST_CENTRE = (
     0.25  # share of the mean's square in the second moment from which an average counts as a number that hardly fluctuates
@@ -60,6 +60,8 @@ def affine(x: Value, scale: float, shift: float = 0.0) -> Value:
         given=None if x.given is None else x.given.times(scale),
     )  # fmt: skip
     result = after_shift(result, x) if shift else result
+    if x.added is not None and x.added.table is x.table:
+        result = replace(result, added=Added(table, affine(x.added.of, scale, shift), x.added.known * scale))
     if x.joined is None or x.joined.table is not x.table:
         return result
     parts = tuple(affine(part, scale, shift) for part in x.joined.parts)
