@@ -6,8 +6,11 @@ import importlib
 
 import numpy as np
 import pytest
-from benchmarks.awkward import Output, compare
+import torch
+from benchmarks.accuracy import Row
 from benchmarks.zoo.awkward import awkward_models
+from benchmarks.zoo.load import zoo_models
+from benchmarks.zoo.row import compare
 
 import gainstage as gs
 from gainstage.cli.huggingface import cpu_torchvision_if_installed
@@ -22,8 +25,9 @@ LIBRARIES = {
     "mixtral": "transformers", "mamba": "transformers", "whisper": "transformers", "vit": "transformers",
 }  # fmt: skip
 ON_TAPE = {"ifdata", "whilefix", "layerdrop", "numpy_", "moe", "packed", "pinn"}
-# Other draws take other paths, or saw another number: what is predicted holds for the path that was seen.
-OF_ONE_RUN = {("ifdata", "@0"), ("layerdrop", "@0"), ("numpy_", "@0")}
+# Other draws take other paths, or saw another number: what is predicted holds for the path that was seen. The head that pinn
+# differentiates is kept, so that its 64 sums of weights are the same in all draws.
+OF_ONE_RUN = {("ifdata", "@0"), ("layerdrop", "@0"), ("numpy_", "@0"), ("pinn", "@0")}
 DRAWS = 6
 
 pytestmark = [  # of torch, where the models do what is deprecated or unwise
@@ -36,11 +40,22 @@ def test_there_are_34_of_them():
     assert len(awkward_models()) == 34
 
 
-def outputs_of(name: str) -> list[Output]:
+def outputs_of(name: str) -> list[Row]:
     if name in LIBRARIES:
         cpu_torchvision_if_installed()
         pytest.importorskip(LIBRARIES[name])
-    return compare(name, DRAWS)
+    loaded = zoo_models("awkward")[name]()
+    args, kwargs = loaded.arguments(0)
+    plan = gs.plan(loaded.model, args, kwargs)
+    with torch.no_grad():
+        loaded.model(*args, **kwargs) if name == "lazy" else None
+    with torch.compiler.set_stance("force_eager"):
+        return compare(loaded, plan, DRAWS)[0]
+
+
+def standard_error(output: Row) -> float:
+    """Of the log of the mean over draws: from the predicted spread or the draws themselves, whichever is more."""
+    return max(output.standard_error, output.predicted_spread / DRAWS**0.5)
 
 
 @pytest.mark.parametrize("name", sorted(set(awkward_models()) - set(LIBRARIES)))
@@ -48,7 +63,7 @@ def test_predictions_of_a_plan_are_those_of_draws(name):
     """Within 5 % and three standard errors of the mean over the draws, of which there are few."""
     outputs = outputs_of(name)
     assert outputs
-    errors = {output.key: round(output.error, 3) for output in outputs if output.error > 0.05 + 3.0 * output.standard_error}
+    errors = {output.module: round(output.error, 3) for output in outputs if output.error > 0.05 + 3.0 * standard_error(output)}
     assert {(name, key) for key in errors} <= OF_ONE_RUN, errors
 
 

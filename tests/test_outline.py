@@ -78,7 +78,7 @@ def test_an_outline_is_the_graph_of_export(name, mode, monkeypatch):
     assert found.told == (name not in CUT)
 
 
-LARGE = {"timm_nfnet", "timm_swin", "timm_effnet", "timm_vit"}
+LARGE = {"timm_nfnet", "timm_swin", "timm_effnet", "timm_vit", "tv_resnet", "mixtral"}
 AWKWARD = sorted(awkward_models().keys() - {"lazy"} - LARGE - ON_TAPE)
 LEFT = {"compiled", "item"}
 

@@ -46,7 +46,7 @@ _VERIFIED = (
 _CASES = {
     1: _ANY,
     2: (*_ANY, *_VERIFIED, *_ASTRAY),
-    3: (*_ANY, *_ASTRAY),
+    3: _ANY,
     4: (*_ANY, *_TWO_DIMENSIONS, *_ASTRAY),
 }
 _KILLED = {"a killed rank": 1}  # has nothing to say

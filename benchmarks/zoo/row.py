@@ -122,27 +122,40 @@ def watched(row: ZooRow) -> Iterator[None]:
         row.ruled -= sum(ruled for _, ruled in sampled.values())
 
 
-def _compare(row: ZooRow, loaded: Loaded, plan: gs.Plan, draws: int) -> None:
-    """Draw parameters and inputs until there are enough, or time is up."""
+def compare(loaded: Loaded, plan: gs.Plan, draws: int, patience: Callable[[int], float] | None = None) -> tuple[list[Row], int]:
+    """What a plan predicts of module outputs, held against draws of parameters and inputs; and how many draws there were.
+
+    ``patience``: processor seconds of drawing within which another one begins, after so many.
+    """
 
     def one_pass(seed: int) -> dict[str, tuple[str, float]]:
         args, kwargs = loaded.arguments(seed)
         return forward_pass(Example(loaded.model, args, kwargs), with_grad=loaded.differentiates)
 
     began = time.process_time()
-    one_pass(0)  # lazy parameters get their shapes
-    row.forward_seconds = time.process_time() - began
     passes: list[dict[str, tuple[str, float]]] = []
-    while len(passes) < draws and time.process_time() - began < _patience(len(passes)):
+    while len(passes) < draws and (patience is None or time.process_time() - began < patience(len(passes))):
         gs.apply(loaded.model, plan, seed=1 + len(passes))
         passes.append(one_pass(1 + len(passes)))
-    row.draws = len(passes)
     predictions = {
         key: (values[0], plan.spreads[key][0] if key in plan.spreads else math.nan)
         for key, values in plan.predictions.items()
         if values
     }
-    _fill(row, compared(predictions, collected(passes)))
+    return compared(predictions, collected(passes)), len(passes)
+
+
+def _compare(row: ZooRow, loaded: Loaded, plan: gs.Plan, draws: int) -> None:
+    """Draw until there are enough, or time is up."""
+    args, kwargs = loaded.arguments(0)
+    began = time.process_time()
+    forward_pass(Example(loaded.model, args, kwargs), with_grad=loaded.differentiates)  # lazy parameters get their shapes
+    row.forward_seconds = time.process_time() - began
+    outputs, row.draws = compare(loaded, plan, draws, _patience)
+    settled = sorted((output for output in outputs if output.is_settled), key=lambda output: -output.error)
+    row.apart = len(outputs) - len(settled)
+    row.errors = [float(f"{min(output.error, 99.0):.2g}") for output in settled]
+    row.worst = [(output.module, float(f"{min(output.error, 99.0):.2g}")) for output in settled[:WORST]]
 
 
 def _patience(drawn: int) -> float:
@@ -150,13 +163,6 @@ def _patience(drawn: int) -> float:
     if drawn < FEWEST:
         return math.inf
     return LONGEST if drawn < FEW else PATIENCE
-
-
-def _fill(row: ZooRow, outputs: list[Row]) -> None:
-    settled = sorted((output for output in outputs if output.is_settled), key=lambda output: -output.error)
-    row.apart = len(outputs) - len(settled)
-    row.errors = [float(f"{min(output.error, 99.0):.2g}") for output in settled]
-    row.worst = [(output.module, float(f"{min(output.error, 99.0):.2g}")) for output in settled[:WORST]]
 
 
 @contextmanager

@@ -14,7 +14,7 @@ rule's. Expectations are over the draws of all operands, weights included. Valid
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import repeat
 from typing import Any
@@ -29,8 +29,8 @@ from gainstage.rules import Call, Rule, rule_of
 from gainstage.signal import Value, apply, gaussian, independent
 from gainstage.signal.axes import Axis, new_dims
 from gainstage.signal.gather import arrangement
-from gainstage.signal.known import spread_pairs
 from gainstage.signal.movement import merge_dim
+from gainstage.signal.patterns import spread_pairs
 from gainstage.signal.quadrature import Array, quantiles, sample_quantiles, weights
 from gainstage.signal.sampling import draw
 
@@ -188,12 +188,13 @@ def validate_rule(case: RuleCase, rule: Rule | None = None) -> RuleReport:
     result = found(Call(case.op, shapes), *case.args, **case.kwargs)
     values = tuple(result) if isinstance(result, (tuple, list)) else (result,)
     _check_form(case, values, shapes)
+    measured: list[list[Array]] = [[] for _ in values]  # tables of the draws so far
     while True:
         compared = tuple(
             entry
             for position, (value, *samples) in enumerate(zip(values, *draws, strict=False))
             if isinstance(value, Value) and samples[0] is not None and not _is_realised(value)
-            for entry in _compare(case, value, torch.cat(samples), f"output {position}: " if len(values) > 1 else "")
+            for entry in _compare(case, value, samples, measured[position], f"output {position}: " if len(values) > 1 else "")
         )
         count = BATCH * len(draws)
         enough = PRECISION + 0.1 * case.model_error
@@ -263,13 +264,15 @@ def _stacked(results: tuple[Any, ...]) -> torch.Tensor | None:
     return torch.stack(results).detach().to(torch.float64)
 
 
-def _compare(case: RuleCase, value: Value, sample: torch.Tensor, prefix: str) -> list[Entry]:
-    """Every number of a predicted value beside the measured one."""
+def _compare(case: RuleCase, value: Value, samples: Sequence[torch.Tensor], measured: list[Array], prefix: str) -> list[Entry]:
+    """Every number of a predicted value beside the measured one; tables of samples that are new join those ``measured``."""
     for d in range(len(value.dims)):
         if arrangement(value.dims[d]) is not None:
             value = merge_dim(value, d)
+    sizes = [axis.size for axis in value.axes]
+    measured += [_tables(sample.reshape(len(sample), *sizes)) for sample in samples[len(measured) :]]
+    sample, tables = torch.cat(list(samples)), np.concatenate(measured)
     means = sample.reshape(len(sample), -1).mean(1).numpy()
-    tables = _tables(sample.reshape(len(sample), *(axis.size for axis in value.axes)))
     second = float(tables.reshape(len(sample), -1)[:, -1].mean())
     found = [_entry(case, prefix + "mean", value.mean, means, second**0.5)]
     labels = [f"{d}" if len(dim) == 1 else f"{d}.{part}" for d, dim in enumerate(value.dims) for part in range(len(dim))]
@@ -310,10 +313,13 @@ def _quantile_entry(case: RuleCase, prefix: str, value: Value, sample: torch.Ten
 def _tables(samples: torch.Tensor) -> Array:
     """Table of raw second moments of each of many samples [draws, *axes], over pairs of entries that differ."""
     sizes = tuple(samples.shape[1:])
-    averaged = np.empty((len(samples), *(2,) * len(sizes)))
-    for subset in np.ndindex(*averaged.shape[1:]):
-        others = [position + 1 for position, same in enumerate(subset) if not same]
-        cell = samples.mean(dim=others) if others else samples
-        averaged[(slice(None), *subset)] = cell.square().reshape(len(samples), -1).mean(1).numpy()
-    pairs = spread_pairs(np.moveaxis(averaged, 0, -1), tuple(max(size, 2) for size in sizes))
+    averaged = np.empty((*(2,) * len(sizes), len(samples)))
+    cells: dict[tuple[int, ...], torch.Tensor] = {(): samples}  # averages over the axes so far on which a pair differs
+    for axis in range(1, samples.dim()):
+        cells = {
+            (*subset, same): cell if same else cell.mean(axis, keepdim=True) for subset, cell in cells.items() for same in (0, 1)
+        }
+    for subset, cell in cells.items():
+        averaged[subset] = cell.square().reshape(len(samples), -1).mean(1).numpy()
+    pairs = spread_pairs(averaged, tuple(max(size, 2) for size in sizes))
     return np.moveaxis(pairs, -1, 0)

@@ -21,10 +21,13 @@ from gainstage.signal import levels
 from gainstage.signal.copies import replace
 from gainstage.signal.known import measured
 from gainstage.signal.marginal import Marginal
-from gainstage.signal.movement import expand, merge_dim, refine
+from gainstage.signal.movement import expand, full_prior, merge_dim, refine
 from gainstage.signal.overlap import Tilt
-from gainstage.signal.quadrature import Array, nodes, over_norm, standardised, weights
+from gainstage.signal.quadrature import Array, nodes, standardised
+from gainstage.signal.unlike import Unlike, of_one, unlike
 from gainstage.signal.value import Lean, Logits, Value, gaussian
+
+ALIKE = 0.01  # levels of logits that differ by less are one
 
 
 @lru_cache(maxsize=4096)
@@ -42,16 +45,9 @@ def participation(variance: float, count: float, flatness: float = 3.0) -> float
 
 def _integrand(variance: float, count: float, flatness: float, most: int) -> tuple[Array, Array, dict[int, Array]]:
     """Logs of t, ``E[exp(-t e^l)]``, and ``t^k E[exp(k l - t e^l)]`` for k from 2 on, for the integrals over ``log t``."""
-    z, weight = nodes()[::4], weights()[::4]
-    weight = weight / weight.sum()
-    logits = np.sqrt(variance) * (z if flatness >= 3.0 else over_norm(flatness)[::4])
     top = np.sqrt(2.0 * variance * np.log(count)) + 4.0 * np.sqrt(variance) + np.log(count)
     tau = np.linspace(-top - 8.0, 4.0 * np.sqrt(variance) + 4.0, 600)
-    # Finite to the fourth power; nothing is left by what is larger.
-    grown = np.exp(np.minimum(tau[:, None] + logits[None, :], 170.0))
-    left = np.exp(-grown)
-    single = np.maximum(np.vecdot(left, weight), 1e-300)
-    return tau, single, {k: np.vecdot(grown**k * left, weight) for k in range(2, most + 1)}
+    return tau, *of_one(variance, tau, flatness, range(2, most + 1))
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,6 +132,8 @@ def softmax(x: Value, dim: int) -> Value:
     x = merge_dim(apart(x), dim)
     if not x.dims[dim]:
         return replace(_constant_like(x, 1.0), lineage=x.lineage)
+    if found := _unlike(x, dim):
+        return _of_rows(x, dim, *found)
     size = x.shape[dim]
     position = sum(len(d) for d in x.dims[:dim])
     same = np.take(x.covariance, 1, axis=position)
@@ -152,11 +150,19 @@ def softmax(x: Value, dim: int) -> Value:
         overlap = np.take(uniform, 1, axis=position)
         rho = _fit(x, position, variance)
     matched = overlap * gain**rho
-    of_rest = (x.variance / variance) ** 2 if variance > 0.0 else 1.0  # what keys do not have in common
     rest = (1.0 - size * matched) / (size * (size - 1.0)) if size > 1 else matched
-    table = np.stack([rest, matched], axis=position)
-    logits = Logits(table, x, dim)
-    tilt = Tilt(np.stack([rho * variance] * 2, axis=position), x.overlap.times(of_rest), logits)
+    return _probabilities(x, dim, np.stack([rest, matched], axis=position), (variance, rho), lean)
+
+
+def _probabilities(
+    x: Value, dim: int, table: Array, logits: tuple[float, Array], lean: Lean | None, *, rows: Unlike | None = None
+) -> Value:
+    """A softmax with this table; ``logits``: their variance over keys, and their correlations from row to row."""
+    variance, rho = logits
+    size, position = x.shape[dim], sum(len(d) for d in x.dims[:dim])
+    of_rest = (x.variance / variance) ** 2 if variance > 0.0 else 1.0  # what keys do not have in common
+    of = Logits(table, x, dim)
+    tilt = Tilt(np.stack([rho * variance] * 2, axis=position), x.overlap.times(of_rest), of, rows)
     std = max(float(table[(1,) * table.ndim]) - size**-2.0, 0.0) ** 0.5
 
     def values() -> Array:
@@ -164,8 +170,35 @@ def softmax(x: Value, dim: int) -> Value:
 
     return Value(
         dims=x.dims, mean=1.0 / size, table=table, marginal=Marginal(object(), values), source=object(), lineage=x.lineage,
-        levels=None if lean is None else lean.levels, lean=lean, tilt=tilt, read=x.read, logits=logits,
+        levels=None if lean is None else lean.levels, lean=lean, tilt=tilt, read=x.read, logits=of,
     )  # fmt: skip
+
+
+def _unlike(x: Value, dim: int) -> tuple[Unlike, float] | None:
+    """The weights of each row, and the variance of the logits over keys, where levels of queries or keys differ."""
+    if x.levels is None or np.ptp(x.levels) <= ALIKE * float(x.levels.max()):
+        return None
+    position = sum(len(d) for d in x.dims[:dim])
+    prior = None
+    if x.prior is not None:
+        known = full_prior(x)
+        prior = known.reshape([axis.size if known.shape[d] > 1 else 1 for d, axes in enumerate(x.dims) for axis in axes]).numpy()
+    last = [None if part is None else np.moveaxis(part, position, -1) for part in (x.covariance, x.levels, prior)]
+    axes = (*x.axes[:position], *x.axes[position + 1 :], x.axes[position])
+    assert last[0] is not None
+    assert last[1] is not None
+    return unlike(axes, last[0], last[1], last[2], x.flatness)
+
+
+def _of_rows(x: Value, dim: int, rows: Unlike, variance: float) -> Value:
+    """Probabilities along a dimension, of rows and keys that are not alike."""
+    position, size = sum(len(d) for d in x.dims[:dim]), x.shape[dim]
+    matched = rows.table()[..., 1]
+    table = np.stack([(1.0 - size * matched) / (size * (size - 1)), matched], axis=position)
+    square, mean = (np.moveaxis(part, -1, position) for part in (rows.square, rows.mean))
+    profile = levels.normalised(square**0.5)
+    lean = None if profile is None else Lean(profile, mean / mean.mean())
+    return _probabilities(x, dim, table, (variance, rows.rho), lean, rows=rows)
 
 
 def apart(x: Value) -> Value:

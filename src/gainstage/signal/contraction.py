@@ -25,7 +25,7 @@ from gainstage.signal.movement import expand, merge_dim, refine, reshape
 from gainstage.signal.neighbours import REACH, Neighbours, beyond, cut, made, outer
 from gainstage.signal.overlap import PAIRS, Taps
 from gainstage.signal.quadrature import Array
-from gainstage.signal.rows import pattern_of, tilted
+from gainstage.signal.rows import apart_of, pattern_of, tilted
 from gainstage.signal.spread import by_chance, multiplied, weighted
 from gainstage.signal.value import Lean, Value, gaussian
 
@@ -44,13 +44,16 @@ def contract(a: Value, b: Value, labels_a: str, labels_b: str, labels_out: str) 
     index_a = [n for label, dim in zip(labels_a, a.dims, strict=True) for n in numbers.of(label, dim)]
     index_b = [n for label, dim in zip(labels_b, b.dims, strict=True) for n in numbers.of(label, dim)]
     dims_of = dict(zip(labels_b, b.dims, strict=True)) | dict(zip(labels_a, a.dims, strict=True))
-    pattern = pattern_of(a, b, index_a, index_b)
+    apart = apart_of(a, b, index_a, index_b)
+    pattern = pattern_of(a, b, index_a, index_b) if apart is None else None
     table_a = a.table if pattern is None else pattern.weighted(a.table)
     summed = [n for n in index_a if n in index_b and not any(n in numbers.of(label, dims_of[label]) for label in labels_out)]
     table_b = b.table if pattern is not None else meeting(a, b, [(index_a.index(n), index_b.index(n)) for n in summed])
     fresh = any(weight.is_weight and _is_fresh(weight) for weight in (a, b))
     if pattern is None and not fresh and a.levels is not None and b.levels is not None:
         table_b = table_b * loud_together(a, b, [(p, index_b.index(n)) for p, n in enumerate(index_a) if n in index_b])
+    if apart is not None:
+        table_a, table_b = apart.weights, apart.values
     operands: list[object] = [table_a, index_a, table_b, index_b]
     count = 1.0
     for label, dim in dims_of.items():
@@ -61,23 +64,28 @@ def contract(a: Value, b: Value, labels_a: str, labels_b: str, labels_out: str) 
     out_dims = distinct(tuple(dims_of[label] for label in labels_out))
     out_index = [n for label in labels_out for n in numbers.of(label, dims_of[label])]
     table = np.asarray(np.einsum(*operands, out_index), dtype=np.float64)  # type: ignore[call-overload]
-    tilt = tilted(a, b, index_a, index_b, out_index)
+    tilt = tilted(a, b, index_a, index_b, out_index, apart=apart)
     gained = 0.0
     if tilt is not None:
         gained = np.einsum(tilt[0], index_a, tilt[1], index_b, *operands[4:], out_index)  # type: ignore[call-overload]
         table = table + gained
+    if apart is not None:
+        table = apart.over_all(table, index_a, out_index)
     table[(1,) * table.ndim] += _agreement(a, b, [(a.axes[index_a.index(n)], b.axes[index_b.index(n)]) for n in summed])
     flatness = flatness_of_product(a, b, [index_a.index(n) for n in summed], [index_b.index(n) for n in summed])
     if pattern is None:
         profiles = [(a.levels, index_a), (b.levels, index_b)]
+        if apart is not None:
+            common = [p for p, n in enumerate(index_b) if n in index_a]
+            profiles = [(apart.profile, index_a), (levels.averaged(b.levels, common, keep=True), index_b)]
         profile = levels.carried(profiles, out_index)
         if fresh:
             table = table * levels.coupling(profiles, out_index)
         result = contracted(a, b, out_dims, count * a.mean * b.mean, table, profile=profile)
         result = replace(result, gram=kept(a, b, out_dims) or kept(b, a, out_dims), flatness=flatness)
         return _strayed(result, a, b, (labels_a, labels_b, labels_out))
-    apart = gained + np.asarray(np.einsum(pattern.between_keys(table_a), *operands[1:], out_index))  # type: ignore[call-overload]
-    profile, gram = pattern.rows(table, apart, out_dims, out_index.index(index_a[pattern.query]))
+    between = gained + np.asarray(np.einsum(pattern.between_keys(table_a), *operands[1:], out_index))  # type: ignore[call-overload]
+    profile, gram = pattern.rows(table, between, out_dims, out_index.index(index_a[pattern.query]))
     return replace(contracted(a, b, out_dims, count * a.mean * b.mean, table, profile=profile), gram=gram)
 
 

@@ -63,7 +63,9 @@ def filter_dim(x: Value, dim: int, matrix: Array) -> Value:
     along_it = tuple(slice(None) if p == position else 1 for p in range(x.table.ndim))
     stray = averaged_stray(x, lambda pairs: float(mixing[1] @ pairs[along_it])) if inputs > 1 else x.stray.hidden()
     result = gaussian(dims, mean, table, profile, lineage=x.lineage, stray=stray, is_weight=x.is_weight)
-    overlap, factor = filtered_overlap(x.overlap, x.dims[dim][0], matrix, out_axis) if inputs > 1 else (x.overlap, 1.0)
+    overlap, factor = x.overlap, float((matrix**2).mean()) ** 2
+    if inputs > 1:
+        overlap, factor = filtered_overlap(x.overlap, x.dims[dim][0], matrix, out_axis)
     factor *= (x.second_moment / result.second_moment) ** 2 if result.second_moment > 0.0 else 0.0
     result = replace(result, near=near, overlap=overlap.times(factor), uneven=x.uneven)
     if not x.marginal.is_gaussian:
@@ -213,9 +215,10 @@ def normalise(x: Value, reduced: Sequence[Axis], eps: float, *, centre: bool = T
     std = max(level * scale**2 - mean**2, 0.0) ** 0.5
     keeps_latent = not centre or float(common.max()) - x.mean**2 <= 1e-3 * max(level, 1e-300)
     removed = float(common[(-1,) * common.ndim])
-    profile = _normalised_levels(x, positions, removed)
+    profile, share = _normalised_levels(x, positions, removed, eps)
+    std, amplitude = std * share**0.5, amplitude * share**0.5
     marginal = _normalised_marginal(x, mean, std, profile, x.marginal.latent if keeps_latent else object())
-    table, gram = _evened_pairs(x, profile, table * scale**2)
+    table, gram = _evened_pairs(x, profile, table * scale**2 * share)
     overlap = x.overlap.over(tuple(reduced)) if over_places else _evened_overlap(x, table)
     result = replace(
         x,
@@ -271,16 +274,23 @@ def _evened_overlap(x: Value, table: Array) -> Overlap:
     return x.overlap.held().times(min(after / before, 1.0) ** 2) if before > 0.0 else x.overlap.held()
 
 
-def _normalised_levels(x: Value, reduced: Sequence[int], removed: float) -> Array | None:
-    """Levels of ``x - mean(x)``: of ``E[x_i^2] - 2 E[x_i mean(x)] + E[mean(x)^2]``, relative to their average over some axes."""
+def _normalised_levels(x: Value, reduced: Sequence[int], removed: float, eps: float) -> tuple[Array | None, float]:
+    """Levels of ``x - mean(x)``: of ``E[x_i^2] - 2 E[x_i mean(x)] + E[mean(x)^2]``, relative to their average over some axes.
+
+    And the share of the second moment that is left, where some of these averages are nothing (of padding) or next to epsilon.
+    """
     if x.levels is None:
-        return None
+        return None, 1.0
     along = tuple(reduced)
     lean = x.leaning()
-    squares = x.levels**2 / np.maximum((x.levels**2).mean(axis=along, keepdims=True), 1e-300) * x.second_moment
+    own = (x.levels**2).mean(axis=along, keepdims=True)
+    squares = x.levels**2 / np.maximum(own, 1e-300) * x.second_moment
     lean = lean / np.maximum(lean.mean(axis=along, keepdims=True), 1e-300)
     left = np.maximum(squares + removed * (1.0 - 2.0 * lean), 0.0)
-    return levels.normalised(np.sqrt(left / np.maximum(left.mean(axis=along, keepdims=True), 1e-300)))
+    loud = own * x.second_moment
+    kept = loud / np.maximum(loud + eps, 1e-300) * (1.0 + eps / max(x.second_moment, 1e-300))
+    kept = np.where(np.abs(kept - 1.0) < 0.01, 1.0, kept)
+    return levels.normalised(np.sqrt(left * kept / np.maximum(left.mean(axis=along, keepdims=True), 1e-300))), float(kept.mean())
 
 
 def _normalised_marginal(x: Value, mean: float, std: float, profile: Array | None, latent: object) -> Marginal:

@@ -8,10 +8,10 @@ from numpy.typing import NDArray
 
 from gainstage.signal.axes import Axis, Dim, axes_of, new_dims
 from gainstage.signal.copies import replace
-from gainstage.signal.known import spread_pairs
 from gainstage.signal.marginal import Marginal
 from gainstage.signal.movement import expand, map_tables, merge_dim, reshape
 from gainstage.signal.overlap import independent
+from gainstage.signal.patterns import spread_pairs
 from gainstage.signal.quadrature import Array, cumulative
 from gainstage.signal.value import Value
 

@@ -221,9 +221,9 @@ def mapped(levels: Array | None, even: Array, function: Callable[[Array], Array]
     return normalised(np.exp(0.5 * (powers - powers.max())))
 
 
-def averaged(levels: Array | None, positions: Sequence[int]) -> Array | None:
-    """Profile over the other axes; those at ``positions`` go."""
-    return None if levels is None else normalised(np.sqrt((levels**2).mean(axis=tuple(positions))))
+def averaged(levels: Array | None, positions: Sequence[int], *, keep: bool = False) -> Array | None:
+    """Profile over the other axes; those at ``positions`` go, or are of size 1 from then on."""
+    return None if levels is None else normalised(np.sqrt((levels**2).mean(axis=tuple(positions), keepdims=keep)))
 
 
 def read(levels: Array | None, position: int, places: NDArray[np.int64], *, mean: bool = False) -> Array:

@@ -18,6 +18,7 @@ from gainstage.signal.axes import Axis
 from gainstage.signal.copies import replace
 from gainstage.signal.neighbours import REACH, padded, pairs_by_lag
 from gainstage.signal.quadrature import Array
+from gainstage.signal.unlike import Unlike
 
 if TYPE_CHECKING:
     from gainstage.signal.value import Logits
@@ -129,12 +130,14 @@ NONE = Overlap()
 class Tilt:
     """What the weights that a softmax makes lean by: the covariances of its logits, and how the cosines of these stray.
 
-    Both of what keys do not have in common. ``of``: the logits.
+    Both of what keys do not have in common. ``of``: the logits. ``unlike``: the weights of each row, where levels of queries and
+    keys differ.
     """
 
     table: Array
     overlap: Overlap
     of: Logits
+    unlike: Unlike | None = None
 
 
 @dataclass(frozen=True, slots=True)

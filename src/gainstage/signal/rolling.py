@@ -25,16 +25,27 @@ def roll(x: Value, dim: int, shift: int) -> Value:
         return x
     made = tuple(_rolled(axis, shift % x.shape[dim], x.shape[dim]) for axis in axes)
     dims = tuple(made if d == dim else kept for d, kept in enumerate(x.dims))
-    if len(axes) == 1:
-        return map_tables(x, dims, lambda table: table, None)
     position = x.axes.index(axes[0])
+    profile = _rolled_levels(x.levels, position, tuple(axis.size for axis in axes), shift)
+    if len(axes) == 1:
+        return map_tables(x, dims, lambda table: table, profile)
     together = _kept_together(axes[1].size, shift)
 
     def change(table: Array) -> Array:
         return _regrouped(table, position, axes[0].size, together)
 
-    moved = map_tables(replace(x, amplitude=None, tilt=None), dims, change, None)
+    moved = map_tables(replace(x, amplitude=None, tilt=None), dims, change, profile)
     return replace(moved, source=object(), gram=None)
+
+
+def _rolled_levels(levels: Array | None, position: int, sizes: tuple[int, ...], shift: int) -> Array | None:
+    """Levels along an axis, or along windows and places in them, after a shift."""
+    stop = position + len(sizes)
+    if levels is None or levels.shape[position:stop] == (1,) * len(sizes):
+        return levels
+    before, after = levels.shape[:position], levels.shape[stop:]
+    along = np.broadcast_to(levels, (*before, *sizes, *after)).reshape(*before, -1, *after)
+    return np.roll(along, shift, axis=position).reshape(*before, *sizes, *after)
 
 
 def _rolled(axis: Axis, shift: int, period: int) -> Axis:

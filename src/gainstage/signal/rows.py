@@ -17,6 +17,7 @@ from gainstage.signal.axes import Dim, axes_of, descends
 from gainstage.signal.between import shared
 from gainstage.signal.gram import Gram, along, grouped, of_sum, pairs, starts, ungrouped, widths
 from gainstage.signal.overlap import Tilt
+from gainstage.signal.patterns import pairs_of
 from gainstage.signal.quadrature import Array, matmul
 from gainstage.signal.spread import by_chance
 from gainstage.signal.value import Value
@@ -84,8 +85,75 @@ def pattern_of(a: Value, b: Value, index_a: Sequence[int], index_b: Sequence[int
     return attend(_Weights(mean, square), squares, factors, (query, key))
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Apart:
+    """A weighted sum over keys that are not alike, with weights that are not: tables for the exchangeable formula.
+
+    ``weights``, ``leaning``: of the weights, and of what they lean by, with the levels of the values, over the rows that are no
+    padding. ``values``: at equal levels. ``profile``: levels of the result by row, with the axes of the weights. ``spread``: what
+    makes of the table of those rows that of all; the rest, which is about to be cut off, shares as much as they do.
+    """
+
+    weights: Array
+    leaning: Array
+    values: Array
+    profile: Array
+    spread: Array
+
+    def over_all(self, table: Array, index: Sequence[int], out_index: Sequence[int]) -> Array:
+        """Table of the result; ``index``: of the axes of the weights, ``out_index``: of its own."""
+        kept = [n for n in index if n in out_index]
+        part = self.spread[tuple(slice(None) if n in out_index else 0 for n in index)]
+        operands: list[object] = [table, out_index, np.broadcast_to(part, (2,) * len(kept)), kept]
+        return np.asarray(np.einsum(*operands, out_index))  # type: ignore[call-overload]
+
+
+def apart_of(a: Value, b: Value, index_a: Sequence[int], index_b: Sequence[int]) -> Apart | None:
+    """Where the weights a of a sum over keys of b are those of a softmax over logits that are not alike."""
+    tilt = a.tilt
+    rows = None if tilt is None else tilt.unlike
+    if tilt is None or rows is None or b.gram is not None or any(axis not in a.axes for axis in rows.axes):
+        return None
+    order = [rows.axes.index(axis) for axis in a.axes]
+    key = order.index(len(order) - 1)
+    if index_a[key] not in index_b:
+        return None
+    even, factor = _at_equal_levels(b, index_a, index_b)
+    factor = factor.transpose(np.argsort(order))
+    seen = rows.counted()
+    pairs = pairs_of(seen)
+    among = 1.0 / np.where(pairs > 0.0, pairs, np.inf)
+    plain, weighted = rows.table(), rows.table(factor * seen) * among
+    ratio = np.divide(weighted, plain, out=np.ones_like(plain), where=plain > 0.0).transpose(order)
+    full = (1,) * even.ndim
+    another = tuple(0 if n == index_a[key] else 1 for n in index_b)
+    squares = rows.rows(factor, float(even[full]), float(even[another]))
+    profile = np.sqrt(np.maximum(squares, 0.0))
+    loud = pairs_of(profile * seen) * among
+    variance = float(tilt.table[(1,) * a.table.ndim])
+    return Apart(
+        weights=a.table * ratio,
+        leaning=variance * (rows.leaning(factor * seen) * among).transpose(order),
+        values=even,
+        profile=profile.transpose(order),
+        spread=np.divide(pairs_of(profile), loud, out=np.ones_like(loud), where=loud > 0.0).transpose(order),
+    )
+
+
+def _at_equal_levels(b: Value, index_a: Sequence[int], index_b: Sequence[int]) -> tuple[Array, Array]:
+    """Table of b before its levels along axes of a act on it, and these levels, with the axes of a."""
+    if b.levels is None:
+        return b.table, np.ones((1,) * len(index_a))
+    own = tuple(p for p, n in enumerate(index_b) if n not in index_a)
+    along = np.sqrt((b.levels**2).mean(axis=own, keepdims=True))
+    pairs = pairs_of(along)
+    shape = [along.shape[index_b.index(n)] if n in index_b else 1 for n in index_a]
+    common = sorted(set(range(along.ndim)) - set(own), key=lambda p: index_a.index(index_b[p]))
+    return b.table / np.where(pairs > 0.0, pairs, np.inf), along.transpose([*common, *own]).reshape(shape)
+
+
 def tilted(
-    a: Value, b: Value, index_a: Sequence[int], index_b: Sequence[int], kept_index: Sequence[int]
+    a: Value, b: Value, index_a: Sequence[int], index_b: Sequence[int], kept_index: Sequence[int], *, apart: Apart | None = None
 ) -> tuple[Array, Array] | None:
     """Tables of what attention gains because keys and values read the same tensor: ``Cov(l_s, l_s') K_v cos^2(x_s, x_s')``.
 
@@ -105,15 +173,15 @@ def tilted(
     if b.uneven is not None and descends(b.axes[index_b.index(keys[0])], b.uneven.axes):
         return None  # the keys are channels: each has weights of its own, and none of them reads what another key reads
     size = a.axes[where].size
-    weights = a.table * a.tilt.table * (1.0 - size * a.second_moment)
+    weights = a.table * a.tilt.table * (1.0 - size * a.second_moment) if apart is None else apart.leaning
     np.moveaxis(weights, where, 0)[1] = 0.0
     place = index_b.index(keys[0])
-    full = (1,) * b.table.ndim
-    apart = float(b.table[tuple(0 if p == place else 1 for p in range(b.table.ndim))])
-    square = float(b.table[full])
-    values = np.zeros_like(b.table)
+    even = b.table if apart is None else apart.values
+    other = float(even[tuple(0 if p == place else 1 for p in range(even.ndim))])
+    square = float(even[(1,) * even.ndim])
+    values = np.zeros_like(even)
     index = tuple(0 if p == place else slice(None) if n in index_a else 1 for p, n in enumerate(index_b))
-    values[index] = max(square - apart, 0.0) * alike / (1.0 + (apart / square) ** 2)
+    values[index] = max(square - other, 0.0) * alike / (1.0 + (other / square) ** 2)
     return weights, values
 
 

@@ -108,8 +108,24 @@ def _range(x: Value, dim: int, chosen: range) -> Value:
     if profile is None and x.levels is not None:
         moved = replace(moved, marginal=Marginal(x.marginal.latent, lambda: x.marginal.even))
     if not drop:
-        moved = of_part(x, moved, position, part, ratio)
+        moved = of_part(x, _evened(x, moved, position), position, part, ratio)
     return scaled(replace(moved, source=object()), ratio)
+
+
+def _evened(x: Value, part: Value, position: int) -> Value:
+    """A range of an axis, in which pairs go by the levels that are left, not by those of the whole.
+
+    Not where pairs are known one by one, and where borders lean on what all places have in common in a way of their own.
+    """
+    if x.valid_lean() is not None or (x.gram is not None and x.gram.axis is x.axes[position]):
+        return part
+    before, after = (levels.over(v.levels, position, v.axes[position].size) for v in (x, part))
+    factor = levels.pair_factor(before)
+    if factor <= 0.0 or np.ptp(before) <= 0.0:
+        return part
+    table = part.table.copy()
+    np.moveaxis(table, position, 0)[0] *= levels.pair_factor(after) / factor
+    return replace(part, table=table, rho=None)
 
 
 def scaled(x: Value, ratio: float) -> Value:

@@ -19,6 +19,7 @@ from gainstage.rules.attention import attention_logits
 from gainstage.signal import Value
 from gainstage.signal.attention import apart
 from gainstage.signal.movement import merge_dim
+from gainstage.signal.patterns import pairs_of
 from gainstage.signal.quadrature import Array, expectation
 from gainstage.solve.setting import Part
 
@@ -97,6 +98,9 @@ class Own:
     is_balanced: bool = False
 
 
+SILENT = 1e-6  # levels of padding, over those of the whole
+
+
 def is_contraction(node: Node) -> bool:
     """Whether a node sums products of its operands, or picks rows of one."""
     return node.short_name in CONTRACTIONS or is_lookup(node)
@@ -126,7 +130,17 @@ def measure(quantity: Quantity, graph: Graph, node: str, values: Mapping[str, An
         return loss_above_chance(value) if isinstance(value, Value) else 0.0
     if quantity is Quantity.VARIANCE:
         return value.variance if isinstance(value, Value) else 0.0
-    return value.second_moment if isinstance(value, Value) else 0.0
+    return level_of(value) if isinstance(value, Value) else 0.0
+
+
+def level_of(x: Value) -> float:
+    """Second moment of the entries that are not padding: of rows and places that are more than zeros."""
+    return x.second_moment if x.levels is None else x.second_moment / max(float(counted(x.levels).mean()), 1.0 / x.levels.size)
+
+
+def counted(levels: Array) -> Array:
+    """1 where there is more than padding."""
+    return np.asarray(levels > SILENT, dtype=np.float64)
 
 
 def is_attention(node: Node) -> bool:
@@ -142,12 +156,14 @@ def _logits(node: Node, values: Mapping[str, Any]) -> Value:
 
 
 def key_variance(logits: Value) -> float:
-    """``K[same] - K[another key]``: what a softmax over the last dimension sees."""
+    """``K[same] - K[another key]``: what a softmax over the last dimension sees, of queries and keys that are not padding."""
     logits = merge_dim(apart(logits), -1 % len(logits.dims))
     if not logits.dims[-1]:
         return 0.0
-    other = np.take(logits.table, 0, axis=logits.table.ndim - 1)
-    return max(logits.second_moment - float(other[(1,) * other.ndim]), 0.0)
+    among = pairs_of(counted(logits.levels)) if logits.levels is not None else np.ones(1)
+    table = logits.table / np.where(among > 0.0, among, np.inf)
+    full = (1,) * (table.ndim - 1)
+    return max(float(table[*full, 1] - table[*full, 0]), 0.0)
 
 
 def loss_above_chance(logits: Value) -> float:
@@ -178,6 +194,6 @@ def chance_level(width: int, excess: float) -> float:
 
 def goal_value(goal: Goal, values: Mapping[str, Any]) -> float:
     """The number that a goal asks for at present; where what it refers to is silent (queries of zeros), as if that were one."""
-    levels = [(values[node].second_moment, share) for node, share in goal.terms if isinstance(values[node], Value)]
+    levels = [(level_of(values[node]), share) for node, share in goal.terms if isinstance(values[node], Value)]
     total = sum(level * share for level, share in levels)
     return goal.constant + (total if total > 0.0 else sum(share for _, share in levels))

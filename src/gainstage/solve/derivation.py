@@ -13,7 +13,7 @@ from gainstage.policies import Fan, FanScaled
 from gainstage.propagate.trace import Signal
 from gainstage.roles import Role, Roles
 from gainstage.signal import Value
-from gainstage.solve.constraint import Demand, Kind, Own, Quantity, data_operand, goal_value, is_lookup, measure
+from gainstage.solve.constraint import Demand, Kind, Own, Quantity, data_operand, goal_value, is_lookup, level_of, measure
 from gainstage.solve.demands import Demands
 from gainstage.solve.initial import nominal_fan_of
 from gainstage.solve.passage import Balance, Passages
@@ -95,7 +95,7 @@ class Explainer:
         if operand is None or setting.mixing is not None:
             gain = output_gain(own, values, setting)
             return [f"{rows}Var(w) = {level:g} / {gain:.4g} = {variance:.4g}, so that the output starts with E[y^2] = {level:g}"]
-        x = operand[1].second_moment
+        x = level_of(operand[1])
         if own.is_balanced and self.passages.balance is not Balance.FORWARD:
             return self._balanced(own, level, setting, rows)
         return [
@@ -153,7 +153,7 @@ class Explainer:
         if operand is None or not is_product or operand[1].second_moment <= 0.0:
             return []
         fan_in, _ = fans(own, self.graph, values, setting)
-        level = operand[1].second_moment
+        level = level_of(operand[1])
         given = f"n = {fan_in:.6g}; {self._predicted(*operand)}"
         goal = goal_value(demand.goal, values)
         if demand.kind is Kind.LOGITS:
@@ -261,10 +261,10 @@ class Explainer:
 
     def _level(self, node: str) -> float:
         value = self.solution.values[node]
-        return value.second_moment if isinstance(value, Value) else 0.0
+        return level_of(value) if isinstance(value, Value) else 0.0
 
     def _predicted(self, name: str, x: Value) -> str:
-        predicted = f"E[x^2] = {x.second_moment:.4g} predicted at {self._place(name)}"
+        predicted = f"E[x^2] = {level_of(x):.4g} predicted at {self._place(name)}"
         if Signal(x).is_typical:
             return predicted
         return f"{predicted}, an average over draws that stray by factors beyond {math.exp(WIDEST_SPREAD):.0f}"

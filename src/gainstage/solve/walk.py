@@ -15,7 +15,7 @@ from gainstage.graph import Graph, Node, NodeKind
 from gainstage.policies import Fan, FanScaled
 from gainstage.propagate import evaluate, parameter_value
 from gainstage.signal import Value
-from gainstage.solve.constraint import Demand, Kind, Own, data_operand, goal_value, is_attention, is_lookup, measure
+from gainstage.solve.constraint import Demand, Kind, Own, data_operand, goal_value, is_attention, is_lookup, level_of, measure
 from gainstage.solve.demands import Demands
 from gainstage.solve.initial import no_value, nominal_fan_of
 from gainstage.solve.passage import Passages
@@ -244,7 +244,7 @@ def output_gain(own: Own, values: Mapping[str, Any], setting: Setting) -> float:
     """Second moment of the contraction's output for each unit of the parameter's variance; a known bias apart."""
     output: Value = values[own.use.node]
     is_apart = output.added is not None and output.added.table is output.table
-    return (output.added.of if output.added is not None and is_apart else output).second_moment / setting.variance
+    return level_of(output.added.of if output.added is not None and is_apart else output) / setting.variance
 
 
 def wanted_variance(own: Own, graph: Graph, values: Mapping[str, Any], setting: Setting) -> float:
@@ -270,6 +270,6 @@ def fans(own: Own, graph: Graph, values: Mapping[str, Any], setting: Setting) ->
     if own.use.parameter in graph.uses:  # the output may hold more than products with fresh weights
         fan_in = nominal_fan_of(own.use, setting.info, graph)
     else:
-        fan_in = output_gain(own, values, setting) / operand[1].second_moment
+        fan_in = output_gain(own, values, setting) / level_of(operand[1])
     outputs, inputs = math.prod(values[own.use.node].shape), math.prod(operand[1].shape)
     return fan_in, fan_in * outputs / inputs
