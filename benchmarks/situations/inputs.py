@@ -5,6 +5,10 @@ the population, the known sampling error being subtracted, of the whitened outpu
 see Correlations. N outputs of fewer directions r cannot be uncorrelated: the root mean square of their correlations is at least
 ``sqrt((N - r) / (r (N - 1)))`` (L. Welch 1974), and a tenth is asked for above that, in squares. The mean of their sizes would be
 least for outputs that are copies of each other.
+
+A covariance that m rows told is as far from that of the population as the one that n held-out rows show, at ``sqrt(n / m)`` of
+the size. Outputs that are uncorrelated over the m rows correlate by that in the population, whatever whitens them: each row of
+the table says how much it is.
 """
 
 from __future__ import annotations
@@ -70,6 +74,9 @@ def rows_of(case: Case) -> Iterator[Row]:
         ratio, asked = mine.root_mean_square / others.root_mean_square, math.hypot(TENTH, least / others.root_mean_square)
     else:
         quantity, asked, ratio = "mean correlation over that with independent weights", TENTH, mine.absolute / others.absolute
+    told = mine.left_by(len(seen) / len(unseen))
+    left = math.hypot(told, least) / others.root_mean_square if least else math.sqrt(2.0 / math.pi) * told / others.absolute
+    quantity += f"; {len(seen)} rows seen leave {left:.2g}"
     named = {"situation": "inputs", "package": case.package, "model": case.name}
     yield row_over([float(np.mean(variances))], **named, quantity="variance of what the first layer returns", asked=(0.9, 1.1))
     yield row_over([ratio], **named, quantity=quantity, asked=(0.0, asked))
@@ -114,6 +121,10 @@ class Correlations:
         Those of independent weights are larger and scatter otherwise; there the difference is small, and makes the ratio larger.
         """
         return math.sqrt(max(0.0, self.sizes**2 - 2.0 * self.variance / math.pi))
+
+    def left_by(self, more: float) -> float:
+        """Root mean square in the population of what is uncorrelated over so many times as many samples, to first order."""
+        return math.sqrt(self.variance / more)
 
     @property
     def root_mean_square(self) -> float:
