@@ -178,7 +178,7 @@ def groups(levels: Array, most: int = 12) -> tuple[Array, Array]:
     return np.sqrt(squares[present] / counts[present]), counts[present] / flat.size
 
 
-def groups_of_two(first: Array, second: Array, most: int = 6) -> tuple[Array, Array]:
+def groups_of_two(first: Array, second: Array, most: int = 12) -> tuple[Array, Array]:
     """As :func:`groups`, of two profiles over the same coordinates: pairs of levels [2, classes], and shares of entries."""
     flat = np.array([np.abs(levels).ravel() for levels in np.broadcast_arrays(first, second)])
     tops = np.maximum(flat.max(axis=1, keepdims=True), 1e-300)

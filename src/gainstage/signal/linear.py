@@ -41,6 +41,8 @@ LEAST_CENTRE = (
     0.25  # share of the mean's square in the second moment from which an average counts as a number that hardly fluctuates
 )
 
+APART = 0.1  # in the share of one of two levels that add up: sums between which others are interpolated
+
 _ROUGHLY = 0.05  # of an entry's root mean square: as far a distribution fitted to its moments may reach below zero
 
 
@@ -261,9 +263,16 @@ def _sum_marginal(x: Value, y: Value, sign: float, moments: tuple[float, float],
         return standardised(sum_quantiles(x.marginal.even, sign * y.marginal.even), mean, std)
 
     def at_levels() -> Array:
-        sizes, shares = levels.groups_of_two(first, second)
-        each = [sum_quantiles(a * x.marginal.even, sign * b * y.marginal.even) for a, b in sizes.T]
-        return standardised(quantiles(np.array(each), shares[:, None] * weights()), mean, std)
+        """``a x + b y = (a + b) ((1 - f) x + f y)`` at each pair of levels, between a few f by interpolation."""
+        (a, b), shares = levels.groups_of_two(first, second)
+        part = b / np.maximum(a + b, 1e-300)
+        parts = np.linspace(part.min(), part.max(), 2 + int(np.ptp(part) / APART))
+        each = np.array([sum_quantiles((1.0 - f) * x.marginal.even, sign * f * y.marginal.even) for f in parts])
+        place = (part - parts[0]) / max(float(parts[1] - parts[0]), 1e-12)
+        below = np.minimum(place.astype(int), len(parts) - 2)
+        beyond = (place - below)[:, None]
+        made = (a + b)[:, None] * ((1.0 - beyond) * each[below] + beyond * each[below + 1])
+        return standardised(quantiles(made, shares[:, None] * weights()), mean, std)
 
     return Marginal(object(), at_levels, even)
 
