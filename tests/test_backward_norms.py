@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 import gainstage as gs
 from gainstage.propagate import kurtosis
@@ -210,3 +211,32 @@ def test_behind_a_depthwise_kernel_nothing_of_a_gradient_lies_along_its_channel(
             predicted.append([parameters[name].gradient_second_moment for name in names])
     # Standard errors of 2 %; taps at the border count as those inside.
     assert np.mean(predicted, 0) == pytest.approx(np.mean(found, 0), rel=0.1)
+
+
+class Chain(nn.Module):
+    """Layers without biases in front of a norm; ``even``: of vectors of one length."""
+
+    def __init__(self, depth, *, even=False):
+        super().__init__()
+        self.layers, self.even = nn.Sequential(*(nn.Linear(64, 64, bias=False) for _ in range(depth))), even
+        for layer in self.layers:
+            nn.init.normal_(layer.weight, std=64**-0.5)
+
+    def forward(self, x):
+        return F.rms_norm(self.layers(F.rms_norm(x, (64,), eps=1e-9) if self.even else x), (64,), eps=1e-9)
+
+
+@pytest.mark.parametrize(("depth", "even"), [(1, False), (2, False), (3, False), (1, True)])
+def test_the_length_of_a_vector_strays_by_every_layer_that_made_it(depth, even):
+    """``E[1 / |y|^2]`` for ``y = W_k .. W_1 x``: each factor has n degrees of freedom, ``n / (n - 2)`` of its mean.
+
+    A vector of one length is no factor. Predicted is ``n / (n - 2 k)`` for k factors, right to first order: for each pair of
+    them ``(2 / n)^2`` is left.
+    """
+    torch.manual_seed(0)
+    trace = gs.inspect(Chain(depth, even=even), (torch.randn(16, 64),))
+    last = trace.modules[f"layers.{depth - 1}"][0]
+    factors = depth + 1 - even
+    exact = (64.0 / 62.0) ** factors * (1.0 - 1.0 / 64.0)  # one part in n of a gradient lies along the vector
+    within = 0.003 + factors * (factors - 1) / 2 * 0.001
+    assert last.gradient.second_moment * last.second_moment == pytest.approx(exact, rel=within)

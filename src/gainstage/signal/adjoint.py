@@ -60,6 +60,8 @@ def normalise_gradient(g: Value, x: Value, dims: Sequence[int], eps: float, *, c
     stray = 2.0 * float(mean_square(x, rest, at)[(-1,) * x.table.ndim]) / level**2 if level > 0.0 else 0.0
     if x.steady is not None:
         stray *= 1.0 - x.steady.over(x_axes)
+    if list(dims) == [len(x.dims) - 1] and not any(axis in x_axes for axis, _ in x.overlap.lags):  # over channels
+        stray += x.overlap.swell
     if x.uneven is not None and not any(axis in x_axes for axis in x.uneven.axes):
         stray += x.uneven.centred if centre else x.uneven.variance
     xhat = normalise(x, x_axes, eps, centre=centre)

@@ -23,7 +23,7 @@ from gainstage.signal.copies import replace
 from gainstage.signal.directions import flatness_of_product
 from gainstage.signal.movement import expand, merge_dim, refine, reshape
 from gainstage.signal.neighbours import REACH, Neighbours, beyond, cut, made, outer
-from gainstage.signal.overlap import PAIRS, Taps
+from gainstage.signal.overlap import NONE, PAIRS, Overlap, Taps
 from gainstage.signal.quadrature import Array
 from gainstage.signal.rows import apart_of, pattern_of, tilted
 from gainstage.signal.spread import by_chance, multiplied, weighted
@@ -86,7 +86,13 @@ def contract(a: Value, b: Value, labels_a: str, labels_b: str, labels_out: str) 
         return _strayed(result, a, b, (labels_a, labels_b, labels_out))
     between = gained + np.asarray(np.einsum(pattern.between_keys(table_a), *operands[1:], out_index))  # type: ignore[call-overload]
     profile, gram = pattern.rows(table, between, out_dims, out_index.index(index_a[pattern.query]))
-    return replace(contracted(a, b, out_dims, count * a.mean * b.mean, table, profile=profile), gram=gram)
+    result = contracted(a, b, out_dims, count * a.mean * b.mean, table, profile=profile)
+    return replace(result, gram=gram, overlap=_swollen(a, b))
+
+
+def _swollen(a: Value, b: Value) -> Overlap:
+    """Of weighted sums of values v over keys: near Gaussian given what made v, their level strays by ``2 E[cos^2]``."""
+    return NONE if a.tilt is None else replace(NONE, swell=2.0 * b.overlap.variance)
 
 
 def _is_fresh(weight: Value) -> bool:
@@ -135,7 +141,8 @@ def _strayed(y: Value, x: Value, weight: Value, labels: tuple[str, str, str]) ->
     """A product y, with what its entries stray by for sharing weights, if one of the operands is weights."""
     read, own, out = labels
     if x.is_weight is weight.is_weight:
-        return replace(y, read=x.read | weight.read | (frozenset() if x.is_weight else _names(x) | _names(weight)))
+        read_by = x.read | weight.read | (frozenset() if x.is_weight else _names(x) | _names(weight))
+        return replace(y, read=read_by, overlap=_swollen(x, weight))
     if x.is_weight:
         return _strayed(y, weight, x, (own, read, out))
     starts = [int(start) for start in np.cumsum([0, *(len(dim) for dim in x.dims)])]

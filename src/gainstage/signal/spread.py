@@ -75,7 +75,8 @@ def weighted(
     fresh = min(chance * loud * (level / entry) ** 2, own) / groups
     overlap = after_kernel(x.overlap, x.marginal.latent, (fresh, own / groups - fresh), inherited, taps or {})
     flatness, rows = kurtosis(x.marginal.even), math.prod(every.values()) * groups
-    swell = (flatness - 1.0) / rows + x.overlap.swell * patch_share(x.overlap, taps or {})
+    fixed = 0.0 if x.steady is None else x.steady.over([x.axes[p] for p in terms])  # what has one length has one level
+    swell = (flatness - 1.0) / rows * (1.0 - fixed) + x.overlap.swell * patch_share(x.overlap, taps or {})
     evened = (flatness - 1.0 - (flatness - 3.0) * weight.marginal.kurtosis / 3.0) / rows + 2.0 * passed
     loud = (flatness - 1.0) * _differing(x, [*free, *places]) / rows if rows <= FEW else 0.0
     overlap = replace(overlap, swell=swell, evened=evened, loud=loud + x.overlap.loud * patch_share(x.overlap, taps or {}))
