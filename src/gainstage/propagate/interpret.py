@@ -12,6 +12,7 @@ import torch
 from gainstage.errors import GainstageError, UnsupportedOpError
 from gainstage.graph import Graph, Node, NodeKind, ParameterInfo, Ref, TensorMeta
 from gainstage.propagate.kinship import Operation, beginning, with_origin
+from gainstage.propagate.looked_up import of_known_rows
 from gainstage.propagate.sample import Reason, as_numbers, constant_value, fault_of, is_known, run_known, sample_node
 from gainstage.rules import Call, is_free, rule_of
 from gainstage.signal import Value
@@ -48,6 +49,7 @@ def evaluate(node: Node, values: Mapping[str, Result], parameter: ParameterValue
     call = Call(node.op, _shapes(node))
     try:
         result = run_known(node, args, kwargs) if is_known(node, args, kwargs) else _unknown(node, call, args, kwargs)
+        result = of_known_rows(node, values, graph, partial(_on_other, values)) or result
         if graph.reused:
             result = with_origin(node, graph, Operation(partial(_by_rule, node, call), args, kwargs), result, values)
     except GainstageError:
@@ -58,6 +60,13 @@ def evaluate(node: Node, values: Mapping[str, Result], parameter: ParameterValue
         ) from error
     _check(node, call, result)
     return _in_type(result, node.meta)
+
+
+def _on_other(values: Mapping[str, Result], node: Node, first: Value) -> Result:
+    """An operation on another first operand."""
+    assert node.op is not None
+    args = [first, *(resolve(argument, values) for argument in node.args[1:])]
+    return _by_rule(node, Call(node.op, _shapes(node)), args, {key: resolve(item, values) for key, item in node.kwargs.items()})
 
 
 def _in_type(result: Result, meta: Any) -> Result:

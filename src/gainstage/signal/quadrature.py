@@ -288,6 +288,17 @@ def joint_series(f: Array, g: Array) -> Array:
     return np.append(products, float(weights() @ (f * g)) - float(products.sum()))
 
 
+def covariances(functions: Array, rho: Array) -> Array:
+    """``E[f_i(z) f_j(z')]`` for functions [i, grid], z and z' of correlation ``rho[i, j]``; as they are where it is 1 (i = j)."""
+    coefficients = functions @ _weighted_hermite().T
+    found, power = np.zeros_like(rho), np.ones_like(rho)
+    for each in coefficients.T:
+        found += np.outer(each, each) * power
+        power = power * rho
+    np.fill_diagonal(found, (functions**2) @ weights())
+    return found
+
+
 def normal_series(mean: float, slope: float) -> Array:
     """Coefficients ``c_0, c_1`` of :func:`power_series` for ``f(z) = mean + slope z``; all others are 0."""
     return np.array([mean**2, slope**2])
