@@ -27,11 +27,13 @@ def main() -> int:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=SITUATIONS, help="one situation")
-    parser.add_argument("--model", default="", help="models whose package or name has this in it")
+    parser.add_argument("--model", default="", help="models whose package or name has this in it, in any case")
     chosen = parser.parse_args()
     one_thread()
     for name in SITUATIONS if chosen.only is None else (chosen.only,):
-        anew = measured(name, chosen.model)
+        anew = measured(name, chosen.model.lower())
+        if chosen.only and all(rows is None for _, rows in anew):
+            parser.error(f"no model of {name} has {chosen.model!r} in it: {', '.join(model for (_, model), _ in anew)}")
         found = _written()  # now: another run may have ended meanwhile
         known = found.get(name, [])
         found[name] = [row for of, rows in anew for row in (known_of(known, *of) if rows is None else rows)]
@@ -48,7 +50,10 @@ def _written() -> dict[str, list[dict[str, Any]]]:
 def measured(name: str, wanted: str) -> list[tuple[tuple[str, str], list[dict[str, Any]] | None]]:
     """Packages and models of one situation, in their order, each with its rows; None for those that are not wanted."""
     return [
-        ((one.package, one.model), [row.to_dict() for row in one.rows()] if wanted in f"{one.package} {one.model}" else None)
+        (
+            (one.package, one.model),
+            [row.to_dict() for row in one.rows()] if wanted in f"{one.package} {one.model}".lower() else None,
+        )
         for one in import_module(f"benchmarks.situations.{name}").measurements()
     ]
 
