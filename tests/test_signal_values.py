@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from gainstage.signal import apply, independent
+from gainstage.signal import apply, independent, known
 from gainstage.signal.copies import replace
 from gainstage.signal.marginal import Marginal, normal_marginal
 from gainstage.signal.quadrature import evaluate_series, nodes
@@ -42,3 +42,9 @@ def test_what_is_known_of_a_normal_variable_is_what_sums_over_the_grid_find(mean
         np.testing.assert_allclose(evaluate_series(short, rho), evaluate_series(long, rho), rtol=1e-10, atol=1e-12)
     assert known.is_gaussian
     assert summed.is_gaussian
+
+
+def test_a_known_tensor_without_entries_has_a_value():
+    value = known(torch.zeros(0, 3))
+    assert value.shape == (0, 3)
+    assert value.mean == value.second_moment == 0.0

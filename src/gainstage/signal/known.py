@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 
 from gainstage.signal.axes import axes_of, new_dims
@@ -19,12 +20,13 @@ def measured(tensor: torch.Tensor, **extra: object) -> Value:
     dims = new_dims(tuple(data.shape))
     axes = axes_of(dims)
     table = pairs_of(data.reshape([axis.size for axis in axes]).numpy())
-    entries = data.reshape(-1).numpy()
+    entries = data.reshape(-1).numpy() if data.numel() else np.zeros(1)  # of nothing there is nothing to say
+    mean = float(entries.mean())
     if entries.size > 65536:  # the distribution of entries needs no more
         entries = entries[:: entries.size // 32768]
     return Value(
         dims=dims,
-        mean=float(data.mean()),
+        mean=mean,
         table=table,
         marginal=Marginal(object(), lambda: sample_quantiles(entries)),
         source=object(),

@@ -21,7 +21,12 @@ def spread_pairs(averaged: Array, sizes: tuple[int, ...]) -> Array:
 
 
 def pairs_of(known: Array) -> Array:
-    """``E[x_i x_j]`` of a known array by the axes on which i and j are equal; axes of size 1 stay as they are."""
+    """``E[x_i x_j]`` of a known array by the axes on which i and j are equal; axes of size 1 stay as they are.
+
+    Zeros where there is no entry.
+    """
+    if known.size == 0:
+        return np.zeros([1 if size == 1 else 2 for size in known.shape])
     varying = tuple(size for size in known.shape if size > 1)
     table = spread_pairs(_over_pairs(known.reshape(varying)), varying)
     return table.reshape([2 if size > 1 else 1 for size in known.shape])
