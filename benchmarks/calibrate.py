@@ -175,7 +175,7 @@ class Contractions(TorchDispatchMode):
         """Run and count."""
         result = func(*args, **(kwargs or {}))
         is_product = func in {torch.ops.aten.addmm.default, torch.ops.aten.mm.default, torch.ops.aten.linear.default}
-        self.count += is_product and not isinstance(result, FakeTensor)
+        self.count += is_product and not (isinstance(result, FakeTensor) or result.is_meta)
         return result
 
 

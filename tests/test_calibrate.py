@@ -167,7 +167,7 @@ class Products(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
-        if not isinstance(result, FakeTensor):
+        if not (isinstance(result, FakeTensor) or getattr(result, "is_meta", False)):
             self.counts[func] += 1
         return result
 

@@ -179,8 +179,8 @@ def _terms(g: Value) -> tuple[Value, ...]:
 
 
 def _on_axes(term: Value, total: Value) -> Value:
-    """A term, its coordinates named as those of the sum."""
-    term = align(total, term)[1]
+    """A term, its coordinates named as those of the sum, which may have been split where another term was not."""
+    total, term = align(total, term)
     names = dict(zip(term.axes, total.axes, strict=True))
     lost = term.across
     across = None if lost is None else replace(lost, axes=frozenset(names.get(axis, axis) for axis in lost.axes))
