@@ -39,6 +39,7 @@ def with_bias(y: Value, bias: Value | None, dim: int) -> Value:
 @rule(aten.linear.default)
 def linear(call: Call, x: Value, weight: Value, bias: Value | None = None) -> Value:
     """``K_y[S] = n v K_x[S + in]``, plus the bias. A vector as weight is one row, which is dropped."""
+    x = replace(x, is_weight=False)  # by its place: a table of queries is data to the layers that read it
     batch = LETTERS[: len(x.dims) - 1]
     if len(weight.dims) == 1:
         return with_bias(contract(x, weight, batch + "y", "y", batch), bias, -1)
