@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
 from gainstage.rules.backward.linear import bias_gradient
@@ -31,11 +33,13 @@ from gainstage.signal.slicing import slices
 
 aten = torch.ops.aten
 
+_UNLIKE = 0.1  # of the root mean square
+
 
 def times_slope(call: BackwardCall, g: Value, x: Value, *args: Any, **kwargs: Any) -> tuple[Gradient, ...]:
-    """``g f'(x)``: second moment ``E[g^2] E[f'(x)^2]``; of several tensors side by side, of each."""
+    """``g f'(x)``: second moment ``E[g^2] E[f'(x)^2]``; of several tensors side by side that differ, of each."""
     parts = parts_along(x)
-    if parts is not None:
+    if parts is not None and _differ(parts[1]):
         pieces = zip(slices(g, *parts), slices(call.output, *parts), parts[1], strict=True)
         each = [times_slope(replace(call, output=y), piece, part, *args, **kwargs) for piece, y, part in pieces]
         return (join([found for (found,) in each if found is not None], parts[0]),)
@@ -47,6 +51,13 @@ def times_slope(call: BackwardCall, g: Value, x: Value, *args: Any, **kwargs: An
 
 
 backward(aten.pow.Tensor_Scalar)(times_slope)
+
+
+def _differ(parts: Sequence[Value]) -> bool:
+    """Whether a function has another slope on some parts: behind a norm they are alike, and the gradient stays in one piece."""
+    means, levels = np.array([part.mean for part in parts]), np.array([part.second_moment for part in parts])
+    root = max(float(levels.max()), 1e-300) ** 0.5
+    return float(np.ptp(means)) > _UNLIKE * root or float(np.ptp(np.sqrt(levels))) > _UNLIKE * root
 
 
 @backward(
