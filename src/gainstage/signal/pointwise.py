@@ -180,14 +180,14 @@ def apply(function: Function, x: Value) -> Value:
 
 
 def _of_its_sign(result: Value, values: Array) -> Value:
-    """With a distribution that is as far from 0 as the values of the function are, where they are all on one side of it.
+    """With a distribution that is as far from 0 as the values of the function are, where they are all on one side of it; a ReLU's may be 0.
 
     A distribution that was brought to moments may reach beyond, where what comes next (a logarithm, a root) is not defined.
     """
     low, high = float(values.min()), float(values.max())
-    if low < 0.0 < high:
+    if low <= 0.0 <= high:
         return result
-    marginal, limits = result.marginal, (low, None) if low >= 0.0 else (None, high)
+    marginal, limits = result.marginal, (low, None) if low > 0.0 else (None, high)
     even = (lambda: np.clip(marginal.even, *limits)) if marginal.has_even else None
     return replace(result, marginal=Marginal(marginal.latent, lambda: np.clip(marginal.values, *limits), even))
 
