@@ -180,9 +180,10 @@ def apply(function: Function, x: Value) -> Value:
 
 
 def _of_its_sign(result: Value, values: Array) -> Value:
-    """With a distribution that is as far from 0 as the values of the function are, where they are all on one side of it; a ReLU's may be 0.
+    """With a distribution that is as far from 0 as the values of the function are, where they are all on one side of it.
 
-    A distribution that was brought to moments may reach beyond, where what comes next (a logarithm, a root) is not defined.
+    A distribution that was brought to moments may reach beyond, where what comes next (a logarithm, a root) is not defined. Zeros
+    of a ReLU are left as they are: its slope is told by them.
     """
     low, high = float(values.min()), float(values.max())
     if low <= 0.0 <= high:

@@ -57,7 +57,7 @@ def _differ(parts: Sequence[Value]) -> bool:
     """Whether a function has another slope on some parts: behind a norm they are alike, and the gradient stays in one piece."""
     means, levels = np.array([part.mean for part in parts]), np.array([part.second_moment for part in parts])
     root = max(float(levels.max()), 1e-300) ** 0.5
-    return float(np.ptp(means)) > _UNLIKE * root or float(np.ptp(np.sqrt(levels))) > _UNLIKE * root
+    return max(float(np.ptp(means)), float(np.ptp(np.sqrt(levels)))) > _UNLIKE * root
 
 
 @backward(
