@@ -56,7 +56,7 @@ backward(aten.pow.Tensor_Scalar)(times_slope)
 def _differ(parts: Sequence[Value]) -> bool:
     """Whether a function has another slope on some parts: behind a norm they are alike, and the gradient stays in one piece."""
     means, levels = np.array([part.mean for part in parts]), np.array([part.second_moment for part in parts])
-    root = max(float(levels.max()), 1e-300) ** 0.5
+    root = float(np.sqrt(levels.max()))
     return max(float(np.ptp(means)), float(np.ptp(np.sqrt(levels)))) > _UNLIKE * root
 
 
