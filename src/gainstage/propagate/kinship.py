@@ -27,7 +27,7 @@ from gainstage.signal.axes import Axis
 from gainstage.signal.copies import replace
 from gainstage.signal.gather import one_hot
 from gainstage.signal.quadrature import expectation
-from gainstage.signal.value import Origin
+from gainstage.signal.traits import Origin
 
 _NEGLIGIBLE = 1e-9  # of a second moment
 _RETURNED = "returned"

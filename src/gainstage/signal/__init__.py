@@ -29,7 +29,8 @@ from gainstage.signal.pointwise import apply, combine, of_one_latent
 from gainstage.signal.selection import gathered, pick
 from gainstage.signal.slicing import select, take
 from gainstage.signal.slopes import slope
-from gainstage.signal.value import Added, Value, coins, gaussian, independent
+from gainstage.signal.traits import Added
+from gainstage.signal.value import Value, coins, gaussian, independent
 
 __all__ = [
     "Added",

@@ -29,7 +29,8 @@ from gainstage.signal.pointwise import align, combine, of_one_latent
 from gainstage.signal.quadrature import Array, evaluate_series, expectation, invert_series, nodes, power_series, weights
 from gainstage.signal.shares import Share
 from gainstage.signal.slicing import slices
-from gainstage.signal.value import Given, Value, gaussian
+from gainstage.signal.traits import Given
+from gainstage.signal.value import Value, gaussian
 
 STAGGER = 8
 TERMS = 3  # of a gradient that are followed each by itself

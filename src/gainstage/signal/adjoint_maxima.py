@@ -18,7 +18,8 @@ from gainstage.signal.movement import merge_dim, parts_along
 from gainstage.signal.neighbours import pairs_by_lag
 from gainstage.signal.quadrature import Array, coarse, invert_series, nodes
 from gainstage.signal.slicing import slices
-from gainstage.signal.value import Given, Value, gaussian
+from gainstage.signal.traits import Given
+from gainstage.signal.value import Value, gaussian
 
 
 def largest_gradient(g: Value, x: Value, dims: Sequence[int], windows: Sequence[Places]) -> Value:

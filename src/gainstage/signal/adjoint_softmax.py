@@ -34,7 +34,8 @@ from gainstage.signal.copies import replace
 from gainstage.signal.movement import merge_dim, together
 from gainstage.signal.overlap import NONE, PAIRS, Overlap
 from gainstage.signal.quadrature import Array
-from gainstage.signal.value import Logits, Value, gaussian
+from gainstage.signal.traits import Logits
+from gainstage.signal.value import Value, gaussian
 
 ROWS = 64  # of a mask, at most, of which all pairs are looked at
 

@@ -24,8 +24,9 @@ from gainstage.signal.marginal import Marginal
 from gainstage.signal.movement import expand, full_prior, merge_dim, refine
 from gainstage.signal.overlap import Tilt
 from gainstage.signal.quadrature import Array, nodes, standardised
+from gainstage.signal.traits import Lean, Logits
 from gainstage.signal.unlike import Unlike, of_one, unlike
-from gainstage.signal.value import Lean, Logits, Value, gaussian
+from gainstage.signal.value import Value, gaussian
 
 ALIKE = 0.01  # levels of logits that differ by less are one
 

@@ -27,7 +27,8 @@ from gainstage.signal.overlap import NONE, PAIRS, Overlap, Taps
 from gainstage.signal.quadrature import Array
 from gainstage.signal.rows import apart_of, pattern_of, tilted
 from gainstage.signal.spread import by_chance, multiplied, weighted
-from gainstage.signal.value import Lean, Value, gaussian
+from gainstage.signal.traits import Lean
+from gainstage.signal.value import Value, gaussian
 
 Places = NDArray[np.int64]
 

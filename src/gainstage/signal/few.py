@@ -23,7 +23,8 @@ from gainstage.signal.copies import replace
 from gainstage.signal.marginal import Marginal
 from gainstage.signal.neighbours import pairs_by_lag
 from gainstage.signal.quadrature import Array, expectation, nodes, quantiles, standardised, sum_quantiles, weights
-from gainstage.signal.value import Uneven, Value
+from gainstage.signal.traits import Uneven
+from gainstage.signal.value import Value
 
 MOST = 64.0  # terms: beyond, a^3 < .06
 

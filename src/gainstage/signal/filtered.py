@@ -22,7 +22,8 @@ from gainstage.signal.axes import Axis
 from gainstage.signal.neighbours import Neighbours, by_lag, made, outer
 from gainstage.signal.pairing import amplitude_of
 from gainstage.signal.quadrature import Array
-from gainstage.signal.value import Lean, Value
+from gainstage.signal.traits import Lean
+from gainstage.signal.value import Value
 
 MOST = 6  # terms
 FINE = 32  # lags, and frequencies at which power is looked at

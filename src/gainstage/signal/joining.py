@@ -16,7 +16,8 @@ from gainstage.signal.movement import full_prior, map_tables, merge_dim, refine,
 from gainstage.signal.overlap import Overlap, mixed
 from gainstage.signal.quadrature import Array, covariance_series, quantiles, weights
 from gainstage.signal.stray import Stray, summed
-from gainstage.signal.value import Joined, Value
+from gainstage.signal.traits import Joined
+from gainstage.signal.value import Value
 
 
 def join(values: Sequence[Value], dim: int) -> Value:

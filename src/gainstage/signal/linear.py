@@ -34,8 +34,9 @@ from gainstage.signal.spread import after_shift, product_overlap, product_stray
 from gainstage.signal.stray import Stray
 from gainstage.signal.stray import averaged as averaged_stray
 from gainstage.signal.stray import summed as summed_stray
+from gainstage.signal.traits import Added, Lean, Statistic, Sum, statistic_at
 from gainstage.signal.uneven import of_product, of_sum
-from gainstage.signal.value import Added, Lean, Statistic, Sum, Value, gaussian, statistic_at
+from gainstage.signal.value import Value, gaussian
 
 LEAST_CENTRE = (
     0.25  # share of the mean's square in the second moment from which an average counts as a number that hardly fluctuates

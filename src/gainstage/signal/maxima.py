@@ -29,7 +29,8 @@ from gainstage.signal.quadrature import (
     quantiles,
     standardised,
 )
-from gainstage.signal.value import Largest, Lean, Value
+from gainstage.signal.traits import Largest, Lean
+from gainstage.signal.value import Value
 
 STEP = 0.05  # of standard deviations, for a slope
 

@@ -21,7 +21,7 @@ from gainstage.signal.quadrature import Array
 from gainstage.signal.unlike import Unlike
 
 if TYPE_CHECKING:
-    from gainstage.signal.value import Logits
+    from gainstage.signal.traits import Logits
 
 MOST = 16  # causes kept apart
 

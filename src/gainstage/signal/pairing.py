@@ -25,8 +25,9 @@ from gainstage.signal.copies import replace
 from gainstage.signal.known import measured
 from gainstage.signal.movement import expand, parts_along, refine
 from gainstage.signal.quadrature import Array, covariance_series, invert_series, joint_series
+from gainstage.signal.traits import Origin, Summed
 from gainstage.signal.uses import are_alike, covariance_of_uses, is_same
-from gainstage.signal.value import Origin, Summed, Value
+from gainstage.signal.value import Value
 
 MOST_SUMS = 64  # that are looked into for what two tensors have in common
 

@@ -40,9 +40,10 @@ from gainstage.signal.quadrature import (
 from gainstage.signal.slicing import part_by_part
 from gainstage.signal.spread import held
 from gainstage.signal.stray import Stray, passed
+from gainstage.signal.traits import statistic_at
 from gainstage.signal.two import of_two
 from gainstage.signal.uneven import with_means
-from gainstage.signal.value import Value, statistic_at
+from gainstage.signal.value import Value
 
 LEAST_STRAY = 1e-3  # variance of the log of a level below which all draws are alike
 

@@ -11,7 +11,8 @@ from gainstage.signal import levels
 from gainstage.signal.known import measured
 from gainstage.signal.pairing import spectrum
 from gainstage.signal.quadrature import Array, between_nodes
-from gainstage.signal.value import Logits, Value
+from gainstage.signal.traits import Logits
+from gainstage.signal.value import Value
 
 LEAST_VARIED, CERTAIN = (
     1e-2,

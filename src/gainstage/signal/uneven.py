@@ -18,7 +18,8 @@ import numpy as np
 from gainstage.signal.axes import Axis
 from gainstage.signal.copies import replace
 from gainstage.signal.quadrature import Array, expectation
-from gainstage.signal.value import Uneven, Value
+from gainstage.signal.traits import Uneven
+from gainstage.signal.value import Value
 
 STEP = 0.01  # of deviations and means, for their derivatives
 

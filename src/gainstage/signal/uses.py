@@ -15,7 +15,8 @@ import numpy as np
 from gainstage.signal.axes import Axis, descends
 from gainstage.signal.copies import replace
 from gainstage.signal.quadrature import Array, expectation
-from gainstage.signal.value import Origin, Value
+from gainstage.signal.traits import Origin
+from gainstage.signal.value import Value
 
 Covariance = Callable[[Value, Value], Array | None]
 

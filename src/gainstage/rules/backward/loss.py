@@ -11,7 +11,7 @@ from gainstage.signal import Value, affine, apply, combine, gaussian, known, sof
 from gainstage.signal.copies import replace
 from gainstage.signal.movement import together
 from gainstage.signal.quadrature import Array, expectation
-from gainstage.signal.value import Given
+from gainstage.signal.traits import Given
 
 aten = torch.ops.aten
 MEAN, SUM = 1, 2  # torch's numbers of the ways to reduce a loss
