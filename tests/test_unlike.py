@@ -117,7 +117,7 @@ def drawn(build, seeds) -> tuple[float, float, float]:
 @pytest.mark.parametrize("fused", [True, False])
 @pytest.mark.parametrize("variance", [1.0, 4.0])
 def test_padded_windows(variance, fused):
-    """With all rows alike the second moment was 70 % (variance 1) and 140 % off. 6 % for the lean, which is of first order."""
+    """Taken for alike, rows give 1.9 (variance 1) and 2.9 times the second moment. 6 % for the lean, which is of first order."""
     torch.manual_seed(0)
     signal = gs.inspect(Windowed(variance, fused=fused), (torch.randn(4, 7, 7, 96),), gradients=False).calls[-1].outputs[0]
     mean, error, cosine = drawn(lambda: Windowed(variance, fused=fused), range(24))

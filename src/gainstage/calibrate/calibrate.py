@@ -42,9 +42,8 @@ def calibrate(graph: Graph, roles: Roles, plan: Plan, planned: Mapping[str, Any]
     devices = sorted({tensor.device.index or 0 for tensor in present.values() if tensor.is_cuda})
     sites = collect_sites(graph, roles)
 
-    whole = {
-        name for name, own in plan.parameters.items() if any(part.family.is_matrix for part in own.distributions)
-    }  # with rows scaled apart an orthogonal matrix would not be one
+    # With rows scaled apart an orthogonal matrix would not be one.
+    whole = {name for name, own in plan.parameters.items() if own.has_matrices}
 
     def run(given: Mapping[Key, torch.Tensor]) -> tuple[list[CalibrationRow], Scaling]:
         scaling = Scaling(graph, sites, plan, planned, dict(present), given)

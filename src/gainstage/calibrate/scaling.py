@@ -256,7 +256,7 @@ def _without_rest(row: CalibrationRow, output: torch.Tensor, rest: torch.Tensor 
 
 def _matrices_whole(planned: ParameterPlan, groups: Sequence[Ranges]) -> list[Ranges]:
     """Groups of rows, joined where they are of one orthogonal matrix, which would not be one with rows scaled differently."""
-    if not any(distribution.family.is_matrix for distribution in planned.distributions):
+    if not planned.has_matrices:
         return list(groups)
     pieces = [(block.start, block.stop) for block in planned.blocks] or [(0, max(stop for rows in groups for _, stop in rows))]
     joined: list[Ranges] = []

@@ -205,6 +205,11 @@ class ParameterPlan:
         """All that its entries are drawn from: that of the entries outside of blocks first."""
         return (self.distribution, *(block.distribution for block in self.blocks))
 
+    @property
+    def has_matrices(self) -> bool:
+        """Some of its rows are drawn together, as an orthogonal matrix."""
+        return any(distribution.family.is_matrix for distribution in self.distributions)
+
     def _check_matrix(self, family: Family) -> None:
         if len(self.shape) < 2 or not self.output_dims or any(dim >= len(self.shape) for dim in self.output_dims):
             raise InputError(f"{self.name}: shape {list(self.shape)} with output_dims {list(self.output_dims)} is no matrix")

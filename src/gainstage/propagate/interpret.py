@@ -48,8 +48,9 @@ def evaluate(node: Node, values: Mapping[str, Result], parameter: ParameterValue
     kwargs = {name: resolve(argument, values) for name, argument in node.kwargs.items()}
     call = Call(node.op, _shapes(node))
     try:
-        result = run_known(node, args, kwargs) if is_known(node, args, kwargs) else _unknown(node, call, args, kwargs)
-        result = of_known_rows(node, values, graph, partial(_on_other, values)) or result
+        result = of_known_rows(node, values, graph, partial(_on_other, values))
+        if result is None:
+            result = run_known(node, args, kwargs) if is_known(node, args, kwargs) else _unknown(node, call, args, kwargs)
         if graph.reused:
             result = with_origin(node, graph, Operation(partial(_by_rule, node, call), args, kwargs), result, values)
     except GainstageError:

@@ -15,11 +15,12 @@ from gainstage.signal.adjoint_softmax import of_product, softmax_gradient
 from gainstage.signal.attention import participation, softmax
 from gainstage.signal.contraction import contract, convolve
 from gainstage.signal.correlation import convolution_weight_gradient
+from gainstage.signal.dropping import dropout
 from gainstage.signal.filters import filter_dim, normalise
 from gainstage.signal.gather import lookup
 from gainstage.signal.joining import join
 from gainstage.signal.known import known, measured
-from gainstage.signal.linear import affine, dropout, mean_over
+from gainstage.signal.linear import affine, mean_over
 from gainstage.signal.maxima import max_over
 from gainstage.signal.mixture import mixture
 from gainstage.signal.movement import expand, permute, reorder, reshape

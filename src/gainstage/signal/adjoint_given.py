@@ -112,7 +112,7 @@ def meeting_again(g: Value, x: Value, mean: Array, alone: float) -> Value:
 def to_summand(g: Value, total: Value, x: Value, y: Value, sign: float) -> Value:
     """Gradient of x from that of ``x + sign y``: ``E[h(x + sign y) | x]`` of what it knows of the sum."""
     if of_one_latent(x, y):  # both ways lead to one tensor
-        return g if g.given is not None else replace(g, given=Given(np.ones(nodes().shape), np.ones(nodes().shape), g))
+        return g if g.given is not None else replace(g, given=_even(g))
     if terms := _terms(g):
         return reduce(accumulated, [to_summand(term, total, x, y, sign) for term in terms])
     part = min(x.variance / total.variance, 1.0) if total.variance > 0.0 else 0.0
@@ -154,8 +154,7 @@ def accumulated(first: Value, second: Value, of: Value | None = None) -> Value:
         total = replace(total, against=own * first.against + rest * second.against, across=across)
     if total.second_moment <= 0.0 or not any(_is_known(g) for g in (first, second)):
         return replace(total, given=None)
-    even = Given(np.ones(nodes().shape), np.ones(nodes().shape))
-    a, b = first.given or even, second.given or even
+    a, b = first.given or _even(), second.given or _even()
     share = first.second_moment / (first.second_moment + second.second_moment)
     x, y = align(first, second)
     common = _share_in_common(x, y, share)
@@ -167,6 +166,11 @@ def accumulated(first: Value, second: Value, of: Value | None = None) -> Value:
         return replace(total, given=given)
     terms = _loudest([_on_axes(term, total) for g in (first, second) for term in _terms(g) or (g,)])
     return replace(total, given=replace(given, terms=terms, table=total.table))
+
+
+def _even(base: Value | None = None) -> Given:
+    """Of a gradient that has met no activation: it knows nothing of its tensor."""
+    return Given(np.ones(nodes().shape), np.ones(nodes().shape), base)
 
 
 def _is_known(g: Value) -> bool:

@@ -167,25 +167,18 @@ def pair_factor(along: Array) -> float:
     return float(along.sum() ** 2 - (along**2).sum()) / (n * (n - 1.0)) if n > 1 else 1.0
 
 
-def groups(levels: Array, most: int = 12) -> tuple[Array, Array]:
-    """A few representative levels (root mean squares of classes of near levels), and the share of entries that has each."""
-    flat = np.abs(levels).ravel()
-    top = max(float(flat.max()), 1e-300)
-    index = np.minimum((flat / top * most).astype(int), most - 1)
-    counts = np.bincount(index, minlength=most)
-    squares = np.bincount(index, weights=flat**2, minlength=most)
-    present = counts > 0
-    return np.sqrt(squares[present] / counts[present]), counts[present] / flat.size
+def groups(*profiles: Array, most: int = 12) -> tuple[Array, Array]:
+    """A few representative levels (root mean squares of classes of near levels), and the share of entries that has each.
 
-
-def groups_of_two(first: Array, second: Array, most: int = 12) -> tuple[Array, Array]:
-    """As :func:`groups`, of two profiles over the same coordinates: pairs of levels [2, classes], and shares of entries."""
-    flat = np.array([np.abs(levels).ravel() for levels in np.broadcast_arrays(first, second)])
+    Of one profile, or of several over the same coordinates: [profiles, classes] and [classes].
+    """
+    flat = np.array([np.abs(levels).ravel() for levels in np.broadcast_arrays(*profiles)])
     tops = np.maximum(flat.max(axis=1, keepdims=True), 1e-300)
     index = np.minimum((flat / tops * most).astype(int), most - 1)
-    which = index[0] * most + index[1]
-    counts = np.bincount(which, minlength=most**2)
-    squares = np.array([np.bincount(which, weights=each**2, minlength=most**2) for each in flat])
+    classes = (most,) * len(profiles)
+    which = np.ravel_multi_index(tuple(index), classes)
+    counts = np.bincount(which, minlength=math.prod(classes))
+    squares = np.array([np.bincount(which, weights=each**2, minlength=math.prod(classes)) for each in flat])
     present = counts > 0
     return np.sqrt(squares[:, present] / counts[present]), counts[present] / which.size
 
@@ -195,7 +188,7 @@ def normal_mixture(levels: Array) -> Array:
 
     The distribution function ``mean of Phi(x / s)`` is inverted; variance 1.
     """
-    sizes, shares = groups(levels)
+    (sizes,), shares = groups(levels)
     places = nodes() * sizes.max()
     scaled = torch.from_numpy(places[:, None] / np.maximum(sizes, 1e-9 * sizes.max()))
     below = np.vecdot(torch.special.ndtr(scaled).numpy(), shares)
@@ -205,7 +198,7 @@ def normal_mixture(levels: Array) -> Array:
 
 def mixture(levels: Array, even: Array, mean: float, std: float) -> Array:
     """Grid values of ``mean + s (x - mean)`` for an s drawn from the levels, at a standard deviation of ``std``."""
-    sizes, shares = groups(levels)
+    (sizes,), shares = groups(levels)
     values = quantiles((even - mean) * sizes[:, None], shares[:, None] * weights())
     return np.asarray(mean + values * (std / max(expectation(values**2) ** 0.5, 1e-300)))
 

@@ -38,12 +38,8 @@ from gainstage.signal.traits import Added, Lean, Statistic, Sum, statistic_at
 from gainstage.signal.uneven import of_product, of_sum
 from gainstage.signal.value import Value, gaussian
 
-LEAST_CENTRE = (
-    0.25  # share of the mean's square in the second moment from which an average counts as a number that hardly fluctuates
-)
-
+LEAST_CENTRE = 0.25  # share of the mean's square in the second moment from which an average counts as a number
 APART = 0.1  # in the share of one of two levels that add up: sums between which others are interpolated
-
 _ROUGHLY = 0.05  # of an entry's root mean square: as far a distribution fitted to its moments may reach below zero
 
 
@@ -265,7 +261,7 @@ def _sum_marginal(x: Value, y: Value, sign: float, moments: tuple[float, float],
 
     def at_levels() -> Array:
         """``a x + b y = (a + b) ((1 - f) x + f y)`` at each pair of levels, between a few f by interpolation."""
-        (a, b), shares = levels.groups_of_two(first, second)
+        (a, b), shares = levels.groups(first, second)
         part = b / np.maximum(a + b, 1e-300)
         parts = np.linspace(part.min(), part.max(), 2 + int(np.ptp(part) / APART))
         each = np.array([sum_quantiles((1.0 - f) * x.marginal.even, sign * f * y.marginal.even) for f in parts])
@@ -399,42 +395,3 @@ def modulate(x: Value, profile: Array | None, scale: float) -> Value:
         if x.marginal.is_gaussian:
             marginal = Marginal(latent, lambda: mean + std * levels.normal_mixture(after), even)
     return replace(scaled, mean=mean, table=table, marginal=marginal, rho=None, levels=after, gram=gram)
-
-
-def dropout(x: Value, keep: float, shared: Sequence[int] = ()) -> Value:
-    """Inverted dropout: entries that share the mask gain ``1/keep``, all others are unchanged.
-
-    ``shared``: dimensions along which one coin is thrown for all entries (whole channels, whole samples).
-    """
-    table = x.table.copy()
-    position, index = 0, []
-    for d, dim in enumerate(x.dims):
-        index += [slice(None) if d in shared else 1 for _ in dim]
-        position += len(dim)
-    table[tuple(index)] /= keep
-    full = (1,) * table.ndim
-    std = max(float(table[full]) - x.mean**2, 0.0) ** 0.5
-
-    def values() -> Array:
-        kept = x.marginal.values / keep
-        grid = quantiles(np.append(kept, 0.0), np.append(weights() * keep, 1.0 - keep))
-        return standardised(grid, x.mean, std)
-
-    coins = math.prod(n for d, n in enumerate(x.shape) if d not in shared)
-    thrown = (1.0 / keep - 1.0) / coins if shared else 0.0  # where entries have a coin each, the marginal says it
-    return replace(
-        x, table=table, marginal=Marginal(object(), values), rho=None, amplitude=amplitude_of(x), statistic=None, constant=None,
-        stray=x.stray.with_cause(thrown), near=_dropped_neighbours(x, keep, [axis for d in shared for axis in x.dims[d]]),
-        steady=None if shared else shares.steady_after_dropout(x.steady, keep),
-    )  # fmt: skip
-
-
-def _dropped_neighbours(x: Value, keep: float, shared: Sequence[Axis]) -> Neighbours | None:
-    """Each place on its own gains ``1/keep``; places that share a coin gain it together."""
-    near = x.neighbours()
-    if near is None or all(axis in shared for axis in near.axes):
-        return near
-    own, far = x.apart(near)
-    excess = near.excess * (own - far) / (own / keep - far)
-    excess[(0,) * excess.ndim] = 1.0
-    return made(near.axes, excess)

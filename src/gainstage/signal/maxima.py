@@ -199,7 +199,7 @@ def _marginal(surface: Array, louder: Sequence[Array], profile: Array | None) ->
     mass = np.outer(coarse()[1], coarse()[1])
     means, squares = (np.prod([each[k].mean() for each in louder]) for k in (0, 1))
     second, mean, whole = float((surface**2 * mass).sum() * squares), float((surface * mass).sum() * means), float(squares) ** 0.5
-    sizes, shares = (np.ones(1), np.ones(1)) if profile is None else levels.groups(profile)
+    (sizes,), shares = (np.ones((1, 1)), np.ones(1)) if profile is None else levels.groups(profile)
     std = max(second - mean**2, 0.0) ** 0.5
 
     def values() -> Array:

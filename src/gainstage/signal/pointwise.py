@@ -171,7 +171,7 @@ def apply(function: Function, x: Value) -> Value:
     alike = result.marginal
     for differing in (with_means, with_shapes, over_draws, over_places, over_loudness):
         result = differing(x, result, lambda grid: _within_domain(on_grid(grid)))
-    result = result if result.marginal is alike else _of_its_sign(result, values)
+    result = result if result.marginal is alike else _held_to_sign(result, values)
     statistic = None
     if x.statistic is not None:
         statistic, profile = statistic_at(x.statistic.of, on_grid(x.centres()), result.levels, x.statistic.averaged)
@@ -180,7 +180,7 @@ def apply(function: Function, x: Value) -> Value:
     return replace(result, statistic=statistic, constant=constant)
 
 
-def _of_its_sign(result: Value, values: Array) -> Value:
+def _held_to_sign(result: Value, values: Array) -> Value:
     """With a distribution that is as far from 0 as the values of the function are, where they are all on one side of it.
 
     A distribution that was brought to moments may reach beyond, where what comes next (a logarithm, a root) is not defined. Zeros
