@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Container
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -13,7 +13,7 @@ from torch.nn.parameter import is_lazy
 
 from gainstage.apply.box import grid_boxes, whole_box
 from gainstage.apply.flattened import flat_views, flattened_holdings
-from gainstage.apply.parts import Holding, join, walk
+from gainstage.apply.parts import Holding, fsdp_version, join, walk
 from gainstage.errors import InputError, PlanMismatchError
 from gainstage.graph import as_real
 
@@ -28,14 +28,14 @@ def holdings_of(model: nn.Module, known: Container[str] = ()) -> dict[str, Holdi
         PlanMismatchError: a parameter that is not initialised yet.
         InputError: a placement that does not say which entries a process holds.
     """
-    fsdp: Any = sys.modules.get("torch.distributed.fsdp")  # a model can only have what was imported
     names: dict[int, list[str]] = {}
     found: dict[int, Holding] = {}
     flattened: set[int] = set()
     for path, clean, module in walk(model):
-        if fsdp is not None and isinstance(module, fsdp.FSDPModule):
-            module.reshard()  # what was gathered for a pass does not count; the shards do
-        if fsdp is not None and isinstance(module, fsdp.FullyShardedDataParallel):
+        version = fsdp_version(module)
+        if version == 2:
+            cast("Any", module).reshard()  # what was gathered for a pass does not count; the shards do
+        if version == 1:
             for name, holding in flattened_holdings(module, clean).items():
                 names[id(holding)] = [name, *holding.aliases]
                 found[id(holding)] = holding

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -56,6 +57,14 @@ def walk(module: nn.Module, path: str = "", clean: str = "") -> Iterator[tuple[s
 
 def _is_wrapping(module: nn.Module, name: str) -> bool:
     return name in _WRAPPED or (name == "module" and isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel)))
+
+
+def fsdp_version(module: nn.Module) -> int:
+    """1 or 2 where FSDP1 or FSDP2 shares out a module's parameters, 0 for all others."""
+    fsdp: Any = sys.modules.get("torch.distributed.fsdp")  # a model can only have what was imported
+    if fsdp is None:
+        return 0
+    return 2 if isinstance(module, fsdp.FSDPModule) else int(isinstance(module, fsdp.FullyShardedDataParallel))
 
 
 def without_wrappers(name: str) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import sys
 from collections.abc import Container, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from torch import nn
 
 from gainstage.apply.flattened import reshard_flattened, whole_on_meta
 from gainstage.apply.holding import holdings_of
-from gainstage.apply.parts import Holding, join, walk
+from gainstage.apply.parts import Holding, fsdp_version, join, walk
 from gainstage.errors import InputError
 from gainstage.graph import as_real, is_sharded, real_parameters, whole
 from gainstage.graph.attributes import hookable
@@ -77,7 +76,7 @@ def sharded_again(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         for module in _fully_sharded(model):
-            if hasattr(module, "_handle"):
+            if fsdp_version(module) == 1:
                 reshard_flattened(module)
             else:
                 module.reshard()
@@ -85,9 +84,7 @@ def sharded_again(model: nn.Module) -> Iterator[None]:
 
 def _fully_sharded(model: nn.Module) -> list[Any]:
     """Modules whose parameters FSDP2 or FSDP1 shares out."""
-    fsdp: Any = sys.modules.get("torch.distributed.fsdp")  # a model can only have what was imported
-    kinds = () if fsdp is None else (fsdp.FSDPModule, fsdp.FullyShardedDataParallel)
-    return [module for module in model.modules() if isinstance(module, kinds)]
+    return [module for module in model.modules() if fsdp_version(module)]
 
 
 def _on_meta(model: nn.Module, inner: Mapping[int, nn.Module]) -> nn.Module:
@@ -109,7 +106,7 @@ def _on_meta(model: nn.Module, inner: Mapping[int, nn.Module]) -> nn.Module:
     memo |= {key: shells[id(module)] for key, module in inner.items()}
     flattened: dict[int, dict[str, nn.Parameter]] = {}
     for module in _fully_sharded(model):
-        flattened |= whole_on_meta(module) if hasattr(module, "_handle") else {}
+        flattened |= whole_on_meta(module) if fsdp_version(module) == 1 else {}
     states = {id(module): _state(module, flattened.get(id(module), {})) for module in inner.values()}
     computed = [value for state in states.values() for value in state.values()]
     memo |= {id(value): value.detach().clone() for value in computed if isinstance(value, torch.Tensor) and not value.is_leaf}
@@ -125,10 +122,7 @@ def _on_meta(model: nn.Module, inner: Mapping[int, nn.Module]) -> nn.Module:
 
 def _own_class(module: nn.Module) -> type:
     """FSDP2 replaces the class of a module by a subclass of FSDPModule and of that class."""
-    fsdp: Any = sys.modules.get("torch.distributed.fsdp")
-    if fsdp is not None and isinstance(module, fsdp.FSDPModule):
-        return type(module).__mro__[2]
-    return type(module)
+    return type(module).__mro__[2] if fsdp_version(module) == 2 else type(module)
 
 
 def _state(module: nn.Module, flattened: Mapping[str, nn.Parameter]) -> dict[str, Any]:

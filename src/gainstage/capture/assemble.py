@@ -16,7 +16,7 @@ from gainstage.capture.lowered import UNKNOWN_SIZE, Lowered
 from gainstage.capture.norms import name_norms
 from gainstage.capture.pads import fold_padding
 from gainstage.capture.products import name_contractions
-from gainstage.capture.regions import Wiring, fuse_parametrizations, fuse_regions, resized, unsized
+from gainstage.capture.regions import Dataflow, fuse_parametrizations, fuse_regions, resized, unsized
 from gainstage.capture.rows import choose_rows
 from gainstage.capture.softmaxes import name_softmaxes
 from gainstage.errors import CaptureError, NonFiniteError, NoSignalError
@@ -103,7 +103,7 @@ def _fused(functional: Lowered, live: Collection[str]) -> tuple[list[Node], Lowe
     """
     nodes = _by_shape(_without_empty_pieces(_settled(functional, live)))
     nodes = reachable(resized(nodes) if live else nodes, functional)
-    nodes, guesses = fold(nodes, functional.outputs, unsized(Wiring(nodes)) if live else ())
+    nodes, guesses = fold(nodes, functional.outputs, unsized(Dataflow(nodes)) if live else ())
     marked = {name for name, marks in functional.marks.items() if marks}
     nodes = name_contractions(name_softmaxes(fold_padding(choose_rows(nodes))), {*functional.outputs, *marked})
     nodes = reachable(name_norms(fuse_parametrizations(reachable(nodes, functional))), functional)

@@ -18,7 +18,7 @@ from torch.utils import _pytree as trees
 
 from gainstage.capture.lower import resolve
 from gainstage.capture.lowered import meta_of
-from gainstage.capture.regions import Wiring
+from gainstage.capture.regions import Dataflow
 from gainstage.graph import Node, NodeKind, Ref, TensorMeta
 from gainstage.graph.families import MOVEMENT, NOISE, ROW_READS, SOFTMAX
 
@@ -39,8 +39,8 @@ def name_contractions(nodes: Sequence[Node], wanted: Collection[str]) -> list[No
     unfolded = [made for node in nodes for made in (_unfolded(node, metas) if node.short_name in _COMPOSED else [node])]
     if all(node.op is not aten.sum.dim_IntList for node in unfolded):
         return unfolded
-    wiring = Wiring(unfolded)
-    return list(itertools.chain.from_iterable(_contraction(node, wiring, wanted) for node in unfolded))
+    dataflow = Dataflow(unfolded)
+    return list(itertools.chain.from_iterable(_contraction(node, dataflow, wanted) for node in unfolded))
 
 
 def _unfolded(node: Node, metas: Mapping[str, Any]) -> list[Node]:
@@ -67,15 +67,15 @@ def _unfolded(node: Node, metas: Mapping[str, Any]) -> list[Node]:
     return [*found[:-1], dataclasses.replace(found[-1], name=node.name)]
 
 
-def _contraction(node: Node, wiring: Wiring, wanted: Collection[str]) -> list[Node]:
+def _contraction(node: Node, dataflow: Dataflow, wanted: Collection[str]) -> list[Node]:
     """``einsum`` in the place of a sum of products of the entries of a weight, or of shares, with those of a signal."""
     if node.op is not aten.sum.dim_IntList or node.kwargs:
         return [node]
-    product = wiring.nodes[node.args[0].name]
-    factors = [wiring.nodes[factor.name] for factor in product.args if isinstance(factor, Ref)]
-    if product.short_name != "mul" or product.name in wanted or len(wiring.readers[product.name]) > 1 or len(factors) != 2:
+    product = dataflow.nodes[node.args[0].name]
+    factors = [dataflow.nodes[factor.name] for factor in product.args if isinstance(factor, Ref)]
+    if product.short_name != "mul" or product.name in wanted or len(dataflow.readers[product.name]) > 1 or len(factors) != 2:
         return [node]
-    if sum(_weighs(factor, wiring) for factor in factors) != 1:
+    if sum(_weighs(factor, dataflow) for factor in factors) != 1:
         return [node]
     shape = _tensor(product).shape
     summed = {dim % len(shape) for dim in node.args[1] or range(len(shape))}
@@ -112,8 +112,8 @@ def _reshaped(node: Node, name: str, shape: Sequence[int]) -> Node:
     )  # fmt: skip
 
 
-def _weighs(node: Node, wiring: Wiring) -> bool:
+def _weighs(node: Node, dataflow: Dataflow) -> bool:
     """Whether a tensor is a parameter, rows of one, or what a softmax returns, only moved."""
-    while node.kind is NodeKind.OP and node.short_name in _MOVED and len(wiring.operands[node.name]) == 1:
-        node = wiring.nodes[wiring.operands[node.name][0]]
+    while node.kind is NodeKind.OP and node.short_name in _MOVED and len(dataflow.operands[node.name]) == 1:
+        node = dataflow.nodes[dataflow.operands[node.name][0]]
     return node.kind is NodeKind.PARAMETER or node.short_name in SOFTMAX

@@ -215,7 +215,7 @@ def meeting(a: Value, b: Value, summed: Sequence[tuple[int, int]]) -> Array:
         table = table.copy()
         if first is not None and second is not None:
             np.moveaxis(table, other, 0)[0] *= relative(first * second, axis.size)[1]
-        places = [(i, j) for i, j in summed if i == _first_other(own) and a.axes[i].size > 1]
+        places = [(i, j) for i, j in summed if i == 0 < own and a.axes[i].size > 1]  # the first axis is that of samples
         if places:
             each, others = across(a, own, a.axes[places[0][0]]), across(b, other, b.axes[places[0][1]])
             if each is not None and others is not None:
@@ -263,11 +263,6 @@ def _has(x: Value, axis: Axis) -> bool:
 def _apart(x: Value, position: int) -> tuple[int, ...]:
     """Where a table has what two entries share that differ along one axis only."""
     return tuple(0 if p == position else 1 for p in range(x.table.ndim))
-
-
-def _first_other(position: int) -> int:
-    """The first axis, that of samples, where it is not that of positions."""
-    return 0 if position > 0 else -1
 
 
 def _other_axis(x: Value, position: int) -> Axis | None:

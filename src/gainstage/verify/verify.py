@@ -151,7 +151,7 @@ def verify(
         return signals.first_losses(heads, outputs)
 
     found = on_all_ranks(lambda: run_forward(model.running, args, kwargs, modules=model.modules, look_at_output=look))
-    return _judge(graph, found, findings, batch=batch, plan=plan, present=present)
+    return _judge(graph, found, findings, heads=heads, batch=batch, plan=plan, present=present)
 
 
 def verify_drawn(
@@ -197,15 +197,21 @@ def verify_drawn(
             progress=progress,
         )
 
-    return _judge(whole, on_all_ranks(run), [], batch=batch, plan=plan, present=present)
+    return _judge(whole, on_all_ranks(run), [], heads=heads, batch=batch, plan=plan, present=present)
 
 
 def _judge(
-    graph: Graph, found: Pass, findings: list[Finding], *, batch: Batch, plan: Plan | None, present: Callable[[], Trace]
+    graph: Graph,
+    found: Pass,
+    findings: list[Finding],
+    *,
+    heads: Mapping[int, tuple[str, int]],
+    batch: Batch,
+    plan: Plan | None,
+    present: Callable[[], Trace],
 ) -> Check:
     """Compare the passes of all processes with their predictions, and add to what was found on the parameters."""
     found = put_together(found, batch, graph)
-    heads = signals.output_heads(graph)
     rows = compare(predictions(graph, present() if plan is None else plan), found)
     findings += signals.not_finite(graph, rows)
     blamed = [finding.where for finding in findings]

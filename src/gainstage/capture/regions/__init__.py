@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 
 from gainstage.capture.regions.complex_values import complex_regions, with_real_ends
+from gainstage.capture.regions.dataflow import Dataflow
 from gainstage.capture.regions.decays import decays
 from gainstage.capture.regions.exponentials import exponentials
 from gainstage.capture.regions.factors import factors
@@ -16,10 +17,9 @@ from gainstage.capture.regions.picks import fuse_picks
 from gainstage.capture.regions.region import fuse
 from gainstage.capture.regions.sizes import resized, unsized
 from gainstage.capture.regions.stabilised import stabilised
-from gainstage.capture.regions.wiring import Wiring
 from gainstage.graph import Node
 
-__all__ = ["Wiring", "fuse_parametrizations", "fuse_regions", "resized", "unsized"]
+__all__ = ["Dataflow", "fuse_parametrizations", "fuse_regions", "resized", "unsized"]
 
 
 def fuse_regions(nodes: Sequence[Node], outputs: Sequence[str], marked: Collection[str]) -> tuple[list[Node], list[str]]:

@@ -10,8 +10,8 @@ from collections.abc import Collection, Iterator, Sequence
 
 import torch
 
+from gainstage.capture.regions.dataflow import Dataflow
 from gainstage.capture.regions.region import is_complex, with_region
-from gainstage.capture.regions.wiring import Wiring
 from gainstage.graph import Node, NodeKind, Ref, TensorMeta
 
 
@@ -22,12 +22,12 @@ def with_real_ends(nodes: Sequence[Node], outputs: Sequence[str]) -> tuple[list[
     return made, [f"{name}_real" if name in complex_outputs else name for name in outputs]
 
 
-def complex_regions(wiring: Wiring) -> list[set[str]]:
+def complex_regions(dataflow: Dataflow) -> list[set[str]]:
     """Sets of operations that complex values connect."""
-    found = {name for name, node in wiring.nodes.items() if is_complex(node) and node.kind is NodeKind.OP}
+    found = {name for name, node in dataflow.nodes.items() if is_complex(node) and node.kind is NodeKind.OP}
     regions: list[set[str]] = []
-    for name, node in wiring.nodes.items():
-        read = found.intersection(wiring.operands[name])
+    for name, node in dataflow.nodes.items():
+        read = found.intersection(dataflow.operands[name])
         if node.kind is NodeKind.OP and (read or name in found):
             regions = with_region(regions, {name, *read})
     return regions

@@ -5,7 +5,7 @@ The difference of two sums of negative terms is negative, and that is what keeps
 
 from __future__ import annotations
 
-from gainstage.capture.regions.wiring import Wiring
+from gainstage.capture.regions.dataflow import Dataflow
 from gainstage.graph import NodeKind
 from gainstage.graph.families import RESHAPING
 
@@ -14,18 +14,18 @@ _BETWEEN = RESHAPING | {
 }  # fmt: skip
 
 
-def decays(wiring: Wiring) -> list[set[str]]:
+def decays(dataflow: Dataflow) -> list[set[str]]:
     """Running sums with the exponentials of what is made of them and constants."""
     sums: dict[str, str] = {}  # what is made of a running sum -> the sum
     ends: dict[str, list[str]] = {}  # running sum -> exponentials
-    for name, node in wiring.nodes.items():
-        operands = wiring.operands[name]
+    for name, node in dataflow.nodes.items():
+        operands = dataflow.operands[name]
         read = {sums[other] for other in operands if other in sums}
-        if len(read) == 1 and all(other in sums or wiring.nodes[other].kind is NodeKind.CONSTANT for other in operands):
+        if len(read) == 1 and all(other in sums or dataflow.nodes[other].kind is NodeKind.CONSTANT for other in operands):
             if node.short_name in _BETWEEN:
                 sums[name] = next(iter(read))
             elif node.short_name == "exp":
                 ends.setdefault(next(iter(read)), []).append(name)
-        elif node.short_name == "cumsum" and wiring.is_floating(name):
+        elif node.short_name == "cumsum" and dataflow.is_floating(name):
             sums[name] = name
-    return [wiring.behind(found, {*found, *sums}) for found in ends.values()]
+    return [dataflow.behind(found, {*found, *sums}) for found in ends.values()]

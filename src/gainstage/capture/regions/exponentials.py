@@ -11,8 +11,8 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import final
 
+from gainstage.capture.regions.dataflow import Dataflow
 from gainstage.capture.regions.region import MOST, STOPS, with_region
-from gainstage.capture.regions.wiring import Wiring
 from gainstage.graph import Node, NodeKind, Ref, Region
 from gainstage.graph.families import GATHERS, UNCHANGED
 
@@ -25,11 +25,11 @@ _MOVED = UNCHANGED | {
 _MEETINGS = frozenset({"div", "mul", "sub", "add"})
 
 
-def exponentials(wiring: Wiring) -> list[set[str]]:
+def exponentials(dataflow: Dataflow) -> list[set[str]]:
     """Exponentials with the largest that they were divided by, or what they are summed to."""
-    flow = _Flow(wiring)
+    flow = _Flow(dataflow)
     regions: list[set[str]] = []
-    for node in wiring.nodes.values():
+    for node in dataflow.nodes.values():
         region = flow.around(node) if node.short_name == "exp" else set()
         if region:
             regions = with_region(regions, region)
@@ -40,25 +40,25 @@ def exponentials(wiring: Wiring) -> list[set[str]]:
 class _Flow:
     """What exponentials are made of, and what is made of them."""
 
-    def __init__(self, wiring: Wiring) -> None:
-        self.wiring = wiring
-        self.nodes, self.readers = wiring.nodes, wiring.readers
+    def __init__(self, dataflow: Dataflow) -> None:
+        self.dataflow = dataflow
+        self.nodes, self.readers = dataflow.nodes, dataflow.readers
 
     def around(self, exponential: Node) -> set[str]:
         """Operations that count as one with an exponential; none where it is by itself."""
         logits, largest = self._below_largest(exponential)
-        core = {exponential.name} if largest is None else self.wiring.between({largest, exponential.name})
+        core = {exponential.name} if largest is None else self.dataflow.between({largest, exponential.name})
         if self._holds_stop(core):
             return set()
         region = set(core)
         for total in self._sums_of(exponential.name):
             for end in self._meetings(total, {logits, *core}):
-                wider = region | self.wiring.between({*core, total, end})
+                wider = region | self.dataflow.between({*core, total, end})
                 region = region if self._holds_stop(wider) else wider
         if len(region) == 1:
             return set()
         region |= {name for inside in region for read in self.nodes[inside].operands() for name in self._to_gathers(read)}
-        region |= self.wiring.between(region)
+        region |= self.dataflow.between(region)
         return set() if self._holds_stop(region) or len(region) > MOST else region
 
     def _below_largest(self, exponential: Node) -> tuple[str, str | None]:
@@ -127,7 +127,7 @@ class _Flow:
         if node.short_name not in GATHERS or not self._passes(node):
             return False
         first, *others = node.operands()
-        return self.wiring.is_floating(first) and all(self.nodes[name].kind is NodeKind.CONSTANT for name in others)
+        return self.dataflow.is_floating(first) and all(self.nodes[name].kind is NodeKind.CONSTANT for name in others)
 
     def _behind(self, name: str, through: Collection[str]) -> str:
         """What a node shows, behind operations of some kinds on one tensor of numbers."""
@@ -158,4 +158,4 @@ class _Flow:
     def _is_data(self, name: str) -> bool:
         """Whether a node is neither known nor made of integers."""
         node = self.nodes[name]
-        return node.kind is not NodeKind.CONSTANT and (isinstance(node.meta, tuple) or self.wiring.is_floating(name))
+        return node.kind is not NodeKind.CONSTANT and (isinstance(node.meta, tuple) or self.dataflow.is_floating(name))

@@ -6,8 +6,8 @@ that its parts come from, and what is made of the factor, up to the next layers,
 
 from __future__ import annotations
 
+from gainstage.capture.regions.dataflow import Dataflow
 from gainstage.capture.regions.region import MOST, STOPS, with_region
-from gainstage.capture.regions.wiring import Wiring
 from gainstage.graph import NodeKind
 
 _FACTORED = frozenset({
@@ -17,24 +17,24 @@ _FACTORED = frozenset({
 })  # fmt: skip
 
 
-def factors(wiring: Wiring) -> list[set[str]]:
+def factors(dataflow: Dataflow) -> list[set[str]]:
     """Factors of matrices that are computed, with what makes these and what is made of the factors."""
     regions: list[set[str]] = []
-    inside = _passing(wiring) if any(node.short_name in _FACTORED for node in wiring.nodes.values()) else set()
-    for name, node in wiring.nodes.items():
+    inside = _passing(dataflow) if any(node.short_name in _FACTORED for node in dataflow.nodes.values()) else set()
+    for name, node in dataflow.nodes.items():
         if node.short_name in _FACTORED and name in inside:
-            before, after = wiring.behind([name], inside), wiring.ahead(name, inside)
+            before, after = dataflow.behind([name], inside), dataflow.ahead(name, inside)
             if len(before) > 1 and len(before | after) <= MOST:
                 regions = with_region(regions, before | after)
     return regions
 
 
-def _passing(wiring: Wiring) -> set[str]:
+def _passing(dataflow: Dataflow) -> set[str]:
     """Operations that are no layers: they draw nothing, and contract data with data only."""
     weights: set[str] = set()
     found: set[str] = set()
-    for name, node in wiring.nodes.items():
-        operands = wiring.operands[name]
+    for name, node in dataflow.nodes.items():
+        operands = dataflow.operands[name]
         if node.kind is NodeKind.PARAMETER or (operands and weights.issuperset(operands)):
             weights.add(name)
         elif node.kind is NodeKind.OP and not node.may_draw and not (node.short_name in STOPS and weights.intersection(operands)):

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from gainstage.capture.regions.dataflow import Dataflow
 from gainstage.capture.regions.region import as_one
-from gainstage.capture.regions.wiring import Wiring
 from gainstage.graph import Node, NodeKind, Ref, TensorMeta
 from gainstage.graph.families import CONTRACTIONS, CONVOLUTIONS, ROW_READS
 
@@ -40,11 +40,11 @@ def fuse_parametrizations(nodes: Sequence[Node]) -> list[Node]:
             if meets or node.short_name.startswith("linalg_") or any(name in entangled for name in operands):
                 entangled.add(node.name)
     weights = {node.name for node in nodes if node.name in made_of and node.kind is NodeKind.OP}
-    wiring = Wiring(nodes)
+    dataflow = Dataflow(nodes)
     read = {node.args[1].name for node in nodes if node.short_name in _WEIGHTED and isinstance(node.args[1], Ref)}
     found = list(nodes)
     for place, result in enumerate(nodes):
         if result.name in weights & read & entangled and isinstance(result.meta, TensorMeta):
-            inside = wiring.behind([result.name], weights)
+            inside = dataflow.behind([result.name], weights)
             found[place] = as_one([node for node in nodes if node.name in inside], [result])[0]
     return found

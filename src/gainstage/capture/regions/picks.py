@@ -18,9 +18,9 @@ from typing import final
 
 import torch
 
+from gainstage.capture.regions.dataflow import Dataflow
 from gainstage.capture.regions.region import MOST, STOPS, as_one, in_order, with_region
 from gainstage.capture.regions.sizes import unsized
-from gainstage.capture.regions.wiring import Wiring
 from gainstage.graph import Node, NodeKind, Region, TensorMeta
 from gainstage.graph.families import CHOICES, GATHERS, INDEXED, INTO
 
@@ -114,7 +114,7 @@ def _drawn(node: Node) -> torch.Tensor | None:
 
 
 @final
-class _Flow(Wiring):
+class _Flow(Dataflow):
     """Who reads whom, and what depends on what: walks that stay within the places of the graph that a question is about."""
 
     def __init__(self, nodes: Sequence[Node]) -> None:

@@ -6,7 +6,7 @@ import dataclasses
 import operator
 from collections.abc import Callable, Collection, Sequence
 
-from gainstage.capture.regions.wiring import Wiring
+from gainstage.capture.regions.dataflow import Dataflow
 from gainstage.graph import Node, Ref, Region, TensorMeta
 from gainstage.graph.families import ATTENTION, CONTRACTIONS, LOOKUP, RECURRENT
 
@@ -14,7 +14,7 @@ MOST = 1000  # operations in a region: it is run for each sample
 STOPS = CONTRACTIONS | LOOKUP | ATTENTION | RECURRENT  # whose results are draws of their own
 
 
-def fuse(nodes: Sequence[Node], wanted: Collection[str], find: Callable[[Wiring], list[set[str]]]) -> list[Node]:
+def fuse(nodes: Sequence[Node], wanted: Collection[str], find: Callable[[Dataflow], list[set[str]]]) -> list[Node]:
     """The same graph, with one operation in the place of each region, which returns what others read and what is wanted.
 
     Args:
@@ -22,8 +22,8 @@ def fuse(nodes: Sequence[Node], wanted: Collection[str], find: Callable[[Wiring]
         wanted: names that are wanted after it: outputs, and what modules return.
         find: the regions of a graph, disjoint. What lies between two operations of one is inside as well.
     """
-    wiring = Wiring(nodes)
-    regions = closed(wiring, find(wiring))
+    dataflow = Dataflow(nodes)
+    regions = closed(dataflow, find(dataflow))
     if not regions:
         return list(nodes)
     home = {name: position for position, region in enumerate(regions) for name in region}
@@ -51,12 +51,12 @@ def with_region(regions: Sequence[set[str]], region: set[str]) -> list[set[str]]
     return [other for other in regions if not other & region] + [region.union(*(other for other in regions if other & region))]
 
 
-def closed(wiring: Wiring, regions: list[set[str]]) -> list[set[str]]:
+def closed(dataflow: Dataflow, regions: list[set[str]]) -> list[set[str]]:
     """The regions, each with all on the way from one of its operations to another; those that meet are one."""
     while True:
         merged: list[set[str]] = []
         for region in regions:
-            merged = with_region(merged, wiring.between(region))
+            merged = with_region(merged, dataflow.between(region))
         if merged == regions:
             return regions
         regions = merged

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch._ops import OpOverload
 
-from gainstage.capture.regions.wiring import Wiring
+from gainstage.capture.regions.dataflow import Dataflow
 from gainstage.graph import Node, NodeKind, Ref, TensorMeta
 from gainstage.graph.families import INDEXED, INTO
 
@@ -21,11 +21,11 @@ _VIEWS: dict[Callable[..., Any], Callable[..., Any]] = {
 }
 
 
-def unsized(wiring: Wiring) -> set[str]:
+def unsized(dataflow: Dataflow) -> set[str]:
     """Nodes that have as many entries as a condition holds for."""
     found: set[str] = set()
-    for node in wiring.nodes.values():
-        if _is_unsized(wiring, node, found):
+    for node in dataflow.nodes.values():
+        if _is_unsized(dataflow, node, found):
             found.add(node.name)
     return found
 
@@ -33,8 +33,8 @@ def unsized(wiring: Wiring) -> set[str]:
 def resized(nodes: Sequence[Node]) -> list[Node]:
     """The same graph, in which a number that is written to a part of what has no fixed size has no fixed size either."""
     found: list[Node] = []
-    wiring = Wiring(nodes)
-    loose, by_name = unsized(wiring), wiring.nodes
+    dataflow = Dataflow(nodes)
+    loose, by_name = unsized(dataflow), dataflow.nodes
     for node in nodes:
         view = None if node.op is None else _VIEWS.get(node.op)
         base, source, *place = (*node.args[:2], *node.args[2:]) if view is not None else (None, None)
@@ -55,14 +55,14 @@ def resized(nodes: Sequence[Node]) -> list[Node]:
     return found
 
 
-def _is_unsized(wiring: Wiring, node: Node, unsized: Collection[str]) -> bool:
+def _is_unsized(dataflow: Dataflow, node: Node, unsized: Collection[str]) -> bool:
     """Whether a result has as many entries as a condition holds for."""
-    name, read = node.short_name, wiring.operands[node.name]
+    name, read = node.short_name, dataflow.operands[node.name]
     if not isinstance(node.op, OpOverload):
         return any(other in unsized for other in read)
     if (name in INTO and read[0] not in unsized) or (isinstance(node.meta, TensorMeta) and not node.meta.shape):
         return False
-    conditions = [other for other in read if wiring.is_condition(other) and wiring.nodes[other].kind is NodeKind.OP]
+    conditions = [other for other in read if dataflow.is_condition(other) and dataflow.nodes[other].kind is NodeKind.OP]
     is_of_values = torch.Tag.dynamic_output_shape in node.op.tags or name == "nonzero_numpy"  # which lacks the tag
     if is_of_values and (name not in INDEXED or conditions):
         return True

@@ -12,8 +12,8 @@ import operator
 import torch
 from torch._ops import OpOverload
 
+from gainstage.capture.regions.dataflow import Dataflow
 from gainstage.capture.regions.region import with_region
-from gainstage.capture.regions.wiring import Wiring
 from gainstage.graph import Node, NodeKind
 
 _MAXIMA = frozenset({"maximum", "fmax"})
@@ -23,27 +23,27 @@ _MOVES = frozenset(
 )  # fmt: skip
 
 
-def stabilised(wiring: Wiring) -> list[set[str]]:
+def stabilised(dataflow: Dataflow) -> list[set[str]]:
     """Sets of exponentials that maxima keep from growing, with what they are weighed against."""
-    entrywise = {name for name, node in wiring.nodes.items() if _is_entrywise(node)}
+    entrywise = {name for name, node in dataflow.nodes.items() if _is_entrywise(node)}
     regions: list[set[str]] = []
-    for node in wiring.nodes.values():
-        if node.short_name == "exp" and _is_stabilised(node, wiring, entrywise):
-            regions = with_region(regions, wiring.behind([node.name], entrywise))
-    return [_with_ratios(region, wiring, entrywise) for region in regions]
+    for node in dataflow.nodes.values():
+        if node.short_name == "exp" and _is_stabilised(node, dataflow, entrywise):
+            regions = with_region(regions, dataflow.behind([node.name], entrywise))
+    return [_with_ratios(region, dataflow, entrywise) for region in regions]
 
 
-def _is_stabilised(node: Node, wiring: Wiring, entrywise: set[str]) -> bool:
+def _is_stabilised(node: Node, dataflow: Dataflow, entrywise: set[str]) -> bool:
     """Whether an exponential is one of a difference from an entrywise maximum of what the first term is made of."""
-    difference = _before_moves(node.operands()[0], wiring)
+    difference = _before_moves(node.operands()[0], dataflow)
     names = difference.operands()
     if difference.short_name != "sub" or len(names) != 2:
         return False
-    first, largest = (_before_moves(name, wiring) for name in names)
+    first, largest = (_before_moves(name, dataflow) for name in names)
     if not _is_maximum(largest):
         return False
-    behind = [wiring.behind([each.name], entrywise) | {each.name} for each in (first, largest)]
-    return bool(behind[0] & behind[1] or _read_by(behind[0], wiring) & _read_by(behind[1], wiring))
+    behind = [dataflow.behind([each.name], entrywise) | {each.name} for each in (first, largest)]
+    return bool(behind[0] & behind[1] or _read_by(behind[0], dataflow) & _read_by(behind[1], dataflow))
 
 
 def _is_maximum(node: Node) -> bool:
@@ -51,36 +51,38 @@ def _is_maximum(node: Node) -> bool:
     return is_of_two and (node.short_name in _MAXIMA or str(node.op) == "aten.max.other")
 
 
-def _with_ratios(region: set[str], wiring: Wiring, entrywise: set[str]) -> set[str]:
+def _with_ratios(region: set[str], dataflow: Dataflow, entrywise: set[str]) -> set[str]:
     """A region with quotients of which both parts depend on it, what puts these together, and where its operands are picked."""
-    made = {name for name in region if wiring.nodes[name].short_name == "exp"}  # and what depends on them, entry by entry
-    for name, read in wiring.operands.items():
+    made = {name for name in region if dataflow.nodes[name].short_name == "exp"}  # and what depends on them, entry by entry
+    for name, read in dataflow.operands.items():
         if name in entrywise and not made.isdisjoint(read):
             made.add(name)
-    ratios = [name for name, read in wiring.operands.items() if wiring.nodes[name].short_name == "div" and made.issuperset(read)]
-    grown = region | wiring.behind(ratios, made | region)
-    moves = {name for name, node in wiring.nodes.items() if _is_move(node)}
-    for name in wiring.nodes:
-        if name in moves and name not in grown and _depends_only_on(name, grown, wiring):
+    ratios = [
+        name for name, read in dataflow.operands.items() if dataflow.nodes[name].short_name == "div" and made.issuperset(read)
+    ]
+    grown = region | dataflow.behind(ratios, made | region)
+    moves = {name for name, node in dataflow.nodes.items() if _is_move(node)}
+    for name in dataflow.nodes:
+        if name in moves and name not in grown and _depends_only_on(name, grown, dataflow):
             grown.add(name)
-    return grown | wiring.behind(_read_by(grown, wiring), moves)
+    return grown | dataflow.behind(_read_by(grown, dataflow), moves)
 
 
-def _depends_only_on(name: str, names: set[str], wiring: Wiring) -> bool:
-    varying = [other for other in wiring.operands[name] if wiring.nodes[other].kind is not NodeKind.CONSTANT]
+def _depends_only_on(name: str, names: set[str], dataflow: Dataflow) -> bool:
+    varying = [other for other in dataflow.operands[name] if dataflow.nodes[other].kind is not NodeKind.CONSTANT]
     return bool(varying) and names.issuperset(varying)
 
 
-def _read_by(inside: set[str], wiring: Wiring) -> set[str]:
+def _read_by(inside: set[str], dataflow: Dataflow) -> set[str]:
     """What some nodes read that is none of them, and no constant."""
-    read = {name for each in inside for name in wiring.operands[each]}
-    return {name for name in read - inside if wiring.nodes[name].kind is not NodeKind.CONSTANT}
+    read = {name for each in inside for name in dataflow.operands[each]}
+    return {name for name in read - inside if dataflow.nodes[name].kind is not NodeKind.CONSTANT}
 
 
-def _before_moves(name: str, wiring: Wiring) -> Node:
-    node = wiring.nodes[name]
+def _before_moves(name: str, dataflow: Dataflow) -> Node:
+    node = dataflow.nodes[name]
     while _is_move(node):
-        node = wiring.nodes[node.operands()[0]]
+        node = dataflow.nodes[node.operands()[0]]
     return node
 
 

@@ -9,7 +9,7 @@ import torch
 from gainstage.graph import Node, TensorMeta
 
 
-class Wiring:
+class Dataflow:
     """A graph as it is walked: nodes by name, their places in the order of execution, operands and readers."""
 
     def __init__(self, nodes: Sequence[Node]) -> None:
