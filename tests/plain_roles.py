@@ -14,6 +14,7 @@ from gainstage.solve.constraint import is_contraction, is_lookup
 from gainstage.solve.recurrent import is_recurrent
 
 aten = torch.ops.aten
+REL = 1e-6  # where the closed form is exact
 MOVEMENTS = (aten.t.default, aten.view.default, aten.transpose.int, aten.permute.default, aten.reshape.default)
 
 
@@ -65,3 +66,11 @@ def solved(model, args, policy="unit", *, add=None, family="normal", moments=Non
         source=lambda node: input_value(node.name, node.value, node.meta.shape),
         family=find_family(family),
     )
+
+
+def variance(plan, name):
+    return plan.parameters[name].distribution.std ** 2
+
+
+def nodes_of(graph, op):
+    return [node for node in graph.nodes if node.op_name.startswith(f"aten.{op}")]

@@ -3,135 +3,18 @@
 import copy
 import math
 import random
-from collections.abc import Callable
-from dataclasses import dataclass
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from verified_models import MODELS, WIDTH, apply, build, faults, features, mlp, plan_for
 
 import gainstage as gs
 from gainstage.capture import capture
 from gainstage.errors import InputError, NonFiniteError, PlanMismatchError
-from gainstage.graph import fingerprint
-from gainstage.plan import Block, Distribution, Family, ParameterPlan, Plan
 from gainstage.verify.measure import measure
-
-WIDTH = 48
-
-
-class Block2(nn.Module):
-    """A pre-norm transformer block with attention written out, as models do."""
-
-    def __init__(self):
-        super().__init__()
-        self.norm1, self.norm2 = nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH)
-        self.qkv, self.proj = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
-        self.up, self.down = nn.Linear(WIDTH, 2 * WIDTH), nn.Linear(2 * WIDTH, WIDTH)
-
-    def forward(self, x):
-        q, k, v = self.qkv(self.norm1(x)).unflatten(-1, (3, 4, -1)).permute(2, 0, 3, 1, 4)
-        mixed = F.scaled_dot_product_attention(q, k, v)
-        x = x + self.proj(mixed.transpose(1, 2).flatten(2))
-        return x + self.down(F.gelu(self.up(self.norm2(x))))
-
-
-class Language(nn.Module):
-    """Embedding, two blocks, and a head that is tied to the embedding."""
-
-    def __init__(self):
-        super().__init__()
-        self.embed = nn.Embedding(97, WIDTH)
-        nn.init.normal_(self.embed.weight, std=0.1)
-        self.blocks = nn.ModuleList(Block2() for _ in range(2))
-        self.norm = nn.LayerNorm(WIDTH)
-        self.head = nn.Linear(WIDTH, 97, bias=False)
-        self.head.weight = self.embed.weight
-
-    def forward(self, ids):
-        x = self.embed(ids)
-        for block in self.blocks:
-            x = block(x)
-        return self.head(self.norm(x))
-
-
-def mlp(depth=4):
-    layers = [layer for _ in range(depth) for layer in (nn.Linear(WIDTH, WIDTH), nn.ReLU())]
-    return nn.Sequential(*layers, nn.Linear(WIDTH, 10))
-
-
-def convolutional():
-    return nn.Sequential(
-        nn.Conv2d(3, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU(),
-        nn.Conv2d(16, 32, 3, stride=2, bias=False), nn.BatchNorm2d(32), nn.ReLU(),
-        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(0.2), nn.Linear(32, 10),
-    )  # fmt: skip
-
-
-def features():
-    return (torch.randn(32, WIDTH),)
-
-
-def images():
-    return (torch.randn(16, 3, 12, 12),)
-
-
-def tokens():
-    return (torch.randint(97, (8, 24)),)
-
-
-MODELS = {"mlp": (mlp, features), "convolutional": (convolutional, images), "language": (Language, tokens)}
-
-
-def build(name, seed=0):
-    torch.manual_seed(seed)
-    make, inputs = MODELS[name]
-    return make(), inputs()
-
-
-def plan_for(model, args):
-    """A plan made by hand: matrices normal with He's deviation, the fused projection in two blocks, vectors constant."""
-    graph = capture(model, args)
-    parameters = {}
-    for name, info in graph.parameters.items():
-        std = 0.1 if "embed" in name else math.sqrt(1.5 / math.prod(info.shape[1:]))
-        is_scale = ("norm" in name and name.endswith("weight")) or (len(info.shape) == 1 and name.endswith("weight"))
-        drawn = Distribution(family=Family.NORMAL, std=std)
-        constant = Distribution(family=Family.CONSTANT, mean=float(is_scale))
-        parameters[name] = ParameterPlan(
-            name=name,
-            aliases=info.aliases,
-            shape=info.shape,
-            dtype=str(info.dtype).removeprefix("torch."),
-            role="hidden",
-            distribution=drawn if len(info.shape) > 1 else constant,
-            blocks=(Block(0, 0, WIDTH, Distribution(family=Family.UNIFORM, std=0.05)),) if name.endswith("qkv.weight") else (),
-        )
-    made = {"policy": "by hand", "fingerprint": fingerprint(graph), "training": graph.training}
-    probe = copy.deepcopy(model)
-    apply(probe, Plan(parameters=parameters, **made), seed=12345)
-    calls = [call for call in gs.inspect(probe, args, gradients=False).calls if call.outputs]
-    return Plan(
-        parameters=parameters,
-        predictions={f"{call.path}@{call.call}": tuple(s.second_moment for s in call.outputs) for call in calls},
-        spreads={f"{call.path}@{call.call}": tuple(s.spread for s in call.outputs) for call in calls},
-        **made,
-    )
-
-
-def apply(model, plan, seed):
-    from gainstage.apply import apply as write
-
-    write(model, plan, seed=seed)
-
-
-def faults(check):
-    return [(str(finding.kind), finding.where) for finding in check.findings if finding.kind.is_fault]
-
-
-# Healthy models
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -146,187 +29,6 @@ def test_healthy_models_pass_with_and_without_a_plan(name):
         check = gs.verify(model, args, plan=plan)
         assert (check.ok, check.findings) == (True, ())
         assert {(row.path, row.call) for row in check.rows} >= {(path, 0) for path, module in model.named_modules() if not path}
-
-
-# Broken models
-
-
-@dataclass
-class Broken:
-    """A fault, and what is to be found: the first finding."""
-
-    model: str
-    do: Callable
-    kind: str
-    where: str
-    planned: bool
-
-
-@torch.no_grad()
-def set_(parameter, values):
-    parameter.copy_(values)
-
-
-def scaled(path, factor):
-    return lambda model: set_(model.get_parameter(path), factor * model.get_parameter(path))
-
-
-def scaled_rows(path, start, stop, factor):
-    def do(model):
-        values = model.get_parameter(path).detach().clone()
-        values[start:stop] *= factor
-        set_(model.get_parameter(path), values)
-
-    return do
-
-
-def untied(model):
-    model.head.weight = nn.Parameter(model.head.weight.detach().clone())
-
-
-def cloned(model):
-    model.blocks[1].load_state_dict(model.blocks[0].state_dict())
-
-
-def rank_one(path):
-    """Entries with the right mean and deviation that are anything but independent."""
-
-    def do(model):
-        w = model.get_parameter(path)
-        set_(w, w.std() * torch.randn(w.shape[0], 1).sign() * torch.ones(1, w.shape[1]) + 1e-3 * w)
-
-    return do
-
-
-class Halved(nn.ReLU):
-    def forward(self, x):
-        return super().forward(x) / 2
-
-
-class Logarithm(nn.ReLU):
-    def forward(self, x):
-        return torch.log(x)
-
-
-def replaced(place, module):
-    return lambda model: model.__setitem__(place, module)
-
-
-def set_attribute(path, name, value):
-    return lambda model: setattr(model.get_submodule(path), name, value)
-
-
-def hidden_scale(path, factor):
-    """A hook that multiplies what a module returns: nothing in the parameters or in the plan knows of it."""
-    return lambda model: model.get_submodule(path).register_forward_hook(lambda _m, _a, output: factor * output)
-
-
-BROKEN = {
-    # with a plan
-    "not applied": Broken("mlp", lambda m: m[4].reset_parameters(), "not drawn as planned", "4.weight", True),
-    "applied twice": Broken("mlp", scaled("2.weight", 0.1), "not drawn as planned", "2.weight", True),
-    "a bit too large": Broken("language", scaled("blocks.1.up.weight", 1.1), "not drawn as planned", "blocks.1.up.weight", True),
-    "one block of a fused projection": Broken(
-        "language", scaled_rows("blocks.0.qkv.weight", 0, WIDTH, 2), "not drawn as planned", "blocks.0.qkv.weight", True
-    ),
-    "the other block": Broken(
-        "language", scaled_rows("blocks.0.qkv.weight", WIDTH, 2 * WIDTH, 2), "not drawn as planned", "blocks.0.qkv.weight", True
-    ),
-    "a bias left at its default": Broken(
-        "mlp", lambda m: set_(m[2].bias, 0.1 * torch.randn(WIDTH)), "not drawn as planned", "2.bias", True
-    ),
-    "a norm at zero": Broken("convolutional", scaled("4.weight", 0.0), "not drawn as planned", "4.weight", True),
-    "shifted": Broken("mlp", lambda m: set_(m[0].weight, m[0].weight + 0.05), "not drawn as planned", "0.weight", True),
-    "left as zeros by to_empty": Broken("mlp", scaled("6.weight", 0.0), "not drawn as planned", "6.weight", True),
-    "dependent entries": Broken("mlp", rank_one("2.weight"), "not drawn as planned", "2.weight", True),
-    "two shards alike": Broken(
-        "language",
-        lambda m: set_(m.blocks[0].up.weight[WIDTH:], m.blocks[0].up.weight[:WIDTH]),
-        "not drawn as planned",
-        "blocks.0.up.weight",
-        True,
-    ),
-    "tie lost": Broken("language", untied, "tie lost", "head.weight", True),
-    # without
-    "dependent entries, no plan": Broken("language", rank_one("blocks.0.up.weight"), "level off", "blocks.0.up.weight", False),
-    "tie lost, no plan": Broken("language", untied, "tie lost", "head.weight", False),
-    "clones": Broken("language", cloned, "identical clones", "blocks.1.qkv.weight", False),
-    "saturated": Broken(
-        "language", scaled_rows("blocks.1.qkv.weight", 0, 2 * WIDTH, 8), "saturated attention", "blocks.1.qkv.weight", False
-    ),
-    "exploding": Broken("mlp", scaled("4.weight", 3e3), "exploding signal", "4.weight", False),
-    "exploding norm": Broken(
-        "language", scaled("blocks.0.norm2.weight", 1e5), "exploding signal", "blocks.0.norm2.weight", False
-    ),
-    "loud head": Broken("mlp", scaled("8.weight", 300), "loud head", "8.weight", False),
-    "logarithm of a negative number": Broken("mlp", replaced(3, Logarithm()), "not finite", "3", False),
-}
-
-
-@pytest.mark.parametrize("name", BROKEN)
-def test_a_broken_model_is_blamed_at_the_right_parameter(name):
-    case = BROKEN[name]
-    model, args = build(case.model, seed=3)
-    plan = None
-    if case.planned:
-        plan = plan_for(model, args)
-        apply(model, plan, 3)
-    assert faults(gs.verify(model, args, plan=plan)) == []
-    case.do(model)
-    check = gs.verify(model, args, plan=plan)
-    assert not check.ok
-    found = faults(check)
-    assert found[0] == (case.kind, case.where)
-    assert len(found) <= 4, found  # the root, not all that follows from it
-    assert all(finding.evidence and finding.remedy for finding in check.findings)
-    assert "NOT ok" in repr(check)
-
-
-def test_what_follows_from_a_fault_is_not_listed_again():
-    model, args = build("mlp", 1)
-    plan = plan_for(model, args)
-    apply(model, plan, 1)
-    scaled("2.weight", 30.0)(model)
-    check = gs.verify(model, args, plan=plan)
-    assert [row.path for row in check.rows if not row.ok] == ["2", "3", "4", "5", "6", "7", "8", ""]
-    assert [finding.where for finding in check.findings if finding.kind in ("not drawn as planned", "level off")] == ["2.weight"]
-
-
-def test_two_faults_in_parallel_branches_are_two_findings():
-    class Branches(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.left, self.right = nn.Linear(WIDTH, WIDTH, bias=False), nn.Linear(WIDTH, WIDTH, bias=False)
-
-        def forward(self, x):
-            return self.left(x) + self.right(x)
-
-    torch.manual_seed(0)
-    model, x = Branches(), torch.randn(32, WIDTH) + 1.0
-    rank_one("left.weight")(model)
-    rank_one("right.weight")(model)
-    assert faults(gs.verify(model, (x,))) == [("level off", "left.weight"), ("level off", "right.weight")]
-
-
-def test_a_dead_signal_is_found_where_it_dies():
-    torch.manual_seed(0)
-    layers = [layer for _ in range(12) for layer in (nn.Linear(WIDTH, WIDTH, bias=False), nn.ReLU())]
-    model = nn.Sequential(*layers)  # torch's default: each layer leaves 1/6 of the second moment
-    check = gs.verify(model, (torch.randn(64, WIDTH),))
-    assert [str(finding.kind) for finding in check.findings] == ["dead signal"]
-    measured = {row.path: row.measured for row in check.rows}
-    layer = int(check.findings[0].where.partition(".")[0])
-    assert measured[str(layer + 1)] < 1e-4 <= measured[str(layer - 1)]
-    scaled("4.weight", 0.0)(model)
-    assert faults(gs.verify(model, (torch.randn(64, WIDTH),))) == [("dead signal", "4.weight")]
-
-
-def test_a_row_out_of_bounds_without_a_parameter_names_the_module():
-    model, args = build("mlp", 2)
-    plan = plan_for(model, args)
-    apply(model, plan, 2)
-    model[3] = Halved()  # the same parameters, read by the same operations
-    assert faults(gs.verify(model, args, plan=plan))[0] == ("level off", "3")
 
 
 @pytest.mark.parametrize(("name", "scale"), [("mlp", 4.0), ("mlp", 0.3), ("convolutional", 40.0)])
@@ -356,9 +58,6 @@ def test_unused_parameters_are_a_note():
     (finding,) = check.findings
     assert (str(finding.kind), finding.where) == ("unused parameters", "1.spare.weight")
     assert "never called" in finding.evidence
-
-
-# Rows
 
 
 class Nested(nn.Module):
@@ -424,9 +123,6 @@ def test_the_sampling_error_is_the_deviation_between_batches():
     reported = np.sqrt(np.mean([one.sampling_error**2 for one in found]))
     assert reported == pytest.approx(strayed, rel=0.2)
     assert measure(batch(1), 1).sampling_error == 0.0
-
-
-# Left as it was
 
 
 class Restless(nn.Module):
@@ -530,9 +226,6 @@ def test_a_failing_forward_leaves_everything_too():
         gs.verify(model, features())
     assert same(before, dict(model.state_dict()))
     assert not any(module._forward_hooks for module in model.modules())
-
-
-# Refusals
 
 
 def with_nan(path):
