@@ -1,7 +1,8 @@
 """The gain of an activation, ``1 / sqrt(E[f(z)^2])`` for z standard normal, for any function of one tensor.
 
-The integral is taken by bisection: an interval is halved until two halves say the same as the whole. Smooth stretches are done
-at once, while kinks and jumps are closed in on from both sides, so that nothing has to be known about the function.
+The integral is taken by division: an interval is cut until its parts say the same as the whole. Smooth stretches are done at
+once, while kinks and jumps are closed in on from both sides, so that nothing has to be known about the function. The fewer
+intervals are left, the more parts each is cut into: a call of the function costs more than the points that it is called on.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch
 from torch import nn
 
 from gainstage.errors import InputError
+from gainstage.signal.quadrature import Array
 
 Function = Callable[[torch.Tensor], torch.Tensor]
 
@@ -24,7 +26,8 @@ _DOMAIN, _LARGE_DOMAIN = 12.0, 36.0
 _TOLERANCE = 1e-8  # of one interval, relative to the whole: a thousand such errors are 1e-5
 _REFUSED = 1e-3  # a result whose estimated error is larger is none: the gain would be off by half of it
 _WIDTH = 0.125  # of the intervals at first: what is wider than 0.01 is seen; common kinks (0, 1/2, 3, 6) are between two of them
-_DEPTH = 40  # halvings: closer to a jump float64 has no more points
+_LEAST_WIDTH = _WIDTH * 2.0**-40  # closer to a jump float64 has no more points
+_AT_ONCE, _PARTS = 2**8, 2**4  # of all intervals together, as far as 2 of each allow it, and of one
 _STRATA, _REPEATS = 2**16, 48  # of z, and draws of a random function: 3e6 values, whose mean square is known to 1e-3
 _INTERVALS = 2**14  # a function with more kinks than that is noise
 
@@ -54,7 +57,7 @@ def gain(f: Function | nn.Module, *, backward: bool = False, inputs: torch.Tenso
     """
     if not callable(f):
         raise InputError(f"gain takes a function of a tensor or a module, not {type(f).__name__}")
-    with torch.device("cpu"):  # whatever the caller made the default
+    with torch.device("cpu"), np.errstate(over="ignore", invalid="ignore"):  # whatever the caller made the default
         evaluate, is_random = _entrywise(f, backward=backward)
         total = _second_moment(evaluate, inputs, is_random=is_random)
     what = "f'(z)" if backward else "f(z)"
@@ -156,39 +159,40 @@ def _in_float64(f: Function | nn.Module) -> Function:
 
 
 @cache
-def _rule() -> tuple[torch.Tensor, torch.Tensor]:
+def _rule() -> tuple[Array, Array]:
     """Gauss-Legendre points and weights on [0, 1]."""
     points, weights = np.polynomial.legendre.leggauss(8)
-    return torch.from_numpy((points + 1.0) / 2.0), torch.from_numpy(weights / 2.0)
+    return (points + 1.0) / 2.0, weights / 2.0
 
 
 def _integrate(f: Function, domain: float) -> float | None:
     """``E[f(z)^2]`` over [-domain, domain]; None where the ends still matter or the intervals get too many."""
     width = _WIDTH
-    starts = torch.arange(-domain / width, domain / width, dtype=torch.float64) * width
+    starts = np.arange(-domain / width, domain / width) * width
     wholes = _parts(f, starts, width)
-    ends = float(wholes[[0, 1, -2, -1]].abs().sum())
+    ends = float(wholes[[0, 1, -2, -1]].sum())
     total, unsettled = 0.0, 0.0
-    for _ in range(_DEPTH):
-        width /= 2.0
-        halves = torch.stack([starts, starts + width], dim=1)
-        parts = _parts(f, halves.reshape(-1), width).reshape(-1, 2)
-        error = (parts.sum(1) - wholes).abs()
+    while starts.size and width > _LEAST_WIDTH:
+        count = min(max(_AT_ONCE >> (starts.size - 1).bit_length(), 2), _PARTS)
+        width /= count
+        places = starts[:, None] + width * np.arange(count)
+        parts = _parts(f, places.ravel(), width).reshape(-1, count)
+        error = np.abs(parts.sum(1) - wholes)
         scale = total + float(parts.sum())
         if not math.isfinite(scale):
             return None
-        settled = error <= _TOLERANCE * scale
-        total += float(parts[settled].sum())
-        starts, wholes, unsettled = halves[~settled].reshape(-1), parts[~settled].reshape(-1), float(error[~settled].sum())
-        if starts.numel() == 0 or starts.numel() > _INTERVALS:
+        left = error > _TOLERANCE * scale
+        total += float(parts[~left].sum())
+        starts, wholes, unsettled = places[left].ravel(), parts[left].ravel(), float(error[left].sum())
+        if starts.size > _INTERVALS:
             break
     total += float(wholes.sum())
-    if ends > _TOLERANCE * total or (starts.numel() and unsettled > _REFUSED * total):
+    if ends > _TOLERANCE * total or (starts.size and unsettled > _REFUSED * total):
         return None
     return total
 
 
-def _parts(f: Function, starts: torch.Tensor, width: float) -> torch.Tensor:
+def _parts(f: Function, starts: Array, width: float) -> Array:
     """Integral of ``f(z)^2`` with the normal density over [start, start + width] for each start.
 
     Raises:
@@ -196,10 +200,10 @@ def _parts(f: Function, starts: torch.Tensor, width: float) -> torch.Tensor:
     """
     points, weights = _rule()
     z = starts[:, None] + width * points
-    values = _numbers(f, z.reshape(-1)).reshape(*z.shape, -1)
-    root_density = (0.25 * z**2).neg().exp() * (2.0 * math.pi) ** -0.25  # on f, so that its square does not overflow first
-    squares: torch.Tensor = (values * root_density.unsqueeze(-1)).square().mean(-1)
-    return width * torch.mv(squares, weights)
+    values = _numbers(f, torch.from_numpy(z.ravel())).numpy().reshape(*z.shape, -1)
+    root_density = np.exp(-0.25 * z**2) * (2.0 * math.pi) ** -0.25  # on f, so that its square does not overflow first
+    squares = np.square(values * root_density[..., None]).mean(-1)
+    return np.asarray(width * (squares @ weights))
 
 
 def _numbers(f: Function, z: torch.Tensor) -> torch.Tensor:
