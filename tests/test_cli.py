@@ -126,6 +126,12 @@ def test_help_takes_three_tenths_of_a_second_of_the_processor():
     assert min(spent() for _ in range(5)) < 0.3
 
 
+def test_the_package_runs_as_a_module():
+    environment = {**os.environ, "PYTHONPATH": str(Path(gainstage.__file__).parents[1])}
+    command = [sys.executable, "-m", "gainstage", "--version"]
+    assert gainstage.__version__ in subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+
+
 def test_public_names_are_the_same_for_type_checkers_and_at_run_time():
     tree = ast.parse(Path(gainstage.__file__).read_text(encoding="utf-8"))
     guarded = next(node for node in tree.body if isinstance(node, ast.If))

@@ -305,3 +305,20 @@ def test_one_thread_predicts_and_the_others_are_there_again_even_after_an_error(
     finally:
         torch.set_num_threads(threads)
     assert seen == [1, 2]
+
+
+def test_each_part_of_a_fused_projection_says_what_it_is_for():
+    torch.manual_seed(0)
+    model = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+    x = torch.randn(64, 1, 16) + 0.5 * torch.randn(64, 12, 16)  # tokens are alike: queries and keys are louder than values
+    plan = gs.initialize(model, (x,), seed=0)
+    calibrated = gs.calibrate(model, plan, (x,)).plan
+    name = "self_attn.in_proj_weight"
+    for planned, parts in (
+        (plan, [("[0:32]", "query, key"), ("[32:48]", "value")]),
+        (calibrated, [("[0:16]", "query, key"), ("[16:32]", "query, key"), ("[32:48]", "value")]),
+    ):
+        fused = planned.parameters[name]
+        assert [(str(block), block.role) for block in fused.blocks] == parts
+        assert all(f"{block}  {block.distribution}  {block.role}" in planned.explain(name) for block in fused.blocks)
+        assert fused == gs.Plan.from_json(planned.to_json()).parameters[name]

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from gainstage.calibrate.sites import Ranges
-from gainstage.plan import Block, Distribution, ParameterPlan, Plan
+from gainstage.plan import Block, Distribution, ParameterPlan, Plan, joined
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,34 +63,24 @@ def _scaled(planned: ParameterPlan, scales: Sequence[Scale]) -> ParameterPlan:
     size = planned.shape[dim] if planned.shape else 1
     edges = {0, size, *(edge for block in planned.blocks for edge in (block.start, block.stop))}
     edges |= {edge for scale in scales for edge in scale.edges()}
-    parts = [(start, stop, _distribution(planned, scales, start)) for start, stop in pairwise(sorted(edges))]
-    blocks = _joined(dim, parts)
+    blocks = joined(_part(planned, scales, dim, start, stop) for start, stop in pairwise(sorted(edges)))
     lines = tuple(f"calibrated on data: {scale}" for scale in scales)
     return replace(
         planned,
         distribution=blocks[0].distribution,
-        blocks=() if len(blocks) == 1 else tuple(blocks),
+        blocks=() if len(blocks) == 1 else blocks,
         derivation=(*planned.derivation, *lines),
     )
 
 
-def _distribution(planned: ParameterPlan, scales: Sequence[Scale], row: int) -> Distribution:
-    own = (block.distribution for block in planned.blocks if block.start <= row < block.stop)
-    distribution = next(own, planned.distribution)
+def _part(planned: ParameterPlan, scales: Sequence[Scale], dim: int, start: int, stop: int) -> Block:
+    """Rows that are scaled by the same factors."""
+    own = next((block for block in planned.blocks if block.start <= start < block.stop), None)
+    distribution = planned.distribution if own is None else own.distribution
     for scale in scales:
-        if not scale.rows or any(start <= row < stop for start, stop in scale.rows):
-            distribution = scale.of(distribution, row)
-    return distribution
-
-
-def _joined(dim: int, parts: Iterable[tuple[int, int, Distribution]]) -> list[Block]:
-    blocks: list[Block] = []
-    for start, stop, distribution in parts:
-        if blocks and blocks[-1].distribution == distribution:
-            blocks[-1] = Block(dim, blocks[-1].start, stop, distribution)
-        else:
-            blocks.append(Block(dim, start, stop, distribution))
-    return blocks
+        if not scale.rows or any(first <= start < last for first, last in scale.rows):
+            distribution = scale.of(distribution, start)
+    return Block(dim, start, stop, distribution, "" if own is None else own.role)
 
 
 def _text(rows: Ranges) -> str:

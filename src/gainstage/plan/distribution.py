@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from enum import Enum
 
 import torch
@@ -109,17 +110,31 @@ class Distribution:
 class Block:
     """A slice of a parameter with a distribution of its own: ``parameter[start:stop]`` along dimension ``dim``.
 
-    A fused projection has one block for each of query, key and value.
+    A fused projection has one block for each of query, key and value; those that are drawn alike are one. ``role``: what these
+    rows are for, several roles after commas; "" where it is the parameter's.
     """
 
     dim: int
     start: int
     stop: int
     distribution: Distribution
+    role: str = ""
 
     def __str__(self) -> str:
         """As one would index: ``[0:64]`` along dimension 0, ``[:, 0:64]`` along dimension 1."""
         return f"[{':, ' * self.dim}{self.start}:{self.stop}]"
+
+
+def joined(parts: Iterable[Block]) -> tuple[Block, ...]:
+    """Neighbours that are drawn alike as one block, which is for all that they are for."""
+    found: list[Block] = []
+    for part in parts:
+        if found and found[-1].distribution == part.distribution:
+            roles = dict.fromkeys(filter(None, (*found[-1].role.split(", "), *part.role.split(", "))))
+            found[-1] = replace(found[-1], stop=part.stop, role=", ".join(roles))
+        else:
+            found.append(part)
+    return tuple(found)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -231,7 +246,7 @@ class ParameterPlan:
         if self.aliases:
             lines.append(f"tied to {', '.join(self.aliases)}: one tensor, drawn once")
         if self.blocks:
-            lines += [f"{block}  {block.distribution}" for block in self.blocks]
+            lines += ["  ".join(filter(None, (str(block), str(block.distribution), block.role))) for block in self.blocks]
             covered = sum(block.stop - block.start for block in self.blocks)
             lines += [f"elsewhere  {self.distribution}"] if covered < self.shape[self.blocks[0].dim] else []
         else:

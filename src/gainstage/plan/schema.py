@@ -14,7 +14,7 @@ from gainstage.plan.activation import ActivationPlan
 from gainstage.plan.distribution import Block, Distribution, Family, ParameterPlan, Passage
 from gainstage.plan.mixing import Mixing
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 
 _T = TypeVar("_T")
 
@@ -51,15 +51,17 @@ def _parameter_to_dict(parameter: ParameterPlan) -> dict[str, Any]:
         "aliases": list(parameter.aliases),
         "role": parameter.role,
         "distribution": _distribution_to_dict(parameter.distribution),
-        "blocks": [
-            {"dim": b.dim, "start": b.start, "stop": b.stop, "distribution": _distribution_to_dict(b.distribution)}
-            for b in parameter.blocks
-        ],
+        "blocks": [_block_to_dict(block) for block in parameter.blocks],
         "output_dims": list(parameter.output_dims),
         "derivation": list(parameter.derivation),
         "passage": None if (passage := parameter.passage) is None else asdict(passage),
         "branches": parameter.branches,
     }
+
+
+def _block_to_dict(block: Block) -> dict[str, Any]:
+    entries = {"dim": block.dim, "start": block.start, "stop": block.stop}
+    return entries | {"distribution": _distribution_to_dict(block.distribution), "role": block.role}
 
 
 def _distribution_to_dict(distribution: Distribution) -> dict[str, Any]:
@@ -231,9 +233,10 @@ def _read_mixing(value: object, place: str) -> Mixing:
 
 
 def _read_block(value: object, place: str) -> Block:
-    entries = _record(value, place, ("dim", "start", "stop", "distribution"))
+    entries = _record(value, place, ("dim", "start", "stop", "distribution", "role"))
     dim, start, stop = (_integer(entries[key], f"{place}.{key}") for key in ("dim", "start", "stop"))
-    return Block(dim, start, stop, _read_distribution(entries["distribution"], f"{place}.distribution"))
+    distribution = _read_distribution(entries["distribution"], f"{place}.distribution")
+    return Block(dim, start, stop, distribution, _text(entries["role"], f"{place}.role"))
 
 
 def _read_activation(value: object, place: str) -> ActivationPlan:

@@ -18,6 +18,7 @@ class PlanRow:
 
     parameter: ParameterPlan
     distribution: Distribution
+    role: str
     part: str = ""  # "[0:768]" along dimension 0, "[:, 0:768]" along dimension 1
 
 
@@ -32,7 +33,7 @@ def plan_report(plan: Plan, *, grouped: bool = True) -> Report[Block[PlanRow]]:
     lines = blocks(
         rows,
         name=lambda row: row.parameter.name,
-        key=lambda row: (row.part, row.parameter.role, row.parameter.shape, _distribution(row.distribution)),
+        key=lambda row: (row.part, row.role, row.parameter.shape, _distribution(row.distribution)),
         grouped=grouped,
     )
     families = Counter(row.distribution.family.value for row in rows)
@@ -59,9 +60,9 @@ def _proposals(plan: Plan) -> list[Text]:
 
 def _rows(parameter: ParameterPlan) -> list[PlanRow]:
     if not parameter.blocks:
-        return [PlanRow(parameter=parameter, distribution=parameter.distribution)]
+        return [PlanRow(parameter=parameter, distribution=parameter.distribution, role=parameter.role)]
     return [
-        PlanRow(parameter=parameter, distribution=block.distribution, part=f"[{':, ' * block.dim}{block.start}:{block.stop}]")
+        PlanRow(parameter=parameter, distribution=block.distribution, role=block.role or parameter.role, part=str(block))
         for block in parameter.blocks
     ]
 
@@ -82,7 +83,7 @@ def _std(block: Block[PlanRow]) -> str:
 
 _COLUMNS: tuple[Column[Block[PlanRow]], ...] = (
     Column(heading="parameter", cell=lambda block: block.name + block.first.part),
-    Column(heading="role", cell=lambda block: block.first.parameter.role),
+    Column(heading="role", cell=lambda block: block.first.role),
     Column(heading="shape", cell=lambda block: shape(block.first.parameter.shape), importance=1),
     Column(heading="distribution", cell=lambda block: _distribution(block.first.distribution)),
     Column(heading="std", cell=_std, is_number=True),

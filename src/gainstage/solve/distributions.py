@@ -9,7 +9,7 @@ import torch
 
 from gainstage.errors import UnknownNameError, nearest
 from gainstage.graph import Graph
-from gainstage.plan import Block, Distribution, Family
+from gainstage.plan import Block, Distribution, Family, joined
 from gainstage.roles import Use
 from gainstage.solve.constraint import is_contraction, is_lookup
 from gainstage.solve.setting import Setting
@@ -65,15 +65,17 @@ def distribution_of(setting: Setting, part: int, family: Family) -> Distribution
     return Distribution(family=family, mean=0.0 if family.is_matrix else mean, std=variance**0.5)
 
 
-def blocks_of(setting: Setting, parts: Sequence[Distribution]) -> tuple[Distribution, tuple[Block, ...]]:
-    """The distribution of the whole, and blocks where parts differ; neighbours that are alike become one."""
-    blocks: list[Block] = []
-    for (start, stop), distribution in zip(pairwise(setting.cuts), parts, strict=True):
-        if blocks and blocks[-1].distribution == distribution:
-            blocks[-1] = Block(setting.dim, blocks[-1].start, stop, distribution)
-        else:
-            blocks.append(Block(setting.dim, start, stop, distribution))
-    return (blocks[0].distribution, ()) if len(blocks) == 1 else (blocks[0].distribution, tuple(blocks))
+def blocks_of(setting: Setting, parts: Sequence[Distribution], uses: Sequence[Use]) -> tuple[Distribution, tuple[Block, ...]]:
+    """The distribution of the whole, and blocks where parts differ, with what they are for."""
+    spans = zip(pairwise(setting.cuts), parts, strict=True)
+    blocks = joined(Block(setting.dim, *span, distribution, _roles(uses, setting.dim, span)) for span, distribution in spans)
+    return blocks[0].distribution, () if len(blocks) == 1 else blocks
+
+
+def _roles(uses: Sequence[Use], dim: int, span: tuple[int, int]) -> str:
+    """What a part is for, by the uses that are about some rows only."""
+    inside = (use for use in uses if use.dim == dim and any(start < span[1] and span[0] < stop for start, stop in use.rows))
+    return ", ".join(dict.fromkeys(use.role.value for use in inside))
 
 
 def padding_row(use: Use | None, graph: Graph) -> int | None:

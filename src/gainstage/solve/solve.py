@@ -142,7 +142,7 @@ def _parameter_plan(setting: Setting, explainer: Explainer, family: Family, bran
         if drawn is Family.DELTA_ORTHOGONAL:
             setting = explainer.centred(setting)
         parts = [distribution_of(setting, part, drawn) for part in range(len(setting.variances))]
-        distribution, blocks = blocks_of(setting, parts)
+        distribution, blocks = blocks_of(setting, parts, roles.uses.get(info.name, ()))
         if why and setting.variance > 0.0:
             lines = (*lines, why)
         row = padding_row(contraction, graph)
