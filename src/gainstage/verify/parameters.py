@@ -50,9 +50,9 @@ def lost_ties(plan: Plan, parameters: Mapping[str, ParameterInfo]) -> tuple[list
 
 
 def not_as_planned(plan: Plan, tensors: Mapping[str, torch.Tensor]) -> list[Finding]:
-    """Parameters whose mean or deviation cannot come from the planned distribution."""
+    """Parameters whose mean, deviation or largest entry cannot come from the planned distribution."""
     parts = [(planned, *part) for planned in plan.parameters.values() for part in _parts(planned)]
-    bound = NormalDist().inv_cdf(1.0 - FALSE_ALARMS / (4.0 * max(len(parts), 1)))  # two-sided, mean and deviation
+    bound = NormalDist().inv_cdf(1.0 - FALSE_ALARMS / (6.0 * max(len(parts), 1)))  # two-sided, of three
     findings: list[Finding] = []
     for planned, dim, start, stop, distribution in parts:
         tensor = tensors[planned.name].detach()
@@ -118,7 +118,23 @@ def _objection(distribution: Distribution, values: torch.Tensor, bound: float) -
     # entries: the log of a chi-square is skewed, the t-like widening covers its lower tail.
     error = (2.0 * count) ** -0.5
     ratio = std / planned if planned > 0.0 else math.inf
-    return "" if abs(math.log(max(ratio, 1e-30))) <= bound * error * (1.0 + bound * error) + rounding else found
+    if abs(math.log(max(ratio, 1e-30))) > bound * error * (1.0 + bound * error) + rounding:
+        return found
+    return _stray_entry(wide, distribution, bound)
+
+
+def _stray_entry(values: torch.Tensor, distribution: Distribution, bound: float) -> str:
+    """One entry where no normal entry would lie; other families have shorter tails.
+
+    The largest of n exceeds t deviations with a probability of at most n times that of one.
+    """
+    limit = -NormalDist().inv_cdf(NormalDist().cdf(-bound) / values.numel())
+    off = (values - distribution.mean).abs()
+    far = float(off.max())
+    if far <= limit * distribution.std:
+        return ""
+    place = [int(index) for index in np.unravel_index(int(off.argmax()), tuple(values.shape))]
+    return f"{values[tuple(place)]:.4g} at {place}, {_factor(far, distribution.std)} the deviation away."
 
 
 def _dependence(values: torch.Tensor, std: float, bound: float) -> str:
