@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from functools import reduce
 
 import numpy as np
 import torch
@@ -14,6 +14,7 @@ from gainstage.signal.axes import Axis, Dim
 from gainstage.signal.contraction import Places
 from gainstage.signal.copies import replace
 from gainstage.signal.joining import join
+from gainstage.signal.maxima import pairs_of_windows
 from gainstage.signal.movement import merge_dim, parts_along
 from gainstage.signal.neighbours import pairs_by_lag
 from gainstage.signal.quadrature import Array, coarse, invert_series, nodes
@@ -38,12 +39,11 @@ def largest_gradient(g: Value, x: Value, dims: Sequence[int], windows: Sequence[
         g, x = merge_dim(g, d), merge_dim(x, d)
     axes = [axis for d in dims for axis in g.dims[d]]
     at = [g.axes.index(axis) for axis in axes]
-    alike = g.table[tuple(1 if p in at else slice(None) for p in range(g.table.ndim))]
     total = averaged_over(g.table, g, axes)[tuple(0 if p in at else slice(None) for p in range(g.table.ndim))] * outputs**2
     same = total / inputs**2
     other = same.copy()
     full = (1,) * same.ndim
-    same[full] = (alike[full] + _of_shared(g, axes, [w for w in windows if len(w) > 1])) * outputs / inputs
+    same[full] = _at_largest(g, axes, windows) * outputs / inputs
     other[full] = (total[full] - same[full] * inputs) / max(inputs * (inputs - 1.0), 1.0)
     places = tuple(dim for d in dims for dim in [x.dims[d]] if dim)
     table = np.broadcast_to(np.expand_dims(other, tuple(range(-len(places), 0))), other.shape + (2,) * len(places)).copy()
@@ -55,35 +55,26 @@ def largest_gradient(g: Value, x: Value, dims: Sequence[int], windows: Sequence[
     return replace(made, given=_given_largest(x, dims, windows).scaled())
 
 
-def _of_shared(g: Value, axes: Sequence[Axis], windows: Sequence[Places]) -> float:
-    """``sum over other windows of E[g g'] |both| / |either|``: two windows have one largest entry if it lies in both of them.
+def _at_largest(g: Value, axes: Sequence[Axis], windows: Sequence[Places]) -> float:
+    """``sum over windows of E[g g'] |both| / |either|``: two windows have one largest entry if it lies in both of them.
 
-    Lag by lag along each of the axes of the outputs, with what windows at that lag have in common on average.
+    Lag by lag along each of the axes of the outputs, by the pairs of windows at that lag; a window and itself included.
     """
-    if not axes:
-        return 0.0
-    along = [_windows_by_lag(places) for places in windows]
-    moments, _ = g.lagged(axes, [len(counts) for counts, _, _ in along])
-    counts = common = np.ones(())
-    for number, shared, _ in along:
-        counts, common = np.multiply.outer(counts, number), np.multiply.outer(common, shared)
-    either = 2.0 * float(np.prod([size for _, _, size in along])) - common
-    terms = counts * moments * common / either
-    return float(terms.sum() - terms[(0,) * terms.ndim])
+    shape = [_reach(places) for places in windows]
+    moments = g.lagged(axes, [n for n, places in zip(shape, windows, strict=True) if len(places) > 1])[0].reshape(shape)
+    found = 0.0
+    for lag, (first, second, both), share in pairs_of_windows(windows, shape):
+        pairs = math.prod((1.0 + (i > 0)) * (1.0 - i / len(places)) for i, places in zip(lag, windows, strict=True))
+        found += pairs * share * float(moments[lag]) * both / (first + second - both)
+    return found
 
 
-def _windows_by_lag(places: Places) -> tuple[Array, Array, float]:
-    """At each lag how many windows there are for one, and the entries that two have in common, on average; and entries of one."""
-    count, held = len(places), [set(row[row >= 0].tolist()) for row in places]
-    size = sum(map(len, held)) / count
-    numbers, shared = [1.0], [size]
-    for lag in range(1, count):
-        both = sum(len(one & other) for one, other in zip(held, held[lag:], strict=False)) / (count - lag)
-        if both == 0.0:
-            break
-        numbers.append(2.0 * (count - lag) / count)
-        shared.append(both)
-    return np.array(numbers), np.array(shared), size
+def _reach(places: Places) -> int:
+    """How many lags lie between windows that have an entry in common, itself included."""
+    lag = 1
+    while lag < len(places) and any(np.intersect1d(a[a >= 0], b).size for a, b in zip(places, places[lag:], strict=False)):
+        lag += 1
+    return lag
 
 
 def _largest_levels(g: Value, made_dims: Sequence[Dim], dims: Sequence[int], windows: Sequence[Places]) -> Array | None:
@@ -110,9 +101,8 @@ def _given_largest(x: Value, dims: Sequence[int], windows: Sequence[Places]) -> 
     points, mass = coarse()
     own = np.sqrt(1.0 - shared) * nodes()[:, None] + np.sqrt(shared) * points[None, :]
     below = torch.special.ndtr(torch.from_numpy(own)).numpy()
-    sizes = reduce(np.multiply.outer, [(places >= 0).sum(1) for places in windows])
-    counts = zip(*np.unique(sizes, return_counts=True), strict=True)
-    chance = sum(np.vecdot(float(number * size) * below ** (size - 1.0), mass) for size, number in counts) / sizes.size
+    kinds = pairs_of_windows(windows, [1] * len(windows))
+    chance = sum(np.vecdot(share * size * below ** (size - 1.0), mass) for _, (size, _, _), share in kinds)
     return Given(chance, chance)
 
 

@@ -167,6 +167,18 @@ def pair_factor(along: Array) -> float:
     return float(along.sum() ** 2 - (along**2).sum()) / (n * (n - 1.0)) if n > 1 else 1.0
 
 
+def pair_factors(profile: Array) -> Array:
+    """The same of a profile along several axes: a table by the axes along which two coordinates are the same."""
+    found = np.empty((2,) * profile.ndim)
+    for same in np.ndindex(*found.shape):
+        others = tuple(position for position, equal in enumerate(same) if not equal)
+        found[same] = (profile.mean(axis=others) ** 2).mean()  # over all pairs
+    for position, size in enumerate(profile.shape):
+        along = np.moveaxis(found, position, 0)
+        along[0] = (size * along[0] - along[1]) / (size - 1.0) if size > 1 else along[1]
+    return found
+
+
 def groups(*profiles: Array, most: int = 12) -> tuple[Array, Array]:
     """A few representative levels (root mean squares of classes of near levels), and the share of entries that has each.
 

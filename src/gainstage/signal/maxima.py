@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import itertools
+import math
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, reduce
 
 import numpy as np
 import torch
@@ -44,18 +47,26 @@ def largest(count: float) -> Array:
 
 
 @cache
-def overlapping(count: int, shared: int) -> float:
-    """Correlation of the maxima of two sets of ``count`` standard normals, of which ``shared`` are the same.
+def overlapping(first: int, second: int, shared: int) -> float:
+    """Covariance of the maxima of two sets of standard normals, so many in each, of which some are the same.
 
-    ``Cov = integral of F(x, y) - F(x) F(y)`` (Hoeffding 1940), with ``F(x, y) = Phi(min)^m (Phi(x) Phi(y))^(n - m)``.
+    ``Cov = integral of F(x, y) - F(x) F(y)`` (Hoeffding 1940), with ``F(x, y) = Phi(min)^m Phi(x)^(n - m) Phi(y)^(k - m)``.
     """
     if shared == 0:
         return 0.0
-    points = np.linspace(-6.0, 6.0, 241)
+    points, step = np.linspace(-6.0, 6.0, 241, retstep=True)
     below = torch.special.ndtr(torch.from_numpy(points)).numpy()
-    pairs = np.outer(below, below)
-    covariances = [np.minimum.outer(below, below) ** m * pairs ** (count - m) - pairs**count for m in (shared, count)]
-    return float(covariances[0].sum() / covariances[1].sum())
+    wholes, rests = (below**first, below**second), (below ** (first - shared), below ** (second - shared))
+    beyond = [np.cumsum(rest[::-1])[::-1] for rest in rests]
+    both = wholes[0] @ beyond[1] + wholes[1][:-1] @ beyond[0][1:]  # where the second is the larger, or as large; and the first
+    return float(both - wholes[0].sum() * wholes[1].sum()) * float(step) ** 2
+
+
+def _sizes(places: Places, shift: int) -> Mapping[tuple[int, int, int], float]:
+    """Entries of each of two windows that are a number of outputs apart, and of both: and the share of such pairs."""
+    held = [frozenset(row[row >= 0].tolist()) for row in places]
+    pairs = list(zip(held, held[shift:], strict=False))
+    return {kind: n / len(pairs) for kind, n in Counter((len(one), len(two), len(one & two)) for one, two in pairs).items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,19 +94,20 @@ class _Window:
         ahead, behind = (np.interp(z + step, nodes(), self.values) for step in (STEP, -STEP))
         return expectation_of_two(ahead - behind, mass) / (2.0 * STEP)
 
-    def moments(self, sizes: Array, repeats: float) -> Array:
-        """``E max`` and ``E max^2`` of places with levels s, each a number of times.
+    def moments(self, sizes: Array) -> Array:
+        """``E max`` and ``E max^2`` of places with levels s.
 
         By ``P(max < y | common) = prod P(s f < y | common)``.
         """
         points, mass = coarse()
         rising = self.values + 1e-9 * np.ptp(self.values) * np.arange(self.values.size)
         top = sizes.max()
+        kinds, repeats = np.unique(np.round(sizes / top, 2), return_counts=True)
         levels_y = np.unique(np.quantile(self.values * top, np.linspace(0.0, 1.0, 193)))
         middle = 0.5 * (levels_y[1:] + levels_y[:-1])
-        z = np.interp(middle[:, None] / np.maximum(sizes, 1e-9 * top), rising, nodes())
+        z = np.interp(middle[:, None] / (top * np.maximum(kinds, 1e-9)), rising, nodes())
         own = (z[:, None, :] - np.sqrt(self.shared) * points[:, None]) / max(1.0 - self.shared, 1e-9) ** 0.5
-        below = np.vecdot((torch.special.log_ndtr(torch.from_numpy(own)).sum(-1) * repeats).exp().numpy(), mass)
+        below = np.vecdot((torch.special.log_ndtr(torch.from_numpy(own)) @ torch.from_numpy(repeats * 1.0)).exp().numpy(), mass)
         return np.asarray(np.vecdot(np.stack([levels_y, levels_y**2]), np.diff(np.r_[0.0, below, 1.0])))
 
 
@@ -135,7 +147,7 @@ def _pooled(x: Value, read: Sequence[tuple[int, Places]], rho: Array, distant: f
     louder = _louder(x, read, window)
     surface = window.largest_of(float(np.prod([place.shape[1] for _, place in read])))
     out: dict[int, tuple[Axis, ...]] = {d: (Axis(len(place)),) if len(place) > 1 else () for d, place in read}
-    profile = _pooled_levels(x, read, out, [np.sqrt(each[1]) for each in louder])
+    profile = levels.normalised(_pooled_profile(x, read, out, np.sqrt(louder[1])))
     marginal, mean, second = _marginal(surface, louder, profile)
     table = evaluate_series(marginal.series, x.correlation())
     gone = {x.dims[d][0] for d in out if not out[d]}
@@ -145,22 +157,19 @@ def _pooled(x: Value, read: Sequence[tuple[int, Places]], rho: Array, distant: f
         source=object(), lineage=x.lineage, stray=x.stray.hidden(), levels=profile,
     )  # fmt: skip
     spans = tuple(axis for d, _ in read for axis in out[d])
-    excess, ties, apart = _excess(read, _Correlations(counts, rho, distant), window, surface)
+    excess, ties, alike = _excess(read, _Correlations(counts, rho, distant), window, surface)
     along = tuple(slice(None) if out[d] else 0 for d, _ in read)
     near = Neighbours(spans, excess[along])
     if spans:
-        result = result.with_neighbours(near, second, apart * second)
+        square = float((louder[0] ** 2).mean()) * (mean / float(louder[0].mean())) ** 2  # of means, over places
+        result = result.with_neighbours(near, second, square + alike * (second - square))
     overlap = _overlap(x, read, window, out).times((x.second_moment / second) ** 2 if second > 0.0 else 0.0)
     made_near = made(near.axes, near.excess)
     if made_near is not None:
         made_near = replace(made_near, ties=ties[along])
     result = replace(result, near=made_near, overlap=overlap)
     if profile is not None:
-        result = _leaning(
-            result,
-            _pooled_levels(x, read, out, [each[0] for each in louder]),
-            {axis: each for d, each in zip(out, louder, strict=True) for axis in out[d]},
-        )
+        result = _leaning(result, spans, louder[0][along], _pooled_profile(x, read, out, louder[0]))
     return replace(result, largest=Largest(result.table, x, tuple(read)))
 
 
@@ -177,27 +186,29 @@ def _overlap(x: Value, read: Sequence[tuple[int, Places]], window: _Window, out:
     return overlap.times(passed * (window.slope(taps) ** 2 / before) ** 2) if before > 0.0 else NONE
 
 
-def _louder(x: Value, read: Sequence[tuple[int, Places]], window: _Window) -> list[Array]:
-    """Mean and second moment of each output along each dimension, over those of a full window of equal levels."""
-    found = []
+def _louder(x: Value, read: Sequence[tuple[int, Places]], window: _Window) -> Array:
+    """Mean and second moment of each output [2, along each of the dimensions], over those of a full window of equal levels."""
+    kinds, which = [], []
     for d, place in read:
-        others = float(np.prod([p.shape[1] for e, p in read if e != d]))
         rows = np.sort(levels.read(x.levels, x.axes.index(x.dims[d][0]), place), axis=1)
-        tops = np.maximum(rows[:, -1:], 1e-300)
-        kinds, which = np.unique(np.round(rows / tops, 2), axis=0, return_inverse=True)
-        full = window.moments(np.ones(1), others * place.shape[1])
-        full = np.where(full != 0.0, full, 1.0)  # of zeros the largest is zero
-        ratio = np.array(
-            [window.moments(kind[kind > 0.0], others) / full if (kind > 0.0).any() else np.zeros(2) for kind in kinds]
-        )
-        found.append(ratio[which.reshape(-1)].T * np.stack([tops[:, 0], tops[:, 0] ** 2]))
-    return found
+        tops = np.maximum(rows.max(), 1e-300)
+        kind, index = np.unique(np.round(rows / tops, 2), axis=0, return_inverse=True)
+        kinds.append(kind * tops)
+        which.append(index.reshape(-1))
+    found = np.zeros((2, *(len(kind) for kind in kinds)))
+    for combined in np.ndindex(*found.shape[1:]):
+        sizes = reduce(np.multiply.outer, [kind[i] for kind, i in zip(kinds, combined, strict=True)]).ravel()
+        if (sizes > 0.0).any():
+            found[:, *combined] = window.moments(sizes[sizes > 0.0])
+    full = window.moments(np.ones(math.prod(place.shape[1] for _, place in read)))
+    full = np.where(full != 0.0, full, 1.0)  # of zeros the largest is zero
+    return found[np.ix_(np.arange(2), *which)] / full.reshape(2, *(1,) * len(read))
 
 
-def _marginal(surface: Array, louder: Sequence[Array], profile: Array | None) -> tuple[Marginal, float, float]:
+def _marginal(surface: Array, louder: Array, profile: Array | None) -> tuple[Marginal, float, float]:
     """Distribution of the maxima of all outputs, each louder or quieter than a full window; mean and second moment."""
     mass = np.outer(coarse()[1], coarse()[1])
-    means, squares = (np.prod([each[k].mean() for each in louder]) for k in (0, 1))
+    means, squares = (each.mean() for each in louder)
     second, mean, whole = float((surface**2 * mass).sum() * squares), float((surface * mass).sum() * means), float(squares) ** 0.5
     (sizes,), shares = (np.ones((1, 1)), np.ones(1)) if profile is None else levels.groups(profile)
     std = max(second - mean**2, 0.0) ** 0.5
@@ -240,17 +251,13 @@ class _Correlations:
         found = float((weight * self.rho).sum()) - same + (total - float(weight.sum())) * self.distant
         return found / (total - same) if total > same else 0.0
 
-    def shared(self, shift: Sequence[int]) -> int:
-        """Places that two windows both hold."""
-        return round(float(np.prod([count[i, 0] for count, i in zip(self.counts, shift, strict=True)])))
-
 
 def _excess(
     read: Sequence[tuple[int, Places]], pairs: _Correlations, window: _Window, surface: Array
 ) -> tuple[Array, Array, float]:
-    """e(d) of the maxima, by the places that two windows share and by what the others have in common; far over own.
+    """e(d) of the maxima, by the places that two windows share and by what the others have in common.
 
-    And the share of each window that is in the other as well.
+    And the share of each window that is in the other as well, and the correlation of two far apart.
     """
     mass = coarse()[1]
     own = expectation_of_two(surface**2, mass)
@@ -258,44 +265,55 @@ def _excess(
     between = np.array([pairs.between(index) for index in np.ndindex(*shape)]).reshape(shape)
     far = float(window.apart(surface, np.array([pairs.distant]))[0])
     apart = np.maximum((window.apart(surface, between) - far) / (own - far), 0.0) if own > far else np.zeros(shape)
-    taps = int(np.prod([place.shape[1] for _, place in read]))
-    shared = np.array([pairs.shared(index) for index in np.ndindex(*shape)])
-    both = np.array([overlapping(taps, int(count)) for count in shared]).reshape(shape)
+    covariances, ties = np.zeros(shape), np.zeros(shape)
+    for lag, (first, second, shared), share in pairs_of_windows([place for _, place in read], shape):
+        covariances[lag] += share * overlapping(first, second, shared)
+        ties[lag] += share * shared / (first * second) ** 0.5
+    both = covariances / covariances[(0,) * len(shape)]
     excess = both + (1.0 - both) * apart
     excess[(0,) * excess.ndim] = 1.0
-    return excess, (shared / taps).reshape(shape), far / own if own > 0.0 else 0.0
+    square = expectation_of_two(surface, mass) ** 2
+    return excess, ties, (far - square) / (own - square) if own > square else 0.0
 
 
-def _pooled_levels(
-    x: Value, read: Sequence[tuple[int, Places]], out: dict[int, tuple[Axis, ...]], louder: Sequence[Array]
-) -> Array | None:
-    """Levels of the maxima: along the windows' dimensions what was found there, along others as before."""
-    profile = np.ones((1,) * len(x.axes)) if x.levels is None else x.levels
-    for (d, _), factor in reversed(list(zip(read, louder, strict=True))):
-        position = x.axes.index(x.dims[d][0])
-        profile = np.sqrt((profile**2).mean(axis=position, keepdims=bool(out[d])))
-        if out[d]:
-            shape = [1] * profile.ndim
-            shape[position] = -1
-            profile = profile * factor.reshape(shape)
-    return levels.normalised(np.asarray(profile))
+def pairs_of_windows(
+    windows: Sequence[Places], shape: Sequence[int]
+) -> Iterator[tuple[tuple[int, ...], tuple[int, int, int], float]]:
+    """Pairs of windows by their lag: entries of each of the two and of both, and the share of the pairs at that lag."""
+    kinds = [[list(_sizes(places, shift).items()) for shift in range(n)] for places, n in zip(windows, shape, strict=True)]
+    for lag in np.ndindex(*shape):
+        for along in itertools.product(*(each[shift] for each, shift in zip(kinds, lag, strict=True))):
+            first, second, shared = (math.prod(sizes[k] for sizes, _ in along) for k in range(3))
+            yield lag, (first, second, shared), math.prod(part for _, part in along)
 
 
-def _leaning(x: Value, means: Array | None, louder: Mapping[Axis, Array]) -> Value:
+def _pooled_profile(x: Value, read: Sequence[tuple[int, Places]], out: dict[int, tuple[Axis, ...]], louder: Array) -> Array:
+    """What is known of x along other axes, times a factor for each output of windows."""
+    at = [x.axes.index(x.dims[d][0]) for d, _ in read]
+    before = np.ones((1,) * len(x.axes)) if x.levels is None else np.sqrt((x.levels**2).mean(axis=tuple(at), keepdims=True))
+    shape = [1] * len(x.axes)
+    for position, size in zip(at, louder.shape, strict=True):
+        shape[position] = size
+    return np.squeeze(before * louder.reshape(shape), tuple(p for p, (d, _) in zip(at, read, strict=True) if not out[d]))
+
+
+def _leaning(x: Value, spans: Sequence[Axis], means: Array, lean: Array) -> Value:
     """Maxima whose means differ, in other proportions than their levels.
 
     What two of them share is nearly all of their means: of one sample and channel by pairs of means in the place of levels; of
-    others, of which the table has the square of the average mean, by place.
+    others, of which the table has the square of the average mean, by place. ``means``: of the outputs along ``spans``.
     """
+    by_mean = levels.pair_factors(means)
+    at = [x.axes.index(axis) for axis in spans]
+    table = np.moveaxis(x.table, at, range(-len(at), 0)).copy()
+    one = (1,) * (table.ndim - len(at))
+    own = table[one].copy()
+    table *= by_mean / means.mean() ** 2
+    alike = by_mean / by_mean[(1,) * by_mean.ndim]
+    for position, axis in enumerate(spans):
+        along = levels.over(x.levels, x.axes.index(axis), axis.size)
+        np.moveaxis(alike, position, 0)[0] /= levels.pair_factor(along)
+    table[one] = own * alike
+    made = np.ascontiguousarray(np.moveaxis(table, range(-len(at), 0), at))
     assert x.levels is not None
-    lean = np.ones_like(x.levels) if means is None else np.broadcast_to(means, x.levels.shape) * np.ones(1)
-    table = x.table.copy()
-    own = table[tuple(slice(None) if axis in louder else 1 for axis in x.axes)].copy()
-    for axis, (mean, square) in louder.items():
-        even, along = mean / mean.mean(), np.moveaxis(table, x.axes.index(axis), 0)
-        along[0] *= levels.pair_factor(even)
-        along[1] *= float((even**2).mean())
-        inner = np.moveaxis(own, [a for a in x.axes if a in louder].index(axis), 0)
-        inner[0] *= levels.pair_factor(mean) / levels.pair_factor(np.sqrt(square))
-    table[tuple(slice(None) if axis in louder else 1 for axis in x.axes)] = own
-    return replace(x, table=table, lean=Lean(x.levels, lean / lean.mean(), x.near))
+    return replace(x, table=made, lean=Lean(x.levels, lean / lean.mean(), x.near))
