@@ -202,6 +202,8 @@ def test_where_a_scale_is_at_rest(function, rest):
     scales, shifts = model.net[2].bias.unflatten(0, (8, 2)).unbind(-1)
     assert scales.tolist() == pytest.approx([rest] * 8, abs=1e-4)
     assert shifts.abs().max() == 0.0
+    left = 8.0 * function(torch.tensor(rest)).item()  # of 8 outputs, with weights of zero
+    assert any(f"log det starts at {left:.1f}" in note for note in plan.notes) == (abs(left) > 0.1)
     if rest != 0.0:
         found = determinants(model, plan, seeds=24, calibrated=False, features=12)
         assert found.std() == pytest.approx(0.1, rel=0.2)

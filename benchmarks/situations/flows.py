@@ -15,6 +15,7 @@ import gainstage as gs
 
 ASKED = 0.1
 FEATURES, HIDDEN = 6, 64
+MANY = 4 * DRAWS  # a continuous flow is one network: each draw gives one mean, and eight tell its deviation to a fourth
 
 
 def measurements() -> list[Measurement]:
@@ -27,9 +28,11 @@ def rows_of(package: str, name: str, build: Callable[[], nn.Module]) -> Iterator
     torch.manual_seed(0)
     model = gs.Flow(build()).eval()
     plan = gs.plan(model, (torch.randn(256, FEATURES),), logdet_std=ASKED)
+    left = max(0.0, plan.predictions["@0"][1] - ASKED**2) ** 0.5
+    bound = f"; the library's scales leave {left:.2f}" if left > ASKED else ""
     for how in ("drawn", "calibrated"):
         found = []
-        for seed in range(DRAWS if how == "calibrated" else 4 * DRAWS):
+        for seed in range(DRAWS if how == "calibrated" and build is not zuko_continuous else MANY):
             gs.apply(model, plan, seed=seed)
             if how == "calibrated":
                 gs.calibrate(model, plan, (torch.randn(256, FEATURES),))
@@ -38,7 +41,7 @@ def rows_of(package: str, name: str, build: Callable[[], nn.Module]) -> Iterator
         determinants = torch.stack(found)
         for quantity, asked, value in (
             (f"deviation of log det, {how}", (0.8 * ASKED, 1.2 * ASKED), determinants.std()),
-            (f"distance of its mean from 0, {how}", (0.0, ASKED), determinants.mean().abs()),
+            (f"distance of its mean from 0, {how}{bound}", (0.0, ASKED), determinants.mean().abs()),
         ):
             yield row_over([float(value)], situation="flows", package=package, model=name, quantity=quantity, asked=asked)
 

@@ -15,6 +15,7 @@ from gainstage.roles import Role, Roles
 from gainstage.signal import Value
 from gainstage.solve.constraint import Demand, Kind, Own, Quantity, data_operand, goal_value, is_lookup, level_of, measure
 from gainstage.solve.demands import Demands
+from gainstage.solve.determinant import determinant_off
 from gainstage.solve.initial import nominal_fan_of
 from gainstage.solve.passage import Balance, Passages
 from gainstage.solve.setting import Part, Setting
@@ -242,6 +243,7 @@ class Explainer:
     def _determinant(self, demand: Demand) -> list[str]:
         value = self.solution.values[demand.node]
         mean = value.mean if isinstance(value, Value) else 0.0
+        is_off = determinant_off(demand, self.solution.values) != 0.0
         if self.graph.by_name[demand.node].kind is NodeKind.CONSTANT:
             return [
                 f"log det is {mean:.3g} whatever the weights are: these couplings only add;",
@@ -250,8 +252,7 @@ class Explainer:
         return [
             f"Var(log det) = {demand.goal.constant:.4g} at {self._place(demand.node)}, over draws and inputs: a volume near 1;",
             "scales and shifts, which the flow adds, are equally quiet",
-            f"its mean is {mean:.3g}"
-            + ("" if abs(mean) < 1.0 else ": the library's functions of a scale are bounded, or have no bias"),
+            f"its mean is {mean:.3g}" + (": the library's functions of a scale are bounded, or have no bias" if is_off else ""),
         ]
 
     def _gain(self, demand: Demand) -> list[str]:

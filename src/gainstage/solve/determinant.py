@@ -5,10 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 from gainstage.errors import InputError
 from gainstage.graph import Graph, NodeKind, TensorMeta
 from gainstage.roles import Roles
+from gainstage.signal import Value
+from gainstage.solve.constraint import Demand
 from gainstage.solve.setting import Setting
 
 
@@ -42,6 +45,12 @@ def find_determinant(graph: Graph, logdet_std: float | None, position: int | Non
             "(z, log_determinant), by gainstage.Flow for one, and say with logdet= which output it is."
         )
     return found[0]
+
+
+def determinant_off(demand: Demand, values: Mapping[str, Any]) -> float:
+    """The predicted mean of the log-determinant, where it is further from 0 than the deviation asked for, else 0."""
+    value = values[demand.node]
+    return value.mean if isinstance(value, Value) and value.mean**2 > demand.goal.constant else 0.0
 
 
 def _constant_outputs(graph: Graph) -> list[str]:

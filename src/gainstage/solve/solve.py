@@ -15,10 +15,10 @@ from gainstage.policies import Level, Policy, UnitGates
 from gainstage.propagate import Signal, given_up, no_level
 from gainstage.roles import Role, Roles, Use, branches_beside
 from gainstage.signal import Value
-from gainstage.solve.constraint import is_contraction
+from gainstage.solve.constraint import Kind, is_contraction
 from gainstage.solve.demands import collect_demands
 from gainstage.solve.derivation import Explainer
-from gainstage.solve.determinant import identity_start
+from gainstage.solve.determinant import determinant_off, identity_start
 from gainstage.solve.distributions import blocks_around, blocks_of, distribution_of, fitting_family, padding_row
 from gainstage.solve.initial import Present, initial_settings
 from gainstage.solve.passage import Balance, Passages
@@ -218,5 +218,10 @@ def _notes(policy: Policy, explainer: Explainer) -> tuple[str, ...]:
             names = dict.fromkeys(lever.part[0] for group in demand.groups for lever in group)
             notes.append(
                 f"{demand.quantity.value} at {demand.node} does not follow {', '.join(names)}: see the explanation of these"
+            )
+        if demand.kind is Kind.DETERMINANT and (mean := determinant_off(demand, solution.values)):
+            notes.append(
+                f"log det starts at {mean:.3g} on average, further from 0 than the deviation asked for: the library's functions "
+                "of a scale have no bias, or are bounded and come no nearer to 1 while they can still move"
             )
     return tuple(notes)
