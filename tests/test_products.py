@@ -11,6 +11,8 @@ from torch import nn
 
 import gainstage as gs
 from gainstage.capture import capture
+from gainstage.graph import real_parameters
+from gainstage.propagate.execution import Execution
 
 
 class Written(nn.Module):
@@ -60,6 +62,33 @@ class Vectors(nn.Module):
 def test_vectors_of_heads_are_weights() -> None:
     plan = gs.plan(Vectors(), (torch.randn(16, 12),))
     assert plan.parameters["vectors"].distribution.std == pytest.approx(8**-0.5, rel=0.02)
+
+
+class Sampled(nn.Module):
+    """Features of each head, [n heads, 8, queries, keys], weighed by shares of the keys, and viewed as heads side by side."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.features, self.shares, self.head = nn.Linear(12, 32), nn.Linear(12, 4 * 6), nn.Linear(32, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        n, queries, _ = x.shape
+        heads = self.features(x).view(n, queries, 4, 8).permute(0, 2, 3, 1).flatten(0, 1)
+        shares = self.shares(x).view(n, queries, 4, 6).softmax(-1).transpose(1, 2).reshape(n * 4, 1, queries, 6)
+        keys = torch.stack([heads.roll(shift, -1) for shift in range(6)], -1)
+        return self.head((keys * shares).sum(-1).view(n, 32, queries).transpose(1, 2))
+
+
+def test_what_shares_weigh_is_viewed_as_the_model_does_it() -> None:
+    """The sum is laid out otherwise than the contraction that takes its place, and no view shows that as heads side by side."""
+    model, x = Sampled(), torch.randn(4, 5, 12)
+    graph = capture(model, (x,))
+    with torch.no_grad():
+        *_, (_, result) = Execution(graph, real_parameters(model), ()).run()
+        torch.testing.assert_close(result, model(x), rtol=1e-4, atol=1e-6)
+    plan = gs.plan(model, (x,))
+    gs.apply(model, plan, seed=0)
+    assert any(row.is_met for row in gs.calibrate(model, plan, (x,)).rows)
 
 
 def measured(model: nn.Module, plan: gs.Plan, shapes: tuple[tuple[int, ...], ...], draws: int) -> float:

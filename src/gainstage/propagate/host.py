@@ -11,7 +11,11 @@ from torch._ops import OpOverload
 
 from gainstage.graph import Node, TensorMeta, tensor_leaves
 
+aten = torch.ops.aten
+
 _INTEGERS = frozenset({torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8})
+# A graph says nothing of memory: an operation in the place of those that the model had may lay its result out in another way.
+_OF_ANY_LAYOUT: dict[Any, OpOverload] = {aten.view.default: aten.reshape.default, aten._unsafe_view.default: aten.reshape.default}
 
 
 def run_on_host(node: Node, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
@@ -21,16 +25,17 @@ def run_on_host(node: Node, args: Sequence[Any], kwargs: Mapping[str, Any]) -> A
     can do with integers only (their bits) is done with what was drawn of them, rounded down.
     """
     assert node.op is not None
+    op = _OF_ANY_LAYOUT.get(node.op, node.op)
     placed = _mapped(with_conditions(node, args), _on_host)
     named = {name: _mapped(argument, _on_host) for name, argument in kwargs.items()}
     try:
-        return node.op(*placed, **named)
+        return op(*placed, **named)
     except NotImplementedError:
         whole = node.meta.dtype if isinstance(node.meta, TensorMeta) else torch.bool
         if whole in _INTEGERS and any(tensor.is_floating_point() for tensor in tensor_leaves(placed)):
-            return node.op(*_mapped(placed, lambda argument: _as_integers(argument, whole)), **named)
+            return op(*_mapped(placed, lambda argument: _as_integers(argument, whole)), **named)
         wide, named = _mapped(placed, _widened), {name: _mapped(argument, _widened) for name, argument in named.items()}
-        return _cast(node.op(*wide, **named), node.meta)
+        return _cast(op(*wide, **named), node.meta)
 
 
 def with_conditions(node: Node, args: Sequence[Any]) -> list[Any]:
