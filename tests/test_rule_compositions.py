@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+from gainstage.rules import Call, rules
 from gainstage.rules.reduction import total
-from gainstage.signal import affine, apply, combine, join, known, max_over, mixture, reshape, take
+from gainstage.signal import affine, apply, combine, contract, independent, join, known, max_over, mixture, reshape, take
 from gainstage.testing import RuleCase, assert_rule, correlated
 
 X = correlated((4, 6, 8), mean=0.3, shares={(0, 1): 0.3, (2,): 0.15})
@@ -138,3 +139,14 @@ def test_a_long_line_is_padded_without_a_matrix(mode, monkeypatch):
     line = correlated((4, 3, 24), mean=0.3, shares={(0, 1): 0.2, (2,): 0.15})
     reason = "padding has a latent of its own"
     assert_rule(RuleCase(op=torch.ops.aten.pad.default, args=(line, [2, 3], mode), model_error=0.06, reason=reason))
+
+
+def test_groups_of_places_beside_the_samples_are_samples_of_each_group():
+    """Groups of queries go through a layer one by one (group-wise decoders): what the samples of one share is not lost among them."""
+    queries = correlated((4, 6, 8), shares={(1, 2): 0.5})  # half of which is the same for all samples
+    call = Call(torch.ops.aten.cat.default, ((12, 2, 8),))
+    beside = rules()[call.op](call, [take(queries, 1, start, start + 2) for start in (0, 2, 4)])
+    beside = contract(beside, independent((8, 8), 0.0, 8**-0.5), "btc", "cd", "btd")
+    for start in (0, 4, 8):
+        group = take(beside, 0, start, start + 4)
+        assert group.table[0, 1, 1] == pytest.approx(queries.table[0, 1, 1], rel=1e-6)

@@ -12,11 +12,13 @@ from gainstage.signal import (
     combine,
     expand,
     filter_dim,
+    gathered,
     gaussian,
     independent,
     join,
     known,
     levels,
+    lookup,
     permute,
     reshape,
     select,
@@ -119,3 +121,14 @@ def test_what_is_loud_at_the_same_places_adds_up_there():
     assert apply(torch.relu, total).mean == pytest.approx(float(real.relu().mean()), rel=0.004)
     apart = real - real.mean()
     assert total.marginal.kurtosis == pytest.approx(float(apart.pow(4).mean() / apart.square().mean() ** 2), rel=0.02)
+
+
+def test_what_is_looked_up_has_the_levels_of_its_rows_and_of_all_other_dimensions():
+    """Places of level 1, boxes of level 3, for 8 rows of which the last four are silent."""
+    parts = [join([independent((4, 2), 0.0, std), independent((4, 2), 0.0, 0.0)], 0) for std in (1.0, 3.0)]
+    x = join(parts, 1)
+    rows = torch.tensor([0, 0, 1, 5])
+    for found in (lookup(x, 0, rows), gathered(x, 0, rows[:, None].expand(4, 4))):
+        squares = [take(found, 1, start, start + 2).second_moment for start in (0, 2)]
+        assert squares == pytest.approx([0.75, 0.75 * 9.0])
+    assert select(lookup(x, 0, rows), 0, 3).second_moment == 0.0

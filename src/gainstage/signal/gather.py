@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from gainstage.signal import levels
 from gainstage.signal.axes import Axis, Dim, axes_of, new_dims
 from gainstage.signal.copies import replace
 from gainstage.signal.marginal import Marginal
@@ -13,6 +14,7 @@ from gainstage.signal.movement import expand, map_tables, merge_dim, reshape
 from gainstage.signal.overlap import independent
 from gainstage.signal.patterns import spread_pairs
 from gainstage.signal.quadrature import Array, cumulative
+from gainstage.signal.slicing import scaled
 from gainstage.signal.value import Value
 
 
@@ -88,6 +90,23 @@ def _repetition(equal: Array) -> float:
     return max(repeated * (1.0 - repeated), 0.0)
 
 
+def _squares(profile: Array, position: int, index: torch.Tensor, has_rows: bool) -> Array:
+    """Mean squares of the rows that are looked up, over that of the whole."""
+    sizes = [size for size in index.shape if size > 1]
+    if has_rows and profile.shape[position] > 1:
+        return np.asarray((profile**2).take(index.reshape(sizes).cpu().numpy(), axis=position))
+    kept = profile**2 if not has_rows else (profile**2).take(0, axis=position)
+    return np.expand_dims(kept, tuple(range(position, position + len(sizes))))
+
+
+def levelled(rows: Value, whole: Value, squares: Array) -> Value:
+    """What is looked up of a tensor of many levels, with its own: mean squares over those of the whole, along each of its axes."""
+    profile = levels.normalised(np.sqrt(squares))
+    even, values = (lambda: whole.marginal.even), (lambda: whole.marginal.values)
+    marginal = Marginal(rows.marginal.latent, even if profile is None else values, even)
+    return scaled(replace(rows, marginal=marginal, levels=profile), float(squares.mean()) ** 0.5)
+
+
 def lookup(weight: Value, dim: int, index: torch.Tensor) -> Value:
     """``weight`` with one dimension replaced by those of ``index``: entries with the same index share the row.
 
@@ -128,6 +147,8 @@ def lookup(weight: Value, dim: int, index: torch.Tensor) -> Value:
         stray=weight.stray.hidden(),
         overlap=independent(_repetition(equal)),
     )
+    if weight.levels is not None:
+        rows = levelled(rows, weight, _squares(weight.levels, position, index, has_rows))
     # Two look-ups of one row are equal, of two rows are not: on average over pairs that is more than a correlation shows.
     stray = rows.average(picked(weight.square_covariance())) - rows.fluctuation()
     return replace(rows, stray=rows.stray.with_cause(stray))

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from gainstage.signal.axes import Axis, Dim
-from gainstage.signal.gather import same_index_table
+from gainstage.signal.gather import levelled, same_index_table
 from gainstage.signal.marginal import Marginal
 from gainstage.signal.movement import merge_dim
 from gainstage.signal.quadrature import Array
@@ -48,9 +48,33 @@ def gathered(x: Value, dim: int, index: torch.Tensor) -> Value:
     other, same = (np.take(table, i, axis=at) for i in (0, 1)) if x.dims[dim] else (table, table)
     if dims[dim]:
         other, same = (np.expand_dims(part, position) for part in (other, same))
-    return _made(
+    found = _made(
         x, tuple(_kept(x, d, size, dims[d], dim) for d, size in enumerate(index.shape)), equal * same + (1.0 - equal) * other
     )
+    return found if x.levels is None else levelled(found, x, _squares(x, dim, index, dims))
+
+
+def _squares(x: Value, dim: int, index: torch.Tensor, dims: Sequence[Dim]) -> Array:
+    """Mean squares of what is gathered, over those of the whole: by its coordinates along the other dimensions.
+
+    Along the one that is gathered, their average, by how often each of its coordinates is picked.
+    """
+    assert x.levels is not None
+    squares = x.levels**2
+    for d in reversed(range(len(x.dims))):
+        at = sum(len(axes) for axes in x.dims[:d])
+        if not x.dims[d]:
+            squares = np.expand_dims(squares, at) if dims[d] else squares
+            continue
+        if d == dim and squares.shape[at] > 1:
+            counts = torch.bincount(index.reshape(-1), minlength=x.shape[d]).numpy() / index.numel()
+            squares = np.tensordot(squares, counts, axes=(at, 0))
+            squares = np.expand_dims(squares, at)
+        elif squares.shape[at] > 1:
+            squares = squares.take(range(index.shape[d]), axis=at)
+        if not dims[d]:
+            squares = squares.take(0, axis=at)
+    return squares
 
 
 def _kept(x: Value, d: int, size: int, fresh: Dim, dim: int) -> Dim:

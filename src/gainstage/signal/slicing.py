@@ -109,6 +109,9 @@ def _range(x: Value, dim: int, chosen: range) -> Value:
         moved = replace(moved, marginal=Marginal(x.marginal.latent, lambda: x.marginal.even))
     if not drop:
         moved = of_part(x, _evened(x, moved, position), position, part, ratio)
+    else:  # one of several: different tensors, with latents of their own
+        latent, whole_of = ("select", x.marginal.latent, whole[:1], part.start), moved.marginal
+        moved = replace(moved, marginal=Marginal(latent, lambda: whole_of.values, lambda: whole_of.even))
     return scaled(replace(moved, source=object()), ratio)
 
 
