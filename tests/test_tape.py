@@ -418,3 +418,26 @@ def test_a_pass_that_fails_is_not_tried_again():
     with pytest.raises(errors.InputError, match="ValueError: no"):
         run_forward(Scripted(failing), (x(),), {}, modules=(), look_at_output=lambda _: {})
     assert len(seen) == 1
+
+
+class Affine(nn.Module):
+    """``(x - shift) exp(-log_scale)``, both columns of zeros, as the last layer of a flow may be; a branch that is not taken reads w."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shift, self.log_scale = nn.Parameter(torch.zeros(2, 1)), nn.Parameter(torch.zeros(2, 1))
+        self.w, self.layer = nn.Parameter(torch.randn(4, 4)), nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.sum() > 1e6:
+            x = (x - self.shift) * torch.exp(-self.log_scale) @ self.w
+        return self.layer(x)
+
+
+def test_what_a_run_does_not_come_by_and_is_one_number_is_no_weight() -> None:
+    model = Affine()
+    assert capture(model, (torch.randn(2, 4),)).rung == "tape"
+    plan = gs.plan(model, (torch.randn(2, 4),))
+    gs.apply(model, plan, seed=0)
+    assert not bool(model.shift.any()) and not bool(model.log_scale.any())
+    assert plan.parameters["w"].distribution.std == pytest.approx(0.5)

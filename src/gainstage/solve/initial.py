@@ -146,10 +146,16 @@ class _Start:
         return replace(drawn, is_fixed=True, given=default, lines=(f"as {blank.info.module_type} draws it by itself",))
 
     def unseen(self, blank: Setting) -> Setting:
-        """A parameter that a run did not come by: weights for an input of second moment 1, others as by their module."""
+        """A parameter that a run did not come by: weights for an input of second moment 1, others as by their module.
+
+        What holds one number throughout is no weight, whatever its shape: a shift or a log-scale, which would shift and scale.
+        """
         shape = blank.info.shape
         if len(shape) < 2:
             return self.by_module(blank)
+        present = self.present.moments(blank.info.name)
+        if present is not None and present[1] == 0.0:
+            return self.kept(blank, "not on the path that was seen, and one number throughout")
         fan_in = math.prod(shape[1:])
         drawn = blank.with_all(mean=0.0, variance=1.0 / max(fan_in, 1))
         line = f"not on the path that was seen: Var(w) = 1 / {fan_in}, right for a contraction of an input with E[x^2] = 1"
