@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+import gainstage as gs
 from gainstage.capture import capture
 from gainstage.cli.huggingface import cpu_torchvision_if_installed
 from gainstage.roles import Roles, infer_roles
@@ -142,3 +143,20 @@ def test_blocks_that_repeat_are_walked_through_once(config, head):
         _Inference(wiring, find_sites(wiring)).roles()
         found.append(len(wiring.arrived))
     assert found[0] == found[1] > 0
+
+
+class Boxes(nn.Module):
+    """Sizes of boxes by an exponential around a reference, of two groups with a head each, as detectors refine them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads, self.read = nn.ModuleList([nn.Linear(32, 4) for _ in range(2)]), nn.Linear(4, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.relu(self.read(torch.cat([0.02 * head(x).exp() for head in self.heads], 1)))
+
+
+def test_no_level_is_asked_of_an_exponential() -> None:
+    """Both groups would be loud enough to merge only by ``E[exp(u)^2] = exp(2 E[u^2])``: by a few boxes that are huge."""
+    plan = gs.plan(Boxes(), (torch.randn(8, 6, 32),))
+    assert plan.predictions["heads.0@0"][0] == pytest.approx(1.0, rel=0.05)

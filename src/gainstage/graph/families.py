@@ -50,6 +50,7 @@ POOLING = frozenset({
 })  # fmt: skip
 SOFTMAX = frozenset({"softmax", "_softmax"})
 BOUNDED = SOFTMAX | {"sigmoid", "hardsigmoid", "tanh", "hardtanh", "sin", "cos", "log_softmax", "_log_softmax", "sign", "erf"}
+EXPONENTIALS = frozenset({"exp", "exp2", "expm1"})
 PROBABILITY = frozenset({"softmax", "_softmax", "log_softmax", "_log_softmax", "sigmoid", "log_sigmoid", "logsigmoid", "tanh"})
 NORMS: Mapping[str, tuple[int, int | None]] = {  # places of scale and shift among the arguments
     "layer_norm": (2, 3),

@@ -12,6 +12,7 @@ from gainstage.graph import NodeKind
 from gainstage.graph.families import (
     ATTENTION,
     CONTRACTIONS,
+    EXPONENTIALS,
     JOINING,
     LOOKUP,
     NORMS,
@@ -60,7 +61,9 @@ def walk_back(
     """Walk from a tensor back to the nearest uses that set its level.
 
     Through movement, noise, pooling, activations and constant scalings; through a product into the factor that is not
-    squashed; through sums and concatenations into all parts; through an attention average into the values.
+    squashed; through sums and concatenations into all parts; through an attention average into the values. Not through an
+    exponential: that a scale is multiplied by does not multiply its exponential, and a level asked of that, as a box's width beside
+    its place, would be met by a few huge entries, ``E[exp(u)^2] = exp(2 E[u^2])``.
 
     Args:
         wiring: the graph.
@@ -116,7 +119,13 @@ class _Walk:
     def next(self, i: int) -> tuple[int, ...]:
         """Operands that the level comes from; none where the node has a level of its own."""
         wiring, name = self.wiring, self.wiring.names[i]
-        if name in SOFTMAX or name in RECURRENT or name in LOOKUP or wiring.nodes[i].kind is not NodeKind.OP:
+        if (
+            name in SOFTMAX
+            or name in RECURRENT
+            or name in LOOKUP
+            or name in EXPONENTIALS
+            or wiring.nodes[i].kind is not NodeKind.OP
+        ):
             return ()
         if name in ATTENTION:
             return tuple(j for j in (wiring.at(i, 2),) if j >= 0 and wiring.is_signal[j])
