@@ -142,7 +142,7 @@ def test_a_long_line_is_padded_without_a_matrix(mode, monkeypatch):
 
 
 def test_groups_of_places_beside_the_samples_are_samples_of_each_group():
-    """Groups of queries go through a layer one by one (group-wise decoders): what the samples of one share is not lost among them."""
+    """Groups of queries go through a layer one by one (group-wise decoders): what the samples of one share stays with it."""
     queries = correlated((4, 6, 8), shares={(1, 2): 0.5})  # half of which is the same for all samples
     call = Call(torch.ops.aten.cat.default, ((12, 2, 8),))
     beside = rules()[call.op](call, [take(queries, 1, start, start + 2) for start in (0, 2, 4)])

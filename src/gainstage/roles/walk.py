@@ -26,6 +26,8 @@ from gainstage.roles.model import Role
 from gainstage.roles.sites import Site
 from gainstage.roles.wiring import Wiring
 
+_WITH_LEVELS_OF_THEIR_OWN = SOFTMAX | RECURRENT | LOOKUP | EXPONENTIALS
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Found:
@@ -62,8 +64,8 @@ def walk_back(
 
     Through movement, noise, pooling, activations and constant scalings; through a product into the factor that is not
     squashed; through sums and concatenations into all parts; through an attention average into the values. Not through an
-    exponential: that a scale is multiplied by does not multiply its exponential, and a level asked of that, as a box's width beside
-    its place, would be met by a few huge entries, ``E[exp(u)^2] = exp(2 E[u^2])``.
+    exponential: a level asked of that, as of the sizes of boxes, would be met by a few huge entries,
+    ``E[exp(u)^2] = exp(2 E[u^2])``.
 
     Args:
         wiring: the graph.
@@ -119,13 +121,7 @@ class _Walk:
     def next(self, i: int) -> tuple[int, ...]:
         """Operands that the level comes from; none where the node has a level of its own."""
         wiring, name = self.wiring, self.wiring.names[i]
-        if (
-            name in SOFTMAX
-            or name in RECURRENT
-            or name in LOOKUP
-            or name in EXPONENTIALS
-            or wiring.nodes[i].kind is not NodeKind.OP
-        ):
+        if name in _WITH_LEVELS_OF_THEIR_OWN or wiring.nodes[i].kind is not NodeKind.OP:
             return ()
         if name in ATTENTION:
             return tuple(j for j in (wiring.at(i, 2),) if j >= 0 and wiring.is_signal[j])

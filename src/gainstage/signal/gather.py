@@ -90,7 +90,7 @@ def _repetition(equal: Array) -> float:
     return max(repeated * (1.0 - repeated), 0.0)
 
 
-def _squares(profile: Array, position: int, index: torch.Tensor, has_rows: bool) -> Array:
+def _squares(profile: Array, position: int, index: torch.Tensor, *, has_rows: bool) -> Array:
     """Mean squares of the rows that are looked up, over that of the whole."""
     sizes = [size for size in index.shape if size > 1]
     if has_rows and profile.shape[position] > 1:
@@ -100,7 +100,7 @@ def _squares(profile: Array, position: int, index: torch.Tensor, has_rows: bool)
 
 
 def levelled(rows: Value, whole: Value, squares: Array) -> Value:
-    """What is looked up of a tensor of many levels, with its own: mean squares over those of the whole, along each of its axes."""
+    """What is looked up of a tensor of many levels, with its own: mean squares along each of its axes, over that of the whole."""
     profile = levels.normalised(np.sqrt(squares))
     even, values = (lambda: whole.marginal.even), (lambda: whole.marginal.values)
     marginal = Marginal(rows.marginal.latent, even if profile is None else values, even)
@@ -148,7 +148,7 @@ def lookup(weight: Value, dim: int, index: torch.Tensor) -> Value:
         overlap=independent(_repetition(equal)),
     )
     if weight.levels is not None:
-        rows = levelled(rows, weight, _squares(weight.levels, position, index, has_rows))
+        rows = levelled(rows, weight, _squares(weight.levels, position, index, has_rows=has_rows))
     # Two look-ups of one row are equal, of two rows are not: on average over pairs that is more than a correlation shows.
     stray = rows.average(picked(weight.square_covariance())) - rows.fluctuation()
     return replace(rows, stray=rows.stray.with_cause(stray))

@@ -73,7 +73,7 @@ def _squares(x: Value, dim: int, index: torch.Tensor, dims: Sequence[Dim]) -> Ar
         elif squares.shape[at] > 1:
             squares = squares.take(range(index.shape[d]), axis=at)
         if not dims[d]:
-            squares = squares.take(0, axis=at)
+            squares = squares[(slice(None),) * at + (0,)]
     return squares
 
 
