@@ -19,6 +19,7 @@ from gainstage.capture.parameters import parameter_table
 from gainstage.capture.shapes import Unclear
 from gainstage.capture.surroundings import Request
 from gainstage.cli.huggingface import cpu_torchvision_if_installed
+from gainstage.errors import CaptureError
 from gainstage.graph import Graph, NodeKind
 
 STAGE = importlib.import_module("gainstage.capture.capture")
@@ -123,28 +124,36 @@ def keep_and_write(s, x):
     return s.m[1](s.m[0](x) + torch.rand(8))
 
 
-UNCLEAR = {
-    "a branch on values": lambda s, x: s.m[0](x) if x.sum() > 0 else s.m[1](x),
+TOLD = {
+    "nothing": lambda s, x: x,
     "data": lambda s, x: s.m[0](x) + s.m[1].weight.data.sum(),
+    "a write to data": lambda s, x: (s.m[1].weight.data.clamp_(-1, 1), s.m[1](x))[1],
+    "a flag": lambda s, x: s.m[0](x.requires_grad_()),
+    "a check": lambda s, x: s.m[0](x) if x.isfinite().all() else s.m[0](x.clamp(-1, 1)),
+    "a value that is known": lambda s, x: s.m[0](x) if s.count > 0 else s.m[1](x),
+}
+UNCLEAR = {
     "NumPy": lambda s, x: s.m[0](x) + float(s.m[1].bias.detach().numpy().sum()),
-    "a mask": lambda s, x: s.m[0](x)[x > 0],
     "autocast": lambda s, x: torch.autocast("cpu")(lambda: s.m[0](x))().float(),
     "inference mode": lambda s, x: s.m[0](x) + torch.inference_mode()(lambda: x * 2)(),
     "vmap": lambda s, x: torch.vmap(s.m[0])(x),
     "no gradient": lambda s, x: s.m[0](x) + torch.no_grad()(lambda: s.m[1](x))(),
-    "a flag of an input": lambda s, x: s.m[0](x.requires_grad_()),
     "a hook": lambda s, x: (h := s.m[0](x), h.register_hook(lambda g: g), h)[-1],
     "a failure": lambda s, x: s.m[0](x).reshape(3),
 }
+REFUSED = {
+    "a branch on values": lambda s, x: s.m[0](x) if x.sum() > 0 else s.m[1](x),
+    "a mask": lambda s, x: s.m[0](x)[x > 0],
+    "places": lambda s, x: s.m[0](x)[torch.where(x > 0)],
+}
 
 
-@pytest.mark.parametrize("way", ["told", *UNCLEAR])
+@pytest.mark.parametrize("way", [*TOLD, *UNCLEAR, *REFUSED])
 def test_a_model_its_inputs_and_the_generators_stay_as_they_are(way):
     """Also where an outline is given up, on the way."""
 
     def forward(s, x):
-        h = keep_and_write(s, x)
-        return h if way == "told" else UNCLEAR[way](s, h) if way != "a flag of an input" else UNCLEAR[way](s, x)
+        return {**TOLD, **UNCLEAR, **REFUSED}[way](s, x + keep_and_write(s, x))
 
     model, given = Scripted(forward, square(), square()), x()
     model.log = []
@@ -153,7 +162,7 @@ def test_a_model_its_inputs_and_the_generators_stay_as_they_are(way):
     attributes, fed = set(vars(model)), given.clone()
     _, names = parameter_table(model)
     request = Request(model=model, args=(given,), kwargs={}, loss=None, buffers={}, names=names)
-    with nullcontext() if way == "told" else pytest.raises(Unclear):
+    with nullcontext() if way in TOLD else pytest.raises(Unclear if way in UNCLEAR else CaptureError):
         outline(request)
     assert (set(vars(model)), model.log) == (attributes, [])
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
@@ -163,3 +172,48 @@ def test_a_model_its_inputs_and_the_generators_stay_as_they_are(way):
     assert torch.equal(torch.get_rng_state(), state)
     assert torch.is_grad_enabled()
     assert torch.backends.cudnn.enabled
+
+
+def test_data_of_a_parameter_take_no_gradient_but_what_is_written_to_them_does():
+    for way, expected in (("data", ["linear", "detach", "sum", "add"]), ("a write to data", ["clamp", "linear"])):
+        graph = capture(Scripted(TOLD[way], square(), square()), (x(),))
+        assert graph.rung == "export"
+        assert [node.short_name for node in graph.nodes if node.kind is NodeKind.OP] == expected
+
+
+def test_a_flag_of_an_input_leaves_it_alone():
+    given = x()
+    graph = capture(Scripted(TOLD["a flag"], square()), (given,))
+    assert graph.rung == "export"
+    assert not given.requires_grad
+
+
+def ops(graph):
+    return [node.op_name for node in graph.nodes if node.kind is NodeKind.OP]
+
+
+def test_a_value_that_is_known_shows_the_way():
+    """As in a run: what the buffer holds by then, after a write."""
+    model = Scripted(lambda s, x: (s.count.add_(1), s.m[0](x).sin() if s.count > 1 else s.m[1](x).cos())[1], square(), square())
+    for start, way in ((0.0, "aten.cos.default"), (1.0, "aten.sin.default")):
+        model.register_buffer("count", torch.tensor(start))
+        graph = capture(model, (x(),))
+        assert (graph.rung, graph.has_choices) == ("export", False)
+        assert ops(graph) == ["aten.linear.default", way]
+        assert model.count == start
+
+
+def test_signals_are_finite_to_an_outline():
+    """Where one overflows the model would clamp it; a run says the same, and that it looked."""
+    model = Scripted(TOLD["a check"], square())
+    graph = capture(model, (x(),))
+    assert (graph.rung, graph.has_choices) == ("export", False)
+    assert ops(graph) == ["aten.linear.default"]
+    assert any("find all well" in assumption and "isfinite" in assumption for assumption in graph.assumptions)
+
+
+def test_a_signal_that_infinities_are_written_into_need_not_be_finite():
+    model = Scripted(lambda s, x: TOLD["a check"](s, x.masked_fill(torch.eye(8, dtype=torch.bool)[:4], -torch.inf)), square())
+    graph = capture(model, (torch.randn(4, 8),))
+    assert graph.rung == "tape"
+    assert "aten.clamp.default" in ops(graph)

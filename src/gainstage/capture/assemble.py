@@ -16,6 +16,7 @@ from gainstage.capture.lowered import UNKNOWN_SIZE, Lowered
 from gainstage.capture.norms import name_norms
 from gainstage.capture.pads import fold_padding
 from gainstage.capture.products import name_contractions
+from gainstage.capture.refusal import unknown_size
 from gainstage.capture.regions import Dataflow, fuse_parametrizations, fuse_regions, resized, unsized
 from gainstage.capture.rows import choose_rows
 from gainstage.capture.softmaxes import name_softmaxes
@@ -183,10 +184,7 @@ def _check_sizes(nodes: Sequence[Node]) -> None:
     for node in nodes:
         for meta in node.meta if isinstance(node.meta, tuple) else (node.meta,):
             if meta is not None and UNKNOWN_SIZE in meta.shape:
-                raise CaptureError(
-                    f"The shape of {node.op_name} in {node.provenance} depends on values, so that its size is not known before "
-                    "the model runs. Use an operation of fixed shape (torch.where instead of boolean indexing)."
-                )
+                raise unknown_size(node.op_name, node.provenance)
 
 
 def _check_buffers(nodes: Sequence[Node], model: nn.Module) -> None:

@@ -71,7 +71,8 @@ def capture(
             found = RUNGS[rung](request)
             return assemble(
                 found.lowered, model, parameters, rung=rung, refusals=_reasons(refused) if like is None else like.refusals,
-                choices=found.choices, assumptions=assumptions, with_gradient=found.with_gradient, draw=found.draw,
+                choices=found.choices, assumptions=[*assumptions, *dict.fromkeys(found.assumptions)],
+                with_gradient=found.with_gradient, draw=found.draw,
             )  # fmt: skip
         except CaptureError as error:
             refused[rung] = error
@@ -82,13 +83,14 @@ def capture(
 class Found:
     """What a rung found: nodes without writes, where values chose the way, and the parameters that autograd is known to reach.
 
-    ``draw``: of the random numbers of the run, where there was one.
+    ``draw``: of the random numbers of the run, where there was one. ``assumptions``: what else was taken to hold.
     """
 
     lowered: Lowered
     choices: Sequence[str] = ()
     with_gradient: frozenset[str] = frozenset()
     draw: int = 0
+    assumptions: Sequence[str] = ()
 
 
 def by_export(request: Request) -> Found:
@@ -97,7 +99,8 @@ def by_export(request: Request) -> Found:
     Where our way of undoing writes does not suffice, after torch's own.
     """
     with suppress(Unclear, NotFunctional):
-        return Found(functionalise(outline(request)))
+        found = outline(request)
+        return Found(functionalise(found.lowered), assumptions=found.assumptions)
     exported, paths = export(request), canonical_paths(request.model)
     try:
         return Found(functionalise(lower(exported, request.names, paths)))

@@ -1,14 +1,16 @@
 """An outline of a model: it is followed as torch.export follows it, without values, in a quarter of the time.
 
-Nothing is copied, and nothing of the model, its inputs or the generators of random numbers changes. Where values would decide, or
-anything else that an outline does not have, it is given up, and torch.export takes its place.
+Nothing is copied, and nothing of the model, its inputs or the generators of random numbers changes. Values that no parameter,
+input or random number decides are computed where the model looks at them. Where others decide it is refused, as by torch.export;
+for anything else that an outline does not have, torch.export takes its place.
 """
 
 from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,16 +25,26 @@ from gainstage.capture.run import stacked
 from gainstage.capture.shapes import Twins, Unclear, memory, outlining
 from gainstage.capture.surroundings import Request, marked_calls, on_device_of, past_kept, plain_modules, quiet, seeded
 from gainstage.capture.tape import Tape
+from gainstage.errors import CaptureError
 from gainstage.graph import NodeKind
 from gainstage.graph.attributes import same_attributes
 from gainstage.graph.flatten import tensor_leaves
 
 
-def outline(request: Request) -> Lowered:
+@dataclass(frozen=True, slots=True)
+class Outline:
+    """A graph with writes still in place, and what had to be assumed, a sentence each."""
+
+    lowered: Lowered
+    assumptions: Sequence[str]
+
+
+def outline(request: Request) -> Outline:
     """The nodes that torch.export would find, one for one, writes still in place.
 
     Raises:
         Unclear: what comes next depends on what an outline does not have, or the model fails.
+        CaptureError: it depends on values that no one has.
     """
     model = request.model
     if any(isinstance(module, (torch.jit.ScriptModule, OptimizedModule)) for module in model.modules()):
@@ -55,7 +67,7 @@ def outline(request: Request) -> Lowered:
     if not all(tape.knows(tensor) for tensor in outputs):
         raise Unclear
     tape.lowered.outputs = [tape.refer(tensor) for tensor in outputs]
-    return tape.lowered
+    return Outline(tape.lowered, [f"Taken to find all well: {read.source or 'code of torch'}." for read in tape.reads])
 
 
 def _home(model: nn.Module) -> torch.device:
@@ -69,6 +81,8 @@ def _run(tape: Tape, twins: Twins, model: nn.Module, args: tuple[Any, ...], kwar
     try:
         with torch.enable_grad(), _compiling_state_context(), outlining(tape, twins):
             return tensor_leaves(model(*args, **kwargs))
+    except CaptureError:
+        raise
     except Exception as error:
         raise Unclear from error  # torch.export will say why
 

@@ -23,8 +23,8 @@ from gainstage.graph.flatten import tensor_leaves
 aten = torch.ops.aten
 
 READS = frozenset({aten.item.default, aten.is_nonzero.default, aten._local_scalar_dense.default, aten.equal.default})
-_PLACES = frozenset({aten.where.default, aten.nonzero_numpy.default})  # where a condition holds, a tensor for each dimension
-_DECISIONS = frozenset({aten.is_nonzero.default, aten.equal.default})
+PLACES = frozenset({aten.where.default, aten.nonzero_numpy.default})  # where a condition holds, a tensor for each dimension
+DECISIONS = frozenset({aten.is_nonzero.default, aten.equal.default})
 LEAVING = frozenset({torch.Tensor.numpy, torch.Tensor.__array__, torch.Tensor.tolist, torch.Tensor.__dlpack__})
 INDEXINGS = frozenset({"index", "index_put", "index_put_", "_index_put_impl_"})
 
@@ -93,7 +93,7 @@ def _write(tape: Tape, op: Callable[..., Any], args: tuple[Any, ...], kwargs: di
         return op(*args, **kwargs)
     if op in READS:
         return _read(tape, op, args)
-    if op in _PLACES:
+    if op in PLACES:
         places = op(*args)
         tape.find(args[0], places)
         return places
@@ -121,7 +121,7 @@ def _read(tape: Tape, op: Any, args: tuple[Any, ...]) -> Any:
     known = [value for value in values if value is not None]
     if len(known) == len(values):
         return op(*known)
-    return True if op in _DECISIONS or tensors[0].dtype is torch.bool else 1.0 if tensors[0].is_floating_point() else 1
+    return True if op in DECISIONS or tensors[0].dtype is torch.bool else 1.0 if tensors[0].is_floating_point() else 1
 
 
 def has_size_of_values(op: Any, name: str) -> bool:

@@ -17,6 +17,10 @@ class _Known:
     explanation: str
 
 
+BRANCHES = (
+    "the code branches on the value of a tensor, which a graph cannot follow. Move the decision out of forward "
+    "(a Python argument, torch.where, or model.eval() if only training takes the branch)"
+)
 _KNOWN = (
     _Known(
         ("packed_sequence", "pack_padded", "PackedSequence"),
@@ -24,8 +28,7 @@ _KNOWN = (
     ),
     _Known(
         ("GuardOnDataDependentSymNode", "DataDependentOutputException"),
-        "the code branches on the value of a tensor, which a graph cannot follow. Move the decision out of forward "
-        "(a Python argument, torch.where, or model.eval() if only training takes the branch)",
+        BRANCHES,
     ),
     _Known(
         ("PackedParams",),
@@ -56,6 +59,14 @@ def refusal(error: BaseException) -> CaptureError:
             return CaptureError(known.explanation, line)
     first_line = str(error).strip().partition("\n")[0].rstrip(".")
     return CaptureError(f"{type(error).__name__}: {first_line}", line)
+
+
+def unknown_size(op: str, place: object) -> CaptureError:
+    """The exception to raise where values decide the shape of what an operation returns."""
+    return CaptureError(
+        f"The shape of {op} in {place} depends on values, so that its size is not known before the model runs. "
+        "Use an operation of fixed shape (torch.where instead of boolean indexing)."
+    )
 
 
 def all_refused(reasons: Mapping[str, CaptureError]) -> CaptureError:

@@ -21,9 +21,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch._subclasses.schema_check_mode import SchemaCheckMode
 from torch.overrides import TorchFunctionMode
 
+from gainstage.capture.assemble import value_of
+from gainstage.capture.checks import passing
 from gainstage.capture.lowered import ASSERTIONS
-from gainstage.capture.recorder import INDEXINGS, LEAVING, READS, has_size_of_values
-from gainstage.capture.tape import Tape
+from gainstage.capture.provenance import current_line
+from gainstage.capture.recorder import DECISIONS, INDEXINGS, LEAVING, PLACES, READS, has_size_of_values
+from gainstage.capture.refusal import BRANCHES, unknown_size
+from gainstage.capture.tape import Read, Tape
+from gainstage.errors import CaptureError
 from gainstage.graph import short_name
 from gainstage.graph.flatten import tensor_leaves
 
@@ -38,10 +43,11 @@ _PLACES: Mapping[Any, Callable[[torch.device], Any]] = {
     _OWN.is_cuda.__get__: lambda home: home.type == "cuda",
     _OWN.is_meta.__get__: lambda home: home.type == "meta",
 }
+_HANDLES = frozenset({_OWN.data.__get__, _OWN.requires_grad.__set__, _OWN.requires_grad_})  # what they do is done to the twin
 _COPIES = {aten.lift_fresh.default: aten.lift_fresh_copy.default}  # what is written into a constant is not the constant's
 # What reads or changes a tensor without being an operation.
 _UNSEEN = LEAVING | {
-    _OWN.data.__get__, _OWN.data.__set__, _OWN.grad.__get__, _OWN.grad.__set__, _OWN.requires_grad.__set__, _OWN.requires_grad_,
+    _OWN.data.__set__, _OWN.grad.__get__, _OWN.grad.__set__,
     _OWN.retain_grad, _OWN.register_hook, _OWN.backward, torch.autograd.grad, _OWN.__deepcopy__, _OWN.__reduce_ex__,
     _OWN.data_ptr, _OWN.storage, _OWN.untyped_storage, _OWN.set_, _OWN.share_memory_, _OWN.apply_, _OWN.map_, _OWN.map2_,
     _OWN.get_device, _OWN.cuda, _OWN.pin_memory, _OWN.new, _OWN.new_tensor, _OWN.module_load,
@@ -106,6 +112,10 @@ class _Functions(TorchFunctionMode):
     def __torch_function__(self, func: Any, _types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         if func in _PLACES and args[0].is_meta:
             return _PLACES[func](self._twins.home)
+        if func in _HANDLES:
+            twin = met(self._tape, self._twins, args[0])
+            with torch._C.DisableTorchFunction():
+                return func(twin, *args[1:], **(kwargs or {}))
         if func is torch._C._set_grad_enabled:
             if torch.is_grad_enabled() != self._tape.is_tracked:  # inside of an autograd.Function
                 raise Unclear
@@ -135,9 +145,13 @@ class _Shapes(SchemaCheckMode):  # type: ignore[no-untyped-call]
         if short_name(func) in ASSERTIONS:
             return None
         func = _COPIES.get(func, func)
-        if _is_transformed() or _depends_on_values(func, args):
+        if _is_transformed():
             raise Unclear
         with torch._C.DisableTorchFunction(), torch._C._DisablePythonDispatcher():
+            if func in READS:
+                return self._read(func, args)
+            if deciding := _deciding(func, args):
+                raise self._no_size(func, deciding)
             args, kwargs = _each(args, self._met), _each(kwargs or {}, self._met)
             written, named = self._tape.refer_all(args), self._tape.refer_all(kwargs)
             result = self._results.of(func, _each(args, _on_meta), _each(kwargs, _on_meta))
@@ -153,16 +167,49 @@ class _Shapes(SchemaCheckMode):  # type: ignore[no-untyped-call]
             self._twins.varying.update(map(memory, results))
 
     def _met(self, argument: Any) -> Any:
-        """What an operation meets in the place of a tensor that the model holds or has made outside of all operations."""
-        if not isinstance(argument, torch.Tensor):
-            return argument
-        tensor = self._twins.find(argument)
-        if self._tape.knows(tensor):
+        return met(self._tape, self._twins, argument) if isinstance(argument, torch.Tensor) else argument
+
+    def _read(self, op: OpOverload, args: tuple[torch.Tensor, ...]) -> Any:
+        """What the model sees in values that are known, or are what it checks.
+
+        Raises:
+            CaptureError: it branches on others.
+        """
+        names = [self._tape.refer(self._met(tensor)) for tensor in args]
+        values = [value_of(self._tape.lowered, name) for name in names]
+        if any(value is None for value in values):
+            values = [value_of(passing(self._tape.lowered), name) for name in names]
+            self._tape.reads += [Read(name, current_line()) for name in names]
+        if all(value is not None for value in values):
+            return op(*values)
+        if op in DECISIONS:
+            raise CaptureError(BRANCHES, current_line())
+        raise Unclear
+
+    def _value(self, tensor: torch.Tensor) -> torch.Tensor | None:
+        return value_of(self._tape.lowered, self._tape.refer(self._met(tensor)))
+
+    def _no_size(self, op: OpOverload, deciding: list[torch.Tensor]) -> Exception:
+        """Where parameters, inputs or random numbers decide a size, torch.export refuses as well."""
+        if "put" not in short_name(op) and any(self._value(tensor) is None for tensor in deciding):
+            return unknown_size(short_name(op), current_line())
+        return Unclear()
+
+
+def met(tape: Tape, twins: Twins, given: torch.Tensor) -> torch.Tensor:
+    """What an operation meets in the place of a tensor that the model holds or has made outside of all operations.
+
+    Raises:
+        Unclear: it was made in a way that is no operation.
+    """
+    with torch._C.DisableTorchFunction(), torch._C._DisablePythonDispatcher():
+        tensor = twins.find(given)
+        if tape.knows(tensor):
             return tensor
         if tensor.is_meta:
             raise Unclear
-        twin = self._twins.make(tensor)
-        self._tape.hold_source(twin, self._tape.name("constant"), tensor)
+        twin = twins.make(tensor)
+        tape.hold_source(twin, tape.name("constant"), tensor)
         return twin
 
 
@@ -177,13 +224,11 @@ def _is_transformed() -> bool:
     )
 
 
-def _depends_on_values(op: Any, args: tuple[Any, ...]) -> bool:
-    """Whether values decide the shape of what an operation returns, or where the model goes on."""
-    if op in READS or has_size_of_values(op, short_name(op)):
-        return True
-    if short_name(op) not in INDEXINGS and op is not aten.index.Tensor:
-        return False
-    return any(index.dtype in (torch.bool, torch.uint8) for index in tensor_leaves(args[1]))
+def _deciding(op: Any, args: tuple[Any, ...]) -> list[torch.Tensor]:
+    """The tensors whose values decide the shape of what an operation returns."""
+    if short_name(op) in INDEXINGS or op is aten.index.Tensor:
+        return [index for index in tensor_leaves(args[1]) if index.dtype in (torch.bool, torch.uint8)]
+    return tensor_leaves(args)[-1:] if op in PLACES or has_size_of_values(op, short_name(op)) else []
 
 
 @dataclass(frozen=True, slots=True)
