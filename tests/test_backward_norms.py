@@ -12,7 +12,7 @@ from torch.nn import functional as F
 import gainstage as gs
 from gainstage.propagate import kurtosis
 from gainstage.signal import gaussian, levels, normalise_gradient
-from gainstage.signal.alike import centred, mean_square
+from gainstage.signal.alike import border, centred, mean_square
 from gainstage.signal.axes import new_dims
 
 
@@ -69,7 +69,7 @@ def predicted_divisors(build, shape):
     places = [position for position, axis in enumerate(y.axes) if axis not in y.uneven.axes]
     table = centred(y, places)
     level = float(table[(1,) * table.ndim])
-    return level, 2.0 * float(mean_square(y, table, places).ravel()[-1]) / level**2 + y.uneven.centred
+    return level, 2.0 * float(mean_square(y, table, places, border(y, places)).ravel()[-1]) / level**2 + y.uneven.centred
 
 
 @pytest.mark.parametrize(("build", "shape", "tolerance"), [(Branches, (256, 64), 0.12), (Pooled, (4, 32, 10, 10), 0.15)])

@@ -256,24 +256,26 @@ class _Results:
     """What operations return on the meta device; new tensors of one layout are computed once."""
 
     home: torch.device
-    _known: dict[Any, _Layout] = field(default_factory=dict)
+    _known: dict[Any, list[_Layout]] = field(default_factory=dict)
 
     def of(self, op: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The result of an operation."""
         if "device" not in kwargs and _takes_device(op) and not tensor_leaves(args):
             kwargs = {**kwargs, "device": _META}
         key = op, torch.is_grad_enabled(), _key(args), _key(tuple(kwargs.items()))
+        is_one = len(op._schema.returns) == 1
         if (known := self._known.get(key)) is not None:
-            return known.made(_META)
+            return known[0].made(_META) if is_one else tuple([layout.made(_META) for layout in known])
         result = op(*args, **kwargs)
-        if not isinstance(result, torch.Tensor) or op._schema.is_mutable or _shares_memory(result, (args, kwargs)):
+        parts = [result] if is_one else list(result)
+        if op._schema.is_mutable or not _are_new(parts, (args, kwargs)):
             return result
-        layout = _Layout.of(result)
+        layouts = [_Layout.of(part) for part in parts]
         if op is aten.scaled_dot_product_attention.default:
-            layout = replace(layout, stride=self._stride_at_home(op, args, kwargs))
-            result = layout.made(_META)
-        if layout.made(_META).stride() == layout.stride:
-            self._known[key] = layout
+            layouts = [replace(layouts[0], stride=self._stride_at_home(op, args, kwargs))]
+            result = layouts[0].made(_META)
+        if all(layout.made(_META).stride() == layout.stride for layout in layouts):
+            self._known[key] = layouts
         return result
 
     def _stride_at_home(self, op: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, ...]:
@@ -299,8 +301,12 @@ def _key(argument: Any) -> Any:
     return type(argument), argument  # one and True are equal
 
 
-def _shares_memory(result: torch.Tensor, given: Any) -> bool:
-    return any(memory(tensor) == memory(result) for tensor in tensor_leaves(given))
+def _are_new(results: list[Any], given: Any) -> bool:
+    """Whether these are tensors, each with memory of its own."""
+    if not all(isinstance(result, torch.Tensor) for result in results):
+        return False
+    taken = [memory(tensor) for tensor in results]
+    return len({*taken}) == len(taken) and all(memory(tensor) not in taken for tensor in tensor_leaves(given))
 
 
 def _each(argument: Any, change: Callable[[Any], Any]) -> Any:

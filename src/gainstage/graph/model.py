@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -96,6 +97,7 @@ class Node:
         return self._operands
 
 
+@lru_cache(maxsize=4096)
 def short_name(op: Callable[..., Any] | None) -> str:
     """``linear`` of ``aten.linear.default``; the function's own name for what is no overload, "" for what has none."""
     return str(op.overloadpacket.__name__) if isinstance(op, torch._ops.OpOverload) else getattr(op, "__name__", "")

@@ -139,7 +139,7 @@ def _signal(life: Process, entries: Array, dims: tuple[Dim, Dim, Dim], lineage: 
     std = max(full - life.mean**2, 0.0) ** 0.5
 
     def values() -> Array:
-        return standardised(quantiles(entries, np.ones_like(entries)), life.mean, std)
+        return standardised(quantiles(entries), life.mean, std)
 
     marginal = Marginal(object(), values)
     return Value(

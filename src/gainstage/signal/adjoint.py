@@ -57,7 +57,8 @@ def normalise_gradient(g: Value, x: Value, dims: Sequence[int], eps: float, *, c
     at = [x.axes.index(axis) for axis in x_axes]
     rest = centred(x, at) if centre else x.table
     level = max(float(rest[(1,) * x.table.ndim]), 0.0) + eps
-    stray = 2.0 * float(mean_square(x, rest, at)[(-1,) * x.table.ndim]) / level**2 if level > 0.0 else 0.0
+    edges = border(x, at)
+    stray = 2.0 * float(mean_square(x, rest, at, edges)[(-1,) * x.table.ndim]) / level**2 if level > 0.0 else 0.0
     if x.steady is not None:
         stray *= 1.0 - x.steady.over(x_axes)
     if list(dims) == [len(x.dims) - 1] and not any(axis in x_axes for axis, _ in x.overlap.lags):  # over channels
@@ -67,7 +68,7 @@ def normalise_gradient(g: Value, x: Value, dims: Sequence[int], eps: float, *, c
     xhat = normalise(x, x_axes, eps, centre=centre)
     along = averaged_over(along_own(g, xhat, axes).table, g, axes)
     common = averaged_over(g.table, g, axes) if centre else np.zeros_like(along)
-    largest = float(border(x, at)[(-1,) * x.table.ndim]) / level if centre and level > 0.0 else 0.0
+    largest = float(edges[(-1,) * x.table.ndim]) / level if centre and level > 0.0 else 0.0
     inverse_factor, kept_along = _stray_inverse(stray, eps / level if level > 0.0 else 0.0, largest)  # level has eps in it
     table = g.table - xhat.table * along * (1.0 - kept_along) - common
     inverse, profile = _divided_levels(g, x, [x.axes.index(axis) for axis in x_axes], level - eps, eps)

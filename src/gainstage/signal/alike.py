@@ -44,16 +44,17 @@ def centred(x: Value, positions: Sequence[int]) -> Array:
     return x.table - averaged(x.table, positions, [x.axes[position] for position in positions])
 
 
-def mean_square(x: Value, table: Array, positions: Sequence[int]) -> Array:
+def mean_square(x: Value, table: Array, positions: Sequence[int], edges: Array) -> Array:
     """Average over all pairs along some axes of the square of a table, that of x less a number for each of its entries.
 
     Lag by lag where near places share more: the mean of squares is more than the square of the mean that the table has. What
     all places have in common is less of those at a border: with the lean a of each, ``C (a_p - 1)(a_q - 1)`` is left of it.
+    ``edges``: see :func:`border`.
     """
     axes = [x.axes[position] for position in positions]
     squares = averaged(table**2, positions, axes)
     far = tuple(0 if position in positions else 1 for position in range(table.ndim))
-    squares[far] += float(border(x, positions)[(-1,) * table.ndim]) ** 2
+    squares[far] += float(edges[(-1,) * table.ndim]) ** 2
     near = x.neighbours()
     if near is None or any(x.axes.index(axis) not in positions for axis in near.axes):
         return squares
@@ -87,9 +88,10 @@ def alike(
     level = float(table[(1,) * table.ndim])
     if level <= 1e-9 * x.second_moment:
         return 0.0, 0.0
+    edges = border(x, along)
     moving = table.copy()  # what all draws have at a place is no chance
-    moving[tuple(slice(1, 2) if p in along else slice(None) for p in range(table.ndim))] -= border(x, along)
-    squares = _within(x, moving, (terms, along, places), taps) + mean_square(x, table, along)
+    moving[tuple(slice(1, 2) if p in along else slice(None) for p in range(table.ndim))] -= edges
+    squares = _within(x, moving, (terms, along, places), taps) + mean_square(x, table, along, edges)
     for position, count in terms.items():
         if position not in places:
             squares = squares.take([1], position) / count + squares.take([0], position) * (1.0 - 1.0 / count)

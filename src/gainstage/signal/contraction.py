@@ -354,17 +354,17 @@ def _moved_neighbours(
 def _shared_taps(window: Array, place: Places, lags: int) -> tuple[Array, Array, float]:
     """Same taps of two outputs by the distance D of the outputs: those that read at a distance d [D, d], and all [D].
 
-    At equal levels of the outputs; beside them all for outputs that are far apart.
+    All taps of two outputs read equally far apart, if both are inside. At equal levels of the outputs; beside them all for
+    outputs that are far apart.
     """
     even = window / np.sqrt(np.maximum((window**2).sum(1, keepdims=True), 1e-300))
     outputs = len(place)
-    counts = np.zeros((min(outputs, REACH), lags))
-    for shift in range(len(counts)):
-        first, second = place[: outputs - shift], place[shift:]
-        product = even[: outputs - shift] * even[shift:]
-        distance = np.where((first >= 0) & (second >= 0), np.abs(first - second), lags)
-        counts[shift] = np.bincount(np.minimum(distance, lags).ravel(), product.ravel(), lags + 1)[:lags] / (outputs - shift)
-    along = np.array([(even[: outputs - shift] * even[shift:]).sum() / (outputs - shift) for shift in range(len(counts))])
+    along = np.array([np.vdot(even[: outputs - shift], even[shift:]) / (outputs - shift) for shift in range(min(outputs, REACH))])
+    counts = np.zeros((len(along), lags))
+    for shift, total in enumerate(along):
+        read = (place[: outputs - shift] >= 0) & (place[shift:] >= 0)
+        if total > 0.0 and (distance := abs(int((place[shift:] - place[: outputs - shift])[read][0]))) < lags:
+            counts[shift, distance] = total
     return counts, along, beyond(along, float((even.sum(0) ** 2).sum()), outputs)
 
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -153,12 +155,30 @@ def product(first: Array | None, second: Array | None) -> Array | None:
     return normalised(first * second)
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class _Same:
+    """An array by its identity: profiles are handed on from tensor to tensor, and asked for the same."""
+
+    array: Array
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and self.array is other.array
+
+    def __hash__(self) -> int:
+        return id(self.array)
+
+
 def over(levels: Array | None, position: int, size: int) -> Array:
     """Level along one axis alone, the others averaged out; its mean square is 1."""
-    if levels is None or levels.shape[position] == 1:
-        return np.ones(size)
-    others = tuple(p for p in range(levels.ndim) if p != position)
-    return np.asarray(np.sqrt((levels**2).mean(axis=others)))
+    return np.ones(size) if levels is None or levels.shape[position] == 1 else _over(_Same(levels), position)
+
+
+@lru_cache(maxsize=32)
+def _over(levels: _Same, position: int) -> Array:
+    others = tuple(p for p in range(levels.array.ndim) if p != position)
+    found = np.sqrt((levels.array**2).mean(axis=others))
+    found.flags.writeable = False
+    return np.asarray(found)
 
 
 def pair_factor(along: Array) -> float:
@@ -256,7 +276,7 @@ def evened(table: Array, levels: Array | None, positions: Sequence[int]) -> Arra
         return table
     result = table.copy()
     for position in positions:
-        np.moveaxis(result, position, 0)[0] /= max(_pair_factor_along(levels, position), 1e-12)
+        result[(slice(None),) * position + (0,)] /= max(_pair_factor_along(levels, position), 1e-12)
     return result
 
 
@@ -264,9 +284,11 @@ def uneven(table: Array, levels: Array | None) -> Array:
     """Table of a tensor once levels act on it, see :func:`evened`: ``s_i s_j E[x_i x_j]``."""
     result = table.copy()
     for position in range(0 if levels is None else table.ndim):
-        np.moveaxis(result, position, 0)[0] *= _pair_factor_along(levels, position)
+        result[(slice(None),) * position + (0,)] *= _pair_factor_along(levels, position)
     return result
 
 
 def _pair_factor_along(levels: Array | None, position: int) -> float:
-    return 1.0 if levels is None else pair_factor(over(levels, position, levels.shape[position]))
+    if levels is None or levels.shape[position] == 1:
+        return 1.0
+    return pair_factor(over(levels, position, levels.shape[position]))

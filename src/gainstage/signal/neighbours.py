@@ -92,9 +92,10 @@ class Neighbours:
     def variance(self) -> float:
         """Average over all pairs of places of the square of e, less that of its averages by the axes along which they differ."""
         averages, squares, shares = self.excess, self.excess**2, np.ones(())
+        order = (len(self.axes) - 1, *range(len(self.axes) - 1))
         for axis in reversed(self.axes):  # each goes to the front as it is averaged over
             by_lag = _shares(axis.size, averages.shape[-1]).T
-            averages, squares = (np.moveaxis(part @ by_lag, -1, 0) for part in (averages, squares))
+            averages, squares = ((part @ by_lag).transpose(order) for part in (averages, squares))
             shares = np.multiply.outer(np.array([(axis.size - 1.0) / axis.size, 1.0 / axis.size]), shares)
         return float((shares * (squares - averages**2)).sum())
 

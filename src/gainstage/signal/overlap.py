@@ -17,7 +17,7 @@ import numpy as np
 from gainstage.signal.axes import Axis
 from gainstage.signal.copies import replace
 from gainstage.signal.neighbours import REACH, padded, pairs_by_lag
-from gainstage.signal.quadrature import Array
+from gainstage.signal.quadrature import Array, matmul
 from gainstage.signal.unlike import Unlike
 
 if TYPE_CHECKING:
@@ -231,11 +231,11 @@ def _kept_in_step(matrix: Array, e: Array, passed: float) -> float:
 
 def _products_by_lag(matrix: Array, shift: int, lags: int) -> Array:
     """``mean over p of sum over i of M[p + D, i + d] M[p, i]`` for d from ``1 - lags`` to ``lags - 1``."""
-    outputs, size = matrix.shape
+    outputs = len(matrix)
     if shift >= outputs:
         return np.zeros(2 * lags - 1)
-    first, second = matrix[: outputs - shift], np.pad(matrix[shift:], ((0, 0), (lags - 1, lags - 1)))
-    return np.array([float((first * second[:, d : d + size]).sum()) / len(first) for d in range(2 * lags - 1)])
+    products = matmul(matrix[: outputs - shift].T, matrix[shift:])
+    return np.array([float(products.trace(lag)) / (outputs - shift) for lag in range(1 - lags, lags)])
 
 
 def mixed(terms: Sequence[tuple[Overlap, float]]) -> Overlap:

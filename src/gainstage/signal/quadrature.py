@@ -21,6 +21,7 @@ Array = NDArray[np.float64]
 TIED = 4  # points of the grid in a step of the coarser one for maxima
 _STEPS, _WIDEST = 30, 100.0  # of a fixed point; variance of log s^2
 _STEP = 0.1  # of log s^2, for derivatives
+_BLOCK = 16  # places that are looked at at once
 _COARSEST = 8.0  # a distribution is smooth on points that lie as far apart as those of one this many times as wide
 ORDER = 40  # highest Hermite polynomial; what lies above is kept as one term
 
@@ -336,8 +337,11 @@ def invert_series(series: Array, covariance: Array) -> Array:
     return np.asarray(np.interp(covariance, values, grid))
 
 
-def quantiles(samples: Array, probabilities: Array) -> Array:
-    """Values on the grid of the increasing function g with g(z) distributed as the weighted samples."""
+def quantiles(samples: Array, probabilities: Array | None = None) -> Array:
+    """Values on the grid of the increasing function g with g(z) distributed as the samples, weighted or all alike."""
+    if probabilities is None:
+        below = (np.arange(samples.size) + 0.5) / samples.size
+        return _on_grid(below, below, np.sort(samples, axis=None))
     order = np.argsort(samples, axis=None, kind="stable")
     ordered, mass = samples.ravel()[order], probabilities.ravel()[order] / probabilities.sum()
     below, above = (np.cumsum(part) - 0.5 * part for part in (mass, mass[::-1]))
@@ -389,7 +393,17 @@ def sum_quantiles(x: Array, y: Array) -> Array:
     middle = np.median(x) + np.median(y)
     low, high = x[0] + y[0] - middle, x[-1] + y[-1] - middle
     places = middle + np.where(reach < 0, -low, high) * np.sign(reach) * np.abs(reach) ** 2  # denser in the middle
-    apart = places[:, None] - points[None, :]
-    below = np.vecdot(np.interp(apart, y, cumulative(), left=0.0, right=1.0), mass)
-    above = np.vecdot(np.interp(-apart, -y[::-1], cumulative(), left=0.0, right=1.0), mass)
-    return _on_grid(below, above[::-1], places)
+    below = _below_sum(places, points, mass, y)
+    above = _below_sum(-places[::-1], -points, mass, -y[::-1])
+    return _on_grid(below, above, places)
+
+
+def _below_sum(places: Array, points: Array, mass: Array, y: Array) -> Array:
+    """``P(x + y <= t)`` at increasing places t as far as it is no more than a half, and a little beyond; then 1."""
+    found = np.ones(places.size)
+    for start in range(0, places.size, _BLOCK):
+        block = slice(start, start + _BLOCK)
+        found[block] = np.vecdot(np.interp(places[block, None] - points, y, cumulative(), left=0.0, right=1.0), mass)
+        if found[block][-1] > 0.5:
+            break
+    return found

@@ -64,7 +64,8 @@ def weighted(
         return y
     loud = 1.0 + _unevenness(x, terms)
     own = _dot_variance(x, mean, terms, alone, places) / (number * entry) ** 2 * loud
-    share = apart * patch_share(x.overlap, taps or {})
+    patch = patch_share(x.overlap, taps or {})
+    share = apart * patch
     inherited = share * x.overlap.variance * (x.second_moment / entry) ** 2
     channels = math.prod(weight.shape) / number
     groups = math.prod(x.axes[p].size for p in alone)
@@ -76,10 +77,10 @@ def weighted(
     overlap = after_kernel(x.overlap, x.marginal.latent, (fresh, own / groups - fresh), inherited, taps or {})
     flatness, rows = kurtosis(x.marginal.even), math.prod(every.values()) * groups
     fixed = 0.0 if x.steady is None else x.steady.over([x.axes[p] for p in terms])  # what has one length has one level
-    swell = (flatness - 1.0) / rows * (1.0 - fixed) + x.overlap.swell * patch_share(x.overlap, taps or {})
+    swell = (flatness - 1.0) / rows * (1.0 - fixed) + x.overlap.swell * patch
     evened = (flatness - 1.0 - (flatness - 3.0) * weight.marginal.kurtosis / 3.0) / rows + 2.0 * passed
     loud = (flatness - 1.0) * _differing(x, [*free, *places]) / rows if rows <= FEW else 0.0
-    overlap = replace(overlap, swell=swell, evened=evened, loud=loud + x.overlap.loud * patch_share(x.overlap, taps or {}))
+    overlap = replace(overlap, swell=swell, evened=evened, loud=loud + x.overlap.loud * patch)
     stray = (2.0 * (own + inherited) + (weight.marginal.kurtosis - 3.0) / number) / channels
     made = replace(
         y,

@@ -75,7 +75,7 @@ def collect_demands(
         claims.logits(logits)
     for stream in roles.streams:
         claims.stream(stream)
-    for merge in sorted(roles.merges, key=lambda merge: -len(claims.parts_of_merge(merge))):
+    for merge, _ in sorted(claims.merged, key=lambda pair: -len(pair[1])):
         claims.merge(merge)
     for head in roles.heads:
         if head not in tied:
@@ -99,9 +99,14 @@ class _Claims:
     taken: dict[Part, Use] = field(default_factory=dict)
     carriers: set[str] = field(init=False)
     weight_gains: Mapping[str, Use] = field(init=False)  # by the contraction
+    merged: Sequence[tuple[Merge, set[Part]]] = field(init=False)  # and all parts that set a level of its branches
 
     def __post_init__(self) -> None:
         self.carriers = _carriers(self.graph)
+        self.merged = [
+            (merge, {lever.part for branch in merge.branches for lever in self.levers(branch.setters)})
+            for merge in self.roles.merges
+        ]
         self.weight_gains = {
             uses[0].node: uses[0] for name, uses in self.roles.uses.items() if is_weight_gain(self.graph, self.roles, name)
         }
@@ -205,15 +210,11 @@ class _Claims:
         levers = self.levers(branch.setters)
         parts = {lever.part for lever in levers}
         followers: set[Part] = set()
-        for merge in self.roles.merges:
-            inside = self.parts_of_merge(merge)
+        for merge, inside in self.merged:
             if inside and covers(parts, inside) and not any(b.operand == branch.operand for b in merge.branches):
                 siblings = [own for b in merge.branches if (own := {lever.part for lever in self.levers(b.setters)})]
                 followers |= set().union(*siblings[1:]) - siblings[0]
         return tuple(lever for lever in levers if lever.part not in followers)
-
-    def parts_of_merge(self, merge: Merge) -> set[Part]:
-        return {lever.part for branch in merge.branches for lever in self.levers(branch.setters)}
 
     def merge(self, merge: Merge) -> None:
         target = self.target(Role.MERGE_END)
