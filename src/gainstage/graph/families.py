@@ -89,11 +89,12 @@ PICKING = frozenset({"topk", "sort", "argsort", "argmax", "max"})
 _CONVOLUTIONS = frozenset({"conv1d", "conv2d", "conv3d", "convolution", "_convolution"})
 _TRANSPOSED = frozenset({"conv_transpose1d", "conv_transpose2d", "conv_transpose3d"})
 CONVOLUTIONS = _CONVOLUTIONS | _TRANSPOSED
+LAYERS = CONVOLUTIONS | {"linear"}  # products of an input and a weight, in this order, and a bias
 PRODUCTS = frozenset(
     {"matmul", "mm", "_sparse_mm", "bmm", "mv", "dot", "vdot", "baddbmm", "addbmm", "einsum"}
 )  # either operand may be the weight
 _PLACES: Mapping[str, tuple[int, int, int | None]] = {  # places of data, weight and bias
-    **dict.fromkeys(CONVOLUTIONS | {"linear"}, (0, 1, 2)),
+    **dict.fromkeys(LAYERS, (0, 1, 2)),
     "addmm": (1, 2, 0),
     "addmv": (2, 1, 0),
     "baddbmm": (1, 2, 0),

@@ -12,9 +12,10 @@ from dataclasses import dataclass, field
 from typing import Any, final
 
 from gainstage.graph import Graph, Node, NodeKind
+from gainstage.graph.families import LAYERS
 from gainstage.policies import Fan, FanScaled
 from gainstage.propagate import evaluate, parameter_value
-from gainstage.signal import Value
+from gainstage.signal import Value, affine
 from gainstage.solve.constraint import Demand, Kind, Own, data_operand, goal_value, is_attention, is_lookup, level_of, measure
 from gainstage.solve.demands import Demands
 from gainstage.solve.initial import no_value, nominal_fan_of
@@ -143,9 +144,12 @@ class Walk:
             value = layer.value(self._settings[layer.parameter])
         else:
             value = evaluate(node, self._values, no_value, self._source, self._graph)
-        self._values[node.name] = value
+        self._note(node.name, value)
+
+    def _note(self, name: str, value: Any) -> None:
+        self._values[name] = value
         self._clock += 1
-        self._stamps[self._position[node.name]] = self._clock
+        self._stamps[self._position[name]] = self._clock
 
     def _change(self, name: str, setting: Setting) -> int | None:
         """Give a parameter a new distribution; returns where its first use stands."""
@@ -180,9 +184,22 @@ class Walk:
         if len(progress.tried) > 1 and _elasticity(progress.tried) < _NO_EFFECT:
             progress.has_no_effect = True
             wanted = 1.0 / nominal_fan_of(own.use, setting.info, self._graph)
+        before = setting
         for part in decided:
             setting = setting.with_part(part, variance=wanted * self._quiet.get((own.use.parameter, part), 1.0))
-        return self._change(own.use.parameter, setting)
+        place = self._change(own.use.parameter, setting)
+        if self._is_multiple(own, before) and self._is_multiple(own, setting):
+            self._note(own.use.node, affine(output, math.sqrt(setting.variance / before.variance)))
+        return place
+
+    def _is_multiple(self, own: Own, setting: Setting) -> bool:
+        """Whether the output is a multiple of the weight's deviation, all else the same: it need not be evaluated again."""
+        node = self._graph.by_name[own.use.node]
+        if self._graph.reused or node.short_name not in LAYERS or node.name in self._first or setting.table is not None:
+            return False
+        _, weight, *biases = node.operands()
+        is_zero = all(self._values[bias].second_moment == 0.0 for bias in biases)
+        return weight == self._node_of.get(own.use.parameter) and is_zero and not any(setting.means) and not setting.profile
 
     def _meet(self, demand: Demand, read: Sequence[str]) -> int | None:
         """One correction towards the goal, or None where it is met or out of reach; ``read``: the nodes that are measured."""
