@@ -98,6 +98,7 @@ class Own:
     is_balanced: bool = False
 
 
+_NEWTON, _SMALL = 6, 1e-2  # steps, each of which leaves a hundredth of the error, and what slopes are taken over
 SILENT = 1e-6  # levels of padding, over those of the whole
 
 
@@ -166,14 +167,27 @@ def key_variance(logits: Value) -> float:
     return max(float(table[*full, 1] - table[*full, 0]), 0.0)
 
 
-def loss_above_chance(logits: Value) -> float:
-    """``2 (log E[e^z] - E[z])``: the variance of Gaussian logits, and of others what costs as much.
+def loss_above_chance(logits: Value, factor: float = 1.0) -> float:
+    """``2 (log E[e^z] - E[z])``: the variance of Gaussian logits, and of others what costs as much; of ``factor`` times them.
 
     A tied head gives each token's own logit the square of its row. One logit in C is then so much higher, by c: where ``c^2 / C``
     is little, ``log(1 + (e^c - 1) / C)`` need not be.
     """
     terms = logits.sum.terms if logits.sum is not None and logits.sum.table is logits.table else ((logits, 1.0),)
-    return sum(_cumulant(sign * term.marginal.values) for term, sign in terms)
+    return sum(_cumulant(factor * sign * term.marginal.values) for term, sign in terms)
+
+
+def step_to_loss(logits: Value, goal: float, step: float) -> float:
+    """Log of the factor on a head's variance at which its logits cost ``goal``, from a first guess, by Newton's method.
+
+    They go with the root where the signal stays as it is, which a tied head's does behind a norm; without this each of several
+    corrections would go through the whole model.
+    """
+    for _ in range(_NEWTON):
+        found, more = (loss_above_chance(logits, math.exp(0.5 * at)) for at in (step, step + _SMALL))
+        slope = (math.log(more) - math.log(found)) / _SMALL
+        step += (math.log(goal) - math.log(found)) / slope
+    return step
 
 
 def _cumulant(values: Array) -> float:

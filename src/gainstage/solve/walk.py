@@ -16,7 +16,19 @@ from gainstage.graph.families import LAYERS
 from gainstage.policies import Fan, FanScaled
 from gainstage.propagate import evaluate, parameter_value
 from gainstage.signal import Value, affine
-from gainstage.solve.constraint import Demand, Kind, Own, data_operand, goal_value, is_attention, is_lookup, level_of, measure
+from gainstage.solve.constraint import (
+    Demand,
+    Kind,
+    Own,
+    Quantity,
+    data_operand,
+    goal_value,
+    is_attention,
+    is_lookup,
+    level_of,
+    measure,
+    step_to_loss,
+)
 from gainstage.solve.demands import Demands
 from gainstage.solve.initial import no_value, nominal_fan_of
 from gainstage.solve.passage import Passages
@@ -222,7 +234,10 @@ class Walk:
         if elasticity < _NO_EFFECT:
             progress.has_no_effect = True
             return self._scale(demand, -progress.scale)
-        step = max(-_LARGEST_STEP, min(_LARGEST_STEP, -progress.tried[-1][1] / elasticity))
+        step = -progress.tried[-1][1] / elasticity
+        if demand.quantity is Quantity.LOSS_ABOVE_CHANCE and len(progress.tried) == 1:
+            step = step_to_loss(self._values[demand.node], goal + demand.prior, step)
+        step = max(-_LARGEST_STEP, min(_LARGEST_STEP, step))
         if demand.kind is Kind.LOGITS:
             step = min(step, len(demand.groups) * _LOUDEST - progress.scale)
             if abs(step) < TOLERANCE:
