@@ -9,11 +9,11 @@ import torch
 
 from gainstage.signal import levels, shares
 from gainstage.signal.adjoint_given import along_own
-from gainstage.signal.alike import averaged, border, centred, mean_square
+from gainstage.signal.alike import averaged, border, centred
 from gainstage.signal.axes import Axis
 from gainstage.signal.between import rescaled
 from gainstage.signal.copies import replace
-from gainstage.signal.filters import normalise
+from gainstage.signal.filters import divisor_strays, normalise
 from gainstage.signal.gather import same_index_table
 from gainstage.signal.gram import Gram
 from gainstage.signal.joining import join
@@ -58,13 +58,9 @@ def normalise_gradient(g: Value, x: Value, dims: Sequence[int], eps: float, *, c
     rest = centred(x, at) if centre else x.table
     level = max(float(rest[(1,) * x.table.ndim]), 0.0) + eps
     edges = border(x, at)
-    stray = 2.0 * float(mean_square(x, rest, at, edges)[(-1,) * x.table.ndim]) / level**2 if level > 0.0 else 0.0
-    if x.steady is not None:
-        stray *= 1.0 - x.steady.over(x_axes)
+    stray = divisor_strays(x, x_axes, rest, edges, eps, centre=centre)
     if list(dims) == [len(x.dims) - 1] and not any(axis in x_axes for axis, _ in x.overlap.lags):  # over channels
         stray += x.overlap.swell
-    if x.uneven is not None and not any(axis in x_axes for axis in x.uneven.axes):
-        stray += x.uneven.centred if centre else x.uneven.variance
     xhat = normalise(x, x_axes, eps, centre=centre)
     along = averaged_over(along_own(g, xhat, axes).table, g, axes)
     common = averaged_over(g.table, g, axes) if centre else np.zeros_like(along)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from gainstage.signal import levels
-from gainstage.signal.alike import averaged, centred
+from gainstage.signal.alike import averaged, border, centred, mean_square
 from gainstage.signal.axes import Axis
 from gainstage.signal.between import rescaled
 from gainstage.signal.copies import replace
@@ -22,12 +22,15 @@ from gainstage.signal.neighbours import Neighbours, cut, far_of, filtered, made
 from gainstage.signal.overlap import NONE, Overlap
 from gainstage.signal.overlap import filtered as filtered_overlap
 from gainstage.signal.pairing import amplitude_of
-from gainstage.signal.quadrature import Array, nodes, standardised
+from gainstage.signal.quadrature import Array, gamma_scales, nodes, standardised
 from gainstage.signal.shares import Share
 from gainstage.signal.spread import held
 from gainstage.signal.stray import averaged as averaged_stray
-from gainstage.signal.uneven import shape_alone
+from gainstage.signal.uneven import after_norm
 from gainstage.signal.value import Value, gaussian
+
+NEGLIGIBLE = 1e-5  # of a second moment: what epsilon takes of quiet channels more than of loud ones
+MOST_STRAY = 2.0  # relative variance of a divisor: that of the square of one normal number
 
 
 def filter_dim(x: Value, dim: int, matrix: Array) -> Value:
@@ -212,23 +215,63 @@ def normalise(x: Value, reduced: Sequence[Axis], eps: float, *, centre: bool = T
     amplitude = amplitude_of(x) * scale
     if centre and reduced:
         amplitude[tuple(0 if axis in reduced else slice(None) for axis in x.axes)] = 0.0
-    std = max(level * scale**2 - mean**2, 0.0) ** 0.5
+    left, differ = 1.0, 0.0
+    if eps > NEGLIGIBLE * level > 0.0:
+        left, differ = _left_by_epsilon(divisor_strays(x, reduced, table, border(x, positions), 0.0, centre=centre), eps / level)
+    std = max(level * scale**2 * left - mean**2, 0.0) ** 0.5
+    amplitude *= left**0.5
     keeps_latent = not centre or float(common.max()) - x.mean**2 <= 1e-3 * max(level, 1e-300)
     removed = float(common[(-1,) * common.ndim])
     profile, share = _normalised_levels(x, positions, removed, eps)
     std, amplitude = std * share**0.5, amplitude * share**0.5
     marginal = _normalised_marginal(x, mean, std, profile, x.marginal.latent if keeps_latent else object())
-    table, gram = _evened_pairs(x, profile, table * scale**2 * share)
+    table, gram = _evened_pairs(x, profile, table * scale**2 * share * left)
     overlap = x.overlap.over(tuple(reduced)) if over_places else _evened_overlap(x, table)
     result = replace(
         x,
-        uneven=shape_alone(x.uneven), mean=mean, table=table, marginal=marginal, rho=x.correlation() if keeps_latent else None,
+        uneven=after_norm(x, reduced, differ), mean=mean, table=table, marginal=marginal, rho=x.correlation() if keeps_latent else None,
         amplitude=amplitude, statistic=None, constant=None, prior=None, levels=profile, gram=gram,
         near=x.near_without_common() if centre else x.near, filtered=times(x, scale, table),
         overlap=_left_overlap(overlap, x.second_moment, level),
     )  # fmt: skip
     result = result if over_places else divided(result, positions)
-    return held(replace(result, steady=Share(frozenset(reduced), (level * scale**2) ** 2)), level * scale**2)
+    return held(replace(result, steady=Share(frozenset(reduced), (level * scale**2) ** 2)), level * scale**2, x)
+
+
+def divisor_strays(x: Value, reduced: Sequence[Axis], rest: Array, edges: Array, eps: float, *, centre: bool) -> float:
+    """Relative variance of what a norm divides by, the mean square over some axes of x or of x less its mean.
+
+    ``mean over pairs of 2 rho^2``, less what a norm before holds; and what rows of weights add, where channels have divisors.
+
+    Args:
+        x: what is normalised.
+        reduced: the axes.
+        rest: table of x, or of x less its mean.
+        edges: what borders have more of than all places, see :func:`gainstage.signal.alike.border`.
+        eps: part of the divisor that is known.
+        centre: whether the mean was taken.
+    """
+    level = max(float(rest[(1,) * x.table.ndim]), 0.0) + eps
+    if level <= 0.0:
+        return 0.0
+    positions = [x.axes.index(axis) for axis in reduced]
+    strays = 2.0 * float(mean_square(x, rest, positions, edges)[(-1,) * x.table.ndim]) / level**2
+    if x.steady is not None:
+        strays *= 1.0 - x.steady.over(reduced)
+    return strays + (0.0 if x.uneven is None else x.uneven.of_groups(x.axes, reduced, centre=centre))
+
+
+def _left_by_epsilon(strays: float, eps: float) -> tuple[float, float]:
+    """``E[l / (l + eps)] (1 + eps)`` for a gamma variable l of mean 1 and this variance, and the relative variance of ``l / (l + eps)``.
+
+    Quiet channels are next to an epsilon that loud ones do not notice.
+    """
+    if strays <= 0.0:
+        return 1.0, 0.0
+    scales, mass = gamma_scales(min(strays, MOST_STRAY))
+    found = scales**2 / (scales**2 + eps)
+    mean = float(mass @ found)
+    return mean * (1.0 + eps), float(mass @ (found / mean - 1.0) ** 2)
 
 
 def without_mean(x: Value, reduced: Sequence[Axis]) -> Value:

@@ -138,13 +138,15 @@ def _dot_variance(x: Value, mean: float, terms: Mapping[int, float], alone: Sequ
     return max(variance, 0.0)
 
 
-def held(x: Value, share: float = 1.0) -> Value:
+def held(x: Value, share: float = 1.0, before: Value | None = None) -> Value:
     """A tensor whose level is fixed by normalization: what its entries stray by, the norm takes back.
 
-    ``share^2 fluctuation`` is taken, so that the level strays by nothing, and that of a function of it by the angles alone:
-    3/n after ReLU, where free entries have 5/n. ``share``: of the square that the norm divides by, what is not its epsilon.
+    The level strays by nothing, and that of a function of it by the angles alone: 3/n after ReLU, where free entries have 5/n.
+    ``share``: of the square that the norm divides by, what is not its epsilon; ``1 - share`` is left of what the log of the level
+    ``before`` strayed by.
     """
-    return replace(x, stray=Stray(taken=share**2 * x.fluctuation()))
+    left = Stray() if before is None else before.stray.through_epsilon(1.0 - share)
+    return replace(x, stray=replace(left, taken=(1.0 - (1.0 - share) ** 2) * x.fluctuation()))
 
 
 def after_shift(y: Value, x: Value) -> Value:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 MOST = 64  # causes kept apart
 LEAST = 1e-4  # variance of the log of a level that is looked at more closely
+NEGLIGIBLE = 1e-8  # variance of the log of a level
 
 Parts = Mapping[object, tuple[float, float]]
 
@@ -53,6 +54,12 @@ class Stray:
         """Of what is made of the entries and has a table that shows other things, its log level times ``slope`` theirs."""
         parts = {cause: (slope * (whole - shown), 0.0) for cause, (whole, shown) in self.parts.items() if whole != shown}
         return Stray(parts, slope**2 * self.taken)
+
+    def through_epsilon(self, left: float) -> Stray:
+        """What is left of what the table does not show, behind a norm that divides by little more than its epsilon."""
+        if left**2 * _hidden(self.parts) < NEGLIGIBLE:
+            return Stray()
+        return Stray({cause: (left * whole, 0.0) for cause, (whole, shown) in self.parts.items() if whole != shown})
 
     def with_cause(self, variance: float) -> Stray:
         """With a variance that comes of a further cause."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from math import prod
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -11,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from gainstage.signal import levels
-from gainstage.signal.axes import Axis
+from gainstage.signal.axes import Axis, descends
 from gainstage.signal.marginal import Marginal
 from gainstage.signal.neighbours import Neighbours
 from gainstage.signal.quadrature import Array, expectation
@@ -184,6 +185,12 @@ class Uneven:
     stray: float = 0.0
     within: tuple[tuple[Axis, float], ...] = ()
     centred: float = 0.0
+
+    def of_groups(self, axes: Sequence[Axis], reduced: Sequence[Axis], *, centre: bool) -> float:
+        """The variance of averages over some of a tensor's axes: over a group of channels it is less, over all there is none."""
+        apart = [axis for axis in axes if descends(axis, self.axes) and axis not in reduced]
+        together = prod(axis.size for axis in reduced if descends(axis, self.axes))
+        return (self.centred if centre else self.variance) / together if apart else 0.0
 
     def over(self, axes: Sequence[Axis]) -> Array:
         """The variance, by what two entries of one channel share, for a table of these axes."""

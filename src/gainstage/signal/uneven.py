@@ -10,7 +10,7 @@ of weights sum to zero.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from itertools import chain
 
 import numpy as np
@@ -93,9 +93,12 @@ def of_sum(x: Value, y: Value, share: float) -> Uneven | None:
     return max(found.values(), key=lambda item: item.variance, default=None)
 
 
-def shape_alone(uneven: Uneven | None) -> Uneven | None:
-    """What a norm leaves of how channels differ."""
-    return None if uneven is None or uneven.shape is None else Uneven(uneven.axes, 0.0, uneven.shape)
+def after_norm(x: Value, reduced: Sequence[Axis], differ: float) -> Uneven | None:
+    """What a norm leaves of how channels differ: their shapes, and the relative variance that comes of its epsilon."""
+    if x.uneven is None:
+        return None
+    left = differ if x.unevenness() is not None and not any(axis in reduced for axis in x.uneven.axes) else 0.0
+    return Uneven(x.uneven.axes, left, x.uneven.shape, centred=left) if left > 0.0 or x.uneven.shape is not None else None
 
 
 def with_means(x: Value, result: Value, function: Callable[[Array], Array]) -> Value:
