@@ -226,11 +226,12 @@ def normalise(x: Value, reduced: Sequence[Axis], eps: float, *, centre: bool = T
     std, amplitude = std * share**0.5, amplitude * share**0.5
     marginal = _normalised_marginal(x, mean, std, profile, x.marginal.latent if keeps_latent else object())
     table, gram = _evened_pairs(x, profile, table * scale**2 * share * left)
-    overlap = x.overlap.over(tuple(reduced)) if over_places else _evened_overlap(x, table)
+    gone = min(removed / x.second_moment, 1.0) if level > 0.0 else 1.0
+    overlap = x.overlap.over(tuple(reduced), gone) if over_places else _evened_overlap(x, table)
     result = replace(
         x,
-        uneven=after_norm(x, reduced, differ), mean=mean, table=table, marginal=marginal, rho=x.correlation() if keeps_latent else None,
-        amplitude=amplitude, statistic=None, constant=None, prior=None, levels=profile, gram=gram,
+        uneven=after_norm(x, reduced, differ), mean=mean, table=table, marginal=marginal, gram=gram, amplitude=amplitude,
+        rho=x.correlation() if keeps_latent else None, statistic=None, constant=None, prior=None, levels=profile,
         near=x.near_without_common() if centre else x.near, filtered=times(x, scale, table),
         overlap=_left_overlap(overlap, x.second_moment, level),
     )  # fmt: skip
@@ -262,7 +263,7 @@ def divisor_strays(x: Value, reduced: Sequence[Axis], rest: Array, edges: Array,
 
 
 def _left_by_epsilon(strays: float, eps: float) -> tuple[float, float]:
-    """``E[l / (l + eps)] (1 + eps)`` for a gamma variable l of mean 1 and this variance, and the relative variance of ``l / (l + eps)``.
+    """``E[l / (l + eps)] (1 + eps)`` for a gamma variable l of mean 1 and this variance, and the relative variance of that.
 
     Quiet channels are next to an epsilon that loud ones do not notice.
     """

@@ -16,6 +16,7 @@ import numpy as np
 
 from gainstage.signal.axes import Axis
 from gainstage.signal.copies import replace
+from gainstage.signal.lots import NO_LOTS, Lots, together
 from gainstage.signal.neighbours import REACH, padded, pairs_by_lag
 from gainstage.signal.quadrature import Array, matmul
 from gainstage.signal.unlike import Unlike
@@ -50,7 +51,7 @@ class Overlap:
     along any other axis. ``swell``: relative variance over places of the level that all channels of a place have in common;
     ``places``: the axes that these lie along, once a norm holds the average over them; ``evened``: how much of the variance is
     that between channels, which the norm took. ``loud``: as ``swell``, what layers that read few numbers brought to it; see
-    :mod:`gainstage.signal.loudness`.
+    :mod:`gainstage.signal.loudness`. ``lots``: levels that samples drew; see :mod:`gainstage.signal.samples`.
     """
 
     parts: tuple[tuple[Cause, float], ...] = ()
@@ -59,6 +60,7 @@ class Overlap:
     places: tuple[Axis, ...] = ()
     evened: float = 0.0
     loud: float = 0.0
+    lots: Lots = NO_LOTS
 
     @property
     def variance(self) -> float:
@@ -78,13 +80,13 @@ class Overlap:
         """Once the mean over all places and samples is gone."""
         return replace(self, parts=tuple((cause, size) for cause, size in self.parts if not cause.additive))
 
-    def over(self, places: tuple[Axis, ...]) -> Overlap:
-        """Centred, each channel divided by its deviation over all places along some axes."""
-        return replace(self.centred(), places=places)
+    def over(self, places: tuple[Axis, ...], removed: float) -> Overlap:
+        """Less a mean that is this share of the second moment, each channel divided by its deviation over places along some axes."""
+        return replace(self.centred(), places=places, lots=self.lots.centred(removed))
 
     def held(self) -> Overlap:
         """Where each place was divided by its own level, or where nothing is known of that."""
-        return replace(self, swell=0.0, places=(), evened=0.0, loud=0.0)
+        return replace(self, swell=0.0, places=(), evened=0.0, loud=0.0, lots=NO_LOTS)
 
     def times(self, factor: float) -> Overlap:
         """The same with another variance."""
@@ -113,7 +115,8 @@ class Overlap:
         """The same of a tensor whose axes have other names."""
         names = dict(zip(before, after, strict=True))
         lags = tuple((names.get(axis, axis), e) for axis, e in self.lags)
-        return replace(self, lags=lags, places=tuple(names.get(axis, axis) for axis in self.places))
+        places = tuple(names.get(axis, axis) for axis in self.places)
+        return replace(self, lags=lags, places=places, lots=self.lots.renamed(names))
 
     def along(self, axis: Axis, count: int) -> Array:
         """``e(d)`` for d = 0 ... count - 1; 1 where nothing is known."""
@@ -187,7 +190,7 @@ def after_kernel(x: Overlap, entries: object, fresh: tuple[float, float], inheri
     for additive, variance in zip((False, True), fresh, strict=True):
         causes[Cause(additive, (entries,))] = variance * middle
         causes[Cause(additive, (entries, counts))] = variance * (1.0 - middle)
-    return replace(passed_on.with_causes(causes), lags=lags, places=(), evened=0.0)
+    return replace(passed_on.with_causes(causes), lags=lags, places=(), evened=0.0, lots=x.lots)
 
 
 def _in_step(x: Overlap, taps: Mapping[Axis, Taps]) -> float:
@@ -248,8 +251,9 @@ def mixed(terms: Sequence[tuple[Overlap, float]]) -> Overlap:
         sum(getattr(overlap, name) * factor for overlap, factor in terms) for name in ("swell", "evened", "loud")
     )
     places = next((overlap.places for overlap, _ in terms if overlap.places), ())
+    lots = together([(overlap.lots, factor**0.5) for overlap, factor in terms])
     if not parts:
-        return Overlap(swell=swell, places=places, evened=evened, loud=loud)
+        return Overlap(swell=swell, places=places, evened=evened, loud=loud, lots=lots)
     sizes: dict[Cause, float] = {}
     for overlap, factor in terms:
         for cause, size in overlap.parts:
@@ -257,7 +261,7 @@ def mixed(terms: Sequence[tuple[Overlap, float]]) -> Overlap:
     total = sum(variance for _, variance in parts)
     axes = list(dict.fromkeys(axis for overlap, _ in parts for axis, _ in overlap.lags))
     lags = tuple((axis, np.asarray(sum((v / total) * overlap.along(axis, REACH) for overlap, v in parts))) for axis in axes)
-    return Overlap((), lags, swell, places, evened, loud).with_causes({cause: size**2 for cause, size in sizes.items()})
+    return Overlap((), lags, swell, places, evened, loud, lots).with_causes({cause: size**2 for cause, size in sizes.items()})
 
 
 def independent(variance: float) -> Overlap:

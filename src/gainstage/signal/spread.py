@@ -16,8 +16,9 @@ from gainstage.signal.alike import alike
 from gainstage.signal.axes import Axis, descends
 from gainstage.signal.copies import replace
 from gainstage.signal.few import shaped
+from gainstage.signal.lots import NO_LOTS, Lots, drawn, together
 from gainstage.signal.overlap import Overlap, Taps, after_kernel, mixed, patch_share
-from gainstage.signal.quadrature import kurtosis
+from gainstage.signal.quadrature import expectation, kurtosis
 from gainstage.signal.stray import Stray, growth, passed, read
 from gainstage.signal.uneven import is_centred, of_weights
 from gainstage.signal.value import Value
@@ -154,7 +155,7 @@ def after_shift(y: Value, x: Value) -> Value:
     if y.second_moment <= 0.0:
         return y
     part = y.variance / y.second_moment * (x.second_moment / x.variance) if x.variance > 0.0 else 1.0
-    overlap = replace(x.overlap.times(part**2), loud=x.overlap.loud * part**2)
+    overlap = replace(x.overlap.times(part**2), loud=x.overlap.loud * part**2, lots=x.overlap.lots.times(part))
     return replace(y, stray=passed(x, y.marginal.values), overlap=overlap)
 
 
@@ -164,7 +165,9 @@ def product_stray(x: Value, y: Value, product: Value) -> float:
     ``average over pairs of (1 + A_x)(1 + A_y) - 1`` with A the covariances of squares: a coin thrown for a whole sample.
     """
     joint = (1.0 + x.square_covariance()) * (1.0 + y.square_covariance()) - 1.0
-    return max(product.average(joint) - product.fluctuation(), 0.0)
+    lots = [(x.overlap.lots, drawn_by(y)), (y.overlap.lots, drawn_by(x))]
+    met = sum(known.apart * coin.variance / coin.axis.size for known, coin in lots if coin.axis is not None)
+    return max(product.average(joint) - product.fluctuation(), 0.0) + met
 
 
 def product_overlap(x: Value, y: Value) -> Overlap:
@@ -176,7 +179,20 @@ def product_overlap(x: Value, y: Value) -> Overlap:
     """
     alike = [_most_alike(x, y), _most_alike(y, x)]
     found = mixed([(x.overlap, alike[1] ** 2), (y.overlap.renamed(y.axes, x.axes), alike[0] ** 2)])
-    return replace(found, loud=x.overlap.loud + y.overlap.loud)
+    names = dict(zip(y.axes, x.axes, strict=True))
+    its = [lots.renamed(names) for lots in (y.overlap.lots, drawn_by(y))]
+    lots = together([(each, 1.0) for each in (x.overlap.lots, drawn_by(x), *its)])
+    return replace(found, loud=x.overlap.loud + y.overlap.loud, lots=lots)
+
+
+def drawn_by(y: Value) -> Lots:
+    """Levels that a random factor gives along the one axis on which it depends, such as a coin for each sample."""
+    if y.lineage or y.is_weight or y.constant is not None or y.statistic is not None or y.second_moment <= 0.0:
+        return NO_LOTS
+    varying = [axis for p, axis in enumerate(y.axes) if np.ptp(y.table, axis=p).max() > 1e-9 * y.second_moment]
+    levels = y.marginal.values**2 / y.second_moment - 1.0
+    variance = expectation(levels**2) if len(varying) == 1 else 0.0
+    return drawn(varying[0], variance, kurtosis(levels) - 3.0) if variance > 0.0 and varying[0].size > 1 else NO_LOTS
 
 
 def _most_alike(x: Value, other: Value) -> float:

@@ -37,13 +37,14 @@ class Stray:
 
     ``parts``: cause -> amplitude, and how much of it the table shows. ``taken``: variance that the table shows but a norm
     took back. ``own``: what stands for the entries of the tensor, as a cause. ``of_mean``: ``d log E[x]^2 / d log E[x^2]``, of
-    what is no function of a latent any more.
+    what is no function of a latent any more. ``of_means``: cause -> amplitude of the log of ``E[x]^2``, where that is another.
     """
 
     parts: Parts = field(default_factory=dict)
     taken: float = 0.0
     own: object = field(default_factory=object)
     of_mean: float | None = None
+    of_means: Mapping[object, float] = field(default_factory=dict)
 
     @property
     def variance(self) -> float:
@@ -64,6 +65,12 @@ class Stray:
     def with_cause(self, variance: float) -> Stray:
         """With a variance that comes of a further cause."""
         return self if variance <= 0.0 else Stray(_largest({**self.parts, object(): (variance**0.5, 0.0)}), self.taken)
+
+    def with_amplitude(self, whole: float, of_mean: float) -> Stray:
+        """With a further cause, of these amplitudes of the logs of the level and of the square of the mean."""
+        cause = object()
+        parts, of_means = {**self.parts, cause: (whole, 0.0)}, {**self.of_means, cause: of_mean}
+        return replace(self, parts=_largest(parts), of_means=of_means)
 
 
 def of(variance: float) -> Stray:
@@ -101,12 +108,24 @@ def read(terms: Sequence[tuple[Value, float]]) -> Stray:
 
 def averaged(x: Value, average: Callable[[Array], float]) -> Stray:
     """Of linear combinations of entries of x, whose second moment is an average of its table: ``average``, of any table."""
-    if _hidden(x.stray.parts) < LEAST or average(x.table) <= 0.0:
+    if (_hidden(x.stray.parts) < LEAST and not x.stray.of_means) or average(x.table) <= 0.0:
         return x.stray.hidden()
     rho, of_mean = x.correlation(), 0.0 if x.mean == 0.0 else growth(x, (x.mean**2, 0.0), lambda series: float(series[0]))
     left = x.mean**2, average(x.table) - x.mean**2
     slope = growth(x, left, lambda series: average(evaluate_series(series, rho)))
-    return replace(x.stray.hidden(slope), of_mean=of_mean / slope if slope > 0.0 else None)
+    found = x.stray.hidden(slope)
+    parts = {**found.parts, **_means_known(x, left)}
+    return replace(found, parts=parts, of_mean=of_mean / slope if slope > 0.0 else None, of_means=x.stray.of_means)
+
+
+def _means_known(x: Value, left: tuple[float, float]) -> Parts:
+    """What causes that have an amplitude for the mean make of an average, where so much is left of its square and variance."""
+    found = {}
+    for cause, of_mean in x.stray.of_means.items():
+        whole = x.stray.parts.get(cause, (0.0, 0.0))[0]
+        of_rest = (x.second_moment * whole - x.mean**2 * of_mean) / x.variance if x.variance > 0.0 else 0.0
+        found[cause] = (left[0] * of_mean + left[1] * of_rest) / (left[0] + left[1]), 0.0
+    return found
 
 
 def growth(x: Value, left: tuple[float, float], share: Callable[[Array], float]) -> float:
