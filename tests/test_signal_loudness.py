@@ -59,3 +59,30 @@ def test_points_of_a_gamma_variable_have_its_moments(variance):
     scales, mass = gamma_scales(variance)
     found = [float(mass @ scales ** (2 * power)) for power in range(4)]
     np.testing.assert_allclose(found, [1.0, 1.0, 1.0 + variance, (1.0 + variance) * (1.0 + 2.0 * variance)], rtol=1e-9)
+
+
+def test_rows_of_one_length_make_gaussian_channels_of_gaussian_numbers():
+    """Given its weights a channel of eight normal numbers is normal; only rows of different lengths make levels differ."""
+    torch.manual_seed(0)
+    x = torch.randn(16 * PLACES, 8)
+    x = x / x.square().mean(0).sqrt()
+
+    def level(rows: torch.Tensor) -> float:
+        return float(nn.functional.silu(x @ rows.T).square().mean())
+
+    def predicted(layer: nn.Module) -> float:
+        calls = gs.inspect(nn.Sequential(layer, nn.SiLU()), (x,), gradients=False).calls
+        return next(call.outputs[0].second_moment for call in calls if call.path == "1")
+
+    rows = torch.randn(4096, 8)
+    rows = rows / rows.square().sum(1).mean().sqrt()
+    free, held = nn.Linear(8, 4096, bias=False), nn.utils.parametrizations.weight_norm(nn.Linear(8, 4096, bias=False))
+    with torch.no_grad():
+        free.weight.copy_(rows)
+        held.weight = rows
+        held.parametrizations.weight.original0.fill_(1.0)
+    even = rows / rows.norm(dim=1, keepdim=True)
+    for layer, found in ((free, level(rows)), (held, level(even))):
+        assert abs(np.log(predicted(layer) / found)) < 0.01  # fourth moments of 4096 rows and places
+    assert abs(np.log(predicted(held) / 0.3557)) < 2e-3  # E[silu(z)^2] of a normal z
+    assert predicted(free) > 1.02 * predicted(held)

@@ -81,7 +81,7 @@ class Overlap:
         return replace(self, parts=tuple((cause, size) for cause, size in self.parts if not cause.additive))
 
     def over(self, places: tuple[Axis, ...], removed: float) -> Overlap:
-        """Less a mean that is this share of the second moment, each channel divided by its deviation over places along some axes."""
+        """Less a mean, this share of the second moment, each channel divided by its deviation over all places along some axes."""
         return replace(self.centred(), places=places, lots=self.lots.centred(removed))
 
     def held(self) -> Overlap:

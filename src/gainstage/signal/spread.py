@@ -80,7 +80,9 @@ def weighted(
     fixed = 0.0 if x.steady is None else x.steady.over([x.axes[p] for p in terms])  # what has one length has one level
     swell = (flatness - 1.0) / rows * (1.0 - fixed) + x.overlap.swell * patch
     evened = (flatness - 1.0 - (flatness - 3.0) * weight.marginal.kurtosis / 3.0) / rows + 2.0 * passed
-    loud = (flatness - 1.0) * _differing(x, [*free, *places]) / rows if rows <= FEW else 0.0
+    loud = 0.0
+    if rows <= FEW:
+        loud = max(flatness - 1.0 - 2.0 * _of_one_length(weight), 0.0) * _differing(x, [*free, *places]) / rows
     overlap = replace(overlap, swell=swell, evened=evened, loud=loud + x.overlap.loud * patch)
     stray = (2.0 * (own + inherited) + (weight.marginal.kurtosis - 3.0) / number) / channels
     made = replace(
@@ -90,6 +92,15 @@ def weighted(
         uneven=of_weights(y, weight, alike=own + inherited, centred=left, number=number, every=math.prod(every.values())),
     )
     return shaped(made, x, terms)
+
+
+def _of_one_length(weight: Value) -> float:
+    """Share of what squared lengths of rows of Gaussian entries stray by that is missing: rows were divided by their norms.
+
+    What such a row makes of Gaussian numbers is Gaussian, as loud as these are together.
+    """
+    free = weight.fluctuation()
+    return min(max(weight.stray.taken / free, 0.0), 1.0) if free > 0.0 else 0.0
 
 
 def _differing(x: Value, positions: Sequence[int]) -> float:
