@@ -78,6 +78,12 @@ def skewed():
     return nn.Sequential(*stem, nn.BatchNorm2d(24), nn.SiLU())
 
 
+def narrow():
+    """A narrow layer without an activation: all channels behind it are sums of the same terms, as skewed as in it."""
+    layers = [nn.Conv2d(64, 32, 1, bias=False), nn.BatchNorm2d(32), nn.ReLU(), nn.Conv2d(32, 16, 1, bias=False)]
+    return nn.Sequential(*layers, nn.BatchNorm2d(16), nn.Conv2d(16, 96, 1, bias=False), nn.BatchNorm2d(96), nn.ReLU())
+
+
 class Branch(nn.Module):
     """Without a norm the branch has the level of the stream, whatever that is in this draw."""
 
@@ -137,6 +143,7 @@ CASES = {
     "pooled": (pooled, maps(4, 3, 12), 0.1),
     "pooled depthwise": (depthwise, maps(2, 3, 12), 0.1),
     "channels of different shapes": (skewed, maps(2, 3, 32), 0.1),
+    "channels of the same terms": (narrow, maps(2, 64, 24), 0.1),
     "average of neighbours": (lambda: nn.Sequential(nn.AvgPool2d(9, 1), nn.Conv2d(4, 64, 1, bias=False)), maps(1, 4, 24), 0.1),
     "strided kernel that overlaps": (lambda: strided(False), maps(2, 3, 32), 0.1),
     "kernel over channels_last tokens": (lambda: strided(True), maps(2, 3, 32), 0.1),

@@ -44,8 +44,16 @@ def both_signs(shape: Array) -> Array:
     return quantiles(np.stack([shape, -shape]), np.stack([weights(), weights()]))
 
 
-def shaped(y: Value, x: Value, terms: Mapping[int, float]) -> Value:
-    """The sums y of these terms of x, with the shape that few of them leave."""
+def shaped(y: Value, x: Value, terms: Mapping[int, float], *, of_all: bool) -> Value:
+    """The sums y of these terms of x, with the shape that few of them leave.
+
+    A sum of channels that are themselves sums, all of the same terms, is one of these terms again: behind a narrow layer without
+    an activation channels are as skewed as in it. ``of_all``: channels of y read all channels of x.
+    """
+    again = x.uneven is not None and x.uneven.shape is not None and x.uneven.of_all
+    if again and x.unevenness() is not None:
+        assert x.uneven is not None
+        terms = {p: number for p, number in terms.items() if x.axes[p] not in x.uneven.axes}
     if y.uneven is None or math.prod(terms.values()) > MOST**2:
         return y
     shape = shape_of_sum(x, effective_terms(x, terms) if x.variance > 0.0 else math.inf)
@@ -60,7 +68,7 @@ def shaped(y: Value, x: Value, terms: Mapping[int, float]) -> Value:
         return even() if profile is None else levels.mixture(profile, even(), y.mean, std)
 
     marginal = Marginal(y.marginal.latent, values, even)
-    return replace(y, marginal=marginal, rho=None, uneven=replace(y.uneven, shape=shape))
+    return replace(y, marginal=marginal, rho=None, uneven=replace(y.uneven, shape=shape, of_all=of_all or again))
 
 
 def effective_terms(x: Value, terms: Mapping[int, float]) -> float:

@@ -91,7 +91,7 @@ def weighted(
         overlap=overlap,
         uneven=of_weights(y, weight, alike=own + inherited, centred=left, number=number, every=math.prod(every.values())),
     )
-    return shaped(made, x, terms)
+    return shaped(made, x, terms, of_all=not alone)
 
 
 def _of_one_length(weight: Value) -> float:

@@ -98,7 +98,11 @@ def after_norm(x: Value, reduced: Sequence[Axis], differ: float) -> Uneven | Non
     if x.uneven is None:
         return None
     left = differ if x.unevenness() is not None and not any(axis in reduced for axis in x.uneven.axes) else 0.0
-    return Uneven(x.uneven.axes, left, x.uneven.shape, centred=left) if left > 0.0 or x.uneven.shape is not None else None
+    return (
+        Uneven(x.uneven.axes, left, x.uneven.shape, centred=left, of_all=x.uneven.of_all)
+        if left > 0.0 or x.uneven.shape is not None
+        else None
+    )
 
 
 def with_means(x: Value, result: Value, function: Callable[[Array], Array]) -> Value:
