@@ -24,7 +24,7 @@ from gainstage.signal.copies import replace
 from gainstage.signal.known import LARGE
 from gainstage.signal.marginal import Marginal
 from gainstage.signal.quadrature import sample_quantiles
-from gainstage.signal.sampling import common_profile, draw, pooled
+from gainstage.signal.sampling import common_profile, draw_often, pooled
 from gainstage.signal.stray import Stray
 
 ENTRIES = 2**20  # stop when the draws have this many entries together, of operands or results
@@ -61,11 +61,10 @@ def sample_node(node: Node, call: Call, args: Sequence[Any], kwargs: Mapping[str
     seed = int.from_bytes(hashlib.blake2b(node.name.encode(), digest_size=8).digest(), "big")
     generator = np.random.default_rng(seed)
     outputs: list[list[torch.Tensor]] = []
-    count = _count(call, operands)
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed % 2**31)
-        for _ in range(count):
-            drawn = iter(draw(operands, generator))
+        for tensors in draw_often(operands, generator, _count(call, operands)):
+            drawn = iter(tensors)
             actual = [filled(argument, drawn) for argument in args]
             named = {name: filled(argument, drawn) for name, argument in kwargs.items()}
             try:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
 import torch
 
 from gainstage.signal import levels
-from gainstage.signal.known import measured
+from gainstage.signal.axes import axes_of, new_dims
 from gainstage.signal.pairing import spectrum
+from gainstage.signal.patterns import averaged, pairs_of
 from gainstage.signal.quadrature import Array, between_nodes
 from gainstage.signal.traits import Logits
 from gainstage.signal.value import Value
@@ -22,39 +24,59 @@ LEAST_VARIED, CERTAIN = (
 
 def draw(values: Sequence[Value], generator: np.random.Generator) -> list[torch.Tensor]:
     """One joint sample of several tensors, float64. Values on one latent with the same axes are functions of one sample."""
-    latents: dict[tuple[object, ...], Array] = {}
-    tensors = []
-    for value in values:
-        if value.constant is not None:
-            tensors.append(value.constant)
-            continue
-        if value.logits is not None and value.logits.table is value.table:
-            tensors.append(_softmax_of(value.logits, generator).reshape(value.shape))
-            continue
-        key = (value.marginal.latent, *value.axes)
-        if key not in latents:
-            latents[key] = _correlated_normals(value, generator)
-        sample = between_nodes(latents[key], value.marginal.values)
-        tensors.append(torch.from_numpy(sample.reshape(value.shape)))
-    return tensors
+    return draw_often(values, generator, 1)[0]
 
 
-def _softmax_of(logits: Logits, generator: np.random.Generator) -> torch.Tensor:
+def draw_often(values: Sequence[Value], generator: np.random.Generator, count: int) -> list[list[torch.Tensor]]:
+    """``count`` joint samples, the same as if they were drawn one after the other."""
+    keys = [_key(value, place) for place, value in enumerate(values)]
+    latents = {key: _drawn(value) for key, value in zip(keys, values, strict=True) if _drawn(value).constant is None}
+    noise: dict[object, list[Array]] = {key: [] for key in latents}
+    for _ in range(count):
+        for key, value in latents.items():
+            noise[key].append(generator.standard_normal([axis.size for axis in value.axes]))
+    normals = {key: _correlated_normals(value, np.stack(noise[key])) for key, value in latents.items()}
+    found = [_samples(value, normals.get(key), count) for key, value in zip(keys, values, strict=True)]
+    return [list(each) for each in zip(*found, strict=True)] if found else [[] for _ in range(count)]
+
+
+def _is_softmax(value: Value) -> bool:
+    return value.constant is None and value.logits is not None and value.logits.table is value.table
+
+
+def _drawn(value: Value) -> Value:
+    """The value that is drawn for this one: for a softmax its logits."""
+    return _drawn(value.logits.of) if _is_softmax(value) and value.logits is not None else value
+
+
+def _key(value: Value, place: int) -> object:
+    """What values that are functions of one sample have in common."""
+    return place if _is_softmax(value) else (value.marginal.latent, *value.axes)
+
+
+def _samples(value: Value, normals: Array | None, count: int) -> Sequence[torch.Tensor]:
+    if value.constant is not None:
+        return [value.constant] * count
+    if value.logits is not None and _is_softmax(value):
+        return [_softmax_of(value.logits, each).reshape(value.shape) for each in _samples(value.logits.of, normals, count)]
+    assert normals is not None
+    return list(torch.from_numpy(between_nodes(normals, value.marginal.values).reshape(count, *value.shape)))
+
+
+def _softmax_of(logits: Logits, sample: torch.Tensor) -> torch.Tensor:
     """Probabilities that sum to 1, from a sample of what they are the softmax of."""
-    (sample,) = draw([logits.of], generator)
     prior = logits.of.prior
     return (sample if prior is None else sample + prior).softmax(logits.dim).nan_to_num(0.0)
 
 
-def _correlated_normals(value: Value, generator: np.random.Generator) -> Array:
-    """Normals with the correlations of the latent: white noise, each component brought to its size."""
+def _correlated_normals(value: Value, noise: Array) -> Array:
+    """Normals with the correlations of the latent: white noise, draw by draw, each component brought to its size."""
     sizes = [axis.size for axis in value.axes]
-    noise = generator.standard_normal(sizes)
     white = np.zeros((2,) * len(sizes))
     white[(1,) * len(sizes)] = 1.0
     wanted = np.maximum(spectrum(value.correlation(), sizes), 0.0)
     factors = np.sqrt(wanted / np.maximum(spectrum(white, sizes), 1e-300))
-    return np.asarray(np.broadcast_to(_scaled_components(noise, factors), sizes))
+    return np.asarray(np.broadcast_to(_scaled_components(noise, factors), noise.shape))
 
 
 def _scaled_components(part: Array, factors: Array) -> Array:
@@ -62,15 +84,15 @@ def _scaled_components(part: Array, factors: Array) -> Array:
     if (factors == factors.flat[0]).all():
         return np.asarray(part * factors.flat[0])
     axis = part.ndim - factors.ndim
-    mean = part.mean(axis=axis, keepdims=True)
+    mean = averaged(part, axis)
     return _scaled_components(mean, factors[0]) + _scaled_components(part - mean, factors[1])
 
 
 def pooled(samples: Sequence[torch.Tensor]) -> tuple[float, Array]:
     """Mean and table of raw second moments over several samples of one tensor."""
-    tables = [measured(sample) for sample in samples]
-    mean = float(np.mean([value.mean for value in tables]))
-    return mean, np.asarray(np.mean([value.table for value in tables], axis=0))
+    data = torch.stack(list(samples)).to("cpu", torch.float64)
+    sizes = [axis.size for axis in axes_of(new_dims(tuple(samples[0].shape)))]
+    return float(data.mean()), pairs_of(data.reshape(len(samples), *sizes).numpy(), draws=1)
 
 
 def common_profile(samples: Sequence[torch.Tensor]) -> Array | None:
@@ -85,7 +107,8 @@ def common_profile(samples: Sequence[torch.Tensor]) -> Array | None:
     squares = np.stack([sample.double().reshape(sizes).square().numpy() for sample in samples])
     profile = np.ones((1,) * len(sizes))
     for position, size in enumerate(sizes):
-        along = squares.mean(axis=tuple(p + 1 for p in range(len(sizes)) if p != position))
+        blocks = squares.reshape(len(samples), -1, size, math.prod(sizes[position + 1 :]))
+        along = averaged(averaged(blocks, 3), 1).reshape(len(samples), size)
         whole = along.mean(axis=1, keepdims=True)
         if not (whole > 0.0).all():
             return None
