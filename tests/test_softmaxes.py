@@ -138,6 +138,35 @@ def test_the_graph_computes_what_the_model_computes(function):
         torch.testing.assert_close(result, model(x), rtol=1e-4, atol=1e-6)
 
 
+SEEN = torch.tril(torch.ones(KEYS, KEYS))
+MASKS = {
+    "a number is taken off": lambda logits: logits * SEEN - 1e4 * (1 - SEEN),
+    "a number is added, the mask is in front": lambda logits: 1e4 * (SEEN - 1) + SEEN * logits,
+}
+
+
+@pytest.mark.parametrize("way", MASKS)
+def test_masks_that_are_written_out_are_masks(way):
+    model, filled = (Attention(lambda logits, x, mask=mask: mask(logits).softmax(-1) @ x) for mask in (
+        MASKS[way], lambda logits: logits.masked_fill(SEEN == 0, -1e4),
+    ))  # fmt: skip
+    x = drawn(model, 0)
+    graph = capture(model, (x,))
+    assert "masked_fill" in {node.short_name for node in graph.nodes}
+    with torch.no_grad():
+        *_, (_, result) = Execution(graph, real_parameters(model), ()).run()
+        torch.testing.assert_close(result, model(x), rtol=1e-4, atol=1e-6)
+    plan, other = gs.plan(model, (x,)), gs.plan(filled, (x,))
+    assert plan.parameters["query.weight"].distribution.std == pytest.approx(other.parameters["query.weight"].distribution.std)
+    assert plan.predictions["@0"][0] == pytest.approx(other.predictions["@0"][0])
+
+
+@pytest.mark.parametrize("added", [SEEN, 1e4 * (SEEN - 2), torch.arange(KEYS * KEYS).view(KEYS, KEYS) * (SEEN - 1)])
+def test_what_is_no_mask_is_left_as_it_is(added):
+    graph = capture(Attention(lambda logits, x: (logits * SEEN + added).softmax(-1) @ x), (torch.randn(8, KEYS, WIDTH),))
+    assert "masked_fill" not in {node.short_name for node in graph.nodes}
+
+
 def test_projections_behind_it_are_queries_and_keys():
     model = Attention(over_their_sum)
     plan = gs.plan(model, (drawn(model, 0),))

@@ -13,6 +13,7 @@ from gainstage.capture.calls import module_calls
 from gainstage.capture.constants import fold
 from gainstage.capture.functional import NotFunctional, functionalise
 from gainstage.capture.lowered import UNKNOWN_SIZE, Lowered
+from gainstage.capture.masks import name_masks
 from gainstage.capture.norms import name_norms
 from gainstage.capture.pads import fold_padding
 from gainstage.capture.products import name_contractions
@@ -106,7 +107,7 @@ def _fused(functional: Lowered, live: Collection[str]) -> tuple[list[Node], Lowe
     nodes = reachable(resized(nodes) if live else nodes, functional)
     nodes, guesses = fold(nodes, functional.outputs, unsized(Dataflow(nodes)) if live else ())
     marked = {name for name, marks in functional.marks.items() if marks}
-    nodes = name_contractions(name_softmaxes(fold_padding(choose_rows(nodes))), {*functional.outputs, *marked})
+    nodes = name_contractions(name_softmaxes(name_masks(fold_padding(choose_rows(nodes)))), {*functional.outputs, *marked})
     nodes = reachable(name_norms(fuse_parametrizations(reachable(nodes, functional))), functional)
     nodes, names = fuse_regions(nodes, functional.outputs, marked)
     functional = dataclasses.replace(functional, outputs=names)
