@@ -10,6 +10,7 @@ from gainstage.rules import Call, rules
 from gainstage.signal import (
     apply,
     combine,
+    contract,
     expand,
     filter_dim,
     gathered,
@@ -132,3 +133,20 @@ def test_what_is_looked_up_has_the_levels_of_its_rows_and_of_all_other_dimension
         squares = [take(found, 1, start, start + 2).second_moment for start in (0, 2)]
         assert squares == pytest.approx([0.75, 0.75 * 9.0])
     assert select(lookup(x, 0, rows), 0, 3).second_moment == 0.0
+
+
+def test_places_that_are_shuffled_sample_by_sample_are_loud_where_they_come_to_lie():
+    """What is masked is zero, in other places of each sample, before and beside a class token, and in products over channels."""
+    order = torch.stack([torch.randperm(8, generator=torch.Generator().manual_seed(seed)) for seed in range(3)])
+    loud, places = (order < 2).double().numpy(), order[..., None].expand(3, 8, 5)
+    parts = [[independent((3, n, 5), 0.0, std) for n, std in ((2, 1.0), (6, 0.0))] for _ in range(2)]
+    q, k = (gathered(join(pair, 1), 1, places) for pair in parts)
+    beside = join([independent((3, 1, 5), 0.0, 2.0), q], 1)
+    logits = contract(q, k, "btc", "bsc", "bts")
+    for found, squares in (
+        (q, loud[:, :, None]),
+        (beside, np.concatenate([np.full((3, 1), 4.0), loud], axis=1)[..., None]),
+        (logits, 5.0 * loud[:, :, None] * loud[:, None]),
+    ):
+        assert found.levels is not None
+        assert np.broadcast_to(found.levels**2 * found.second_moment, squares.shape) == pytest.approx(squares)

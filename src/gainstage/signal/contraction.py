@@ -46,9 +46,9 @@ def contract(a: Value, b: Value, labels_a: str, labels_b: str, labels_out: str) 
     index_b = [n for label, dim in zip(labels_b, b.dims, strict=True) for n in numbers.of(label, dim)]
     dims_of = dict(zip(labels_b, b.dims, strict=True)) | dict(zip(labels_a, a.dims, strict=True))
     apart = apart_of(a, b, index_a, index_b)
-    pattern = pattern_of(a, b, index_a, index_b) if apart is None else None
-    table_a = a.table if pattern is None else pattern.weighted(a.table)
     summed = [n for n in index_a if n in index_b and not any(n in numbers.of(label, dims_of[label]) for label in labels_out)]
+    pattern = pattern_of(a, b, index_a, index_b, summed) if apart is None else None
+    table_a = a.table if pattern is None else pattern.weighted(a.table)
     table_b = b.table if pattern is not None else meeting(a, b, [(index_a.index(n), index_b.index(n)) for n in summed])
     fresh = any(weight.is_weight and _is_fresh(weight) for weight in (a, b))
     if pattern is None and not fresh and a.levels is not None and b.levels is not None:

@@ -134,8 +134,10 @@ def of_sum(terms: Sequence[tuple[Array | None, float]], axes: int) -> Array | No
 def of_parts(parts: Sequence[tuple[Array | None, float]], sizes: Sequence[int], position: int, axes: int) -> Array | None:
     """Profile of parts with these profiles and second moments, laid one after the other along the axis at ``position``.
 
-    Across the other axes the parts are taken to vary alike: by their average.
+    Across the other axes the parts are taken to vary alike, by their average, unless axes of a part vary together.
     """
+    if any(levels is not None and not _is_product(levels**2, position) for levels, _ in parts):
+        return _beside(parts, sizes, position, axes)
     squares = []
     common = np.zeros((1,) * axes)
     for (levels, second), size in zip(parts, sizes, strict=True):
@@ -146,6 +148,21 @@ def of_parts(parts: Sequence[tuple[Array | None, float]], sizes: Sequence[int], 
     shape = [1] * axes
     shape[position] = -1
     return normalised(np.sqrt(np.concatenate(squares).reshape(shape) * common))
+
+
+def _is_product(squares: Array, position: int) -> bool:
+    """Whether mean squares are those along one axis times those along all others."""
+    others = tuple(p for p in range(squares.ndim) if p != position)
+    alone = squares.mean(axis=others, keepdims=True) * squares.mean(axis=position, keepdims=True)
+    return bool(np.allclose(alone, squares * squares.mean(), atol=1e-9))
+
+
+def _beside(parts: Sequence[tuple[Array | None, float]], sizes: Sequence[int], position: int, axes: int) -> Array | None:
+    """Profiles of parts one after the other, entry by entry."""
+    own = [second * (np.ones((1,) * axes) if levels is None else levels**2) for levels, second in parts]
+    shape = np.broadcast_shapes(*([n if p != position else 1 for p, n in enumerate(each.shape)] for each in own))
+    wide = [np.broadcast_to(each, [*shape[:position], n, *shape[position + 1 :]]) for each, n in zip(own, sizes, strict=True)]
+    return normalised(np.sqrt(np.concatenate(wide, axis=position)))
 
 
 def product(first: Array | None, second: Array | None) -> Array | None:

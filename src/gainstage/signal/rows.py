@@ -62,14 +62,14 @@ class Pattern:
         return profile, of_sum([(self.common[0], weights[0]), (self.common[1], weights[1])], axis)
 
 
-def pattern_of(a: Value, b: Value, index_a: Sequence[int], index_b: Sequence[int]) -> Pattern | None:
-    """Pattern of the weights a of a sum over keys of b, where a has one."""
+def pattern_of(a: Value, b: Value, index_a: Sequence[int], index_b: Sequence[int], summed: Sequence[int]) -> Pattern | None:
+    """Pattern of the weights a of a sum over keys of b, where a has one. ``summed``: the axes that are, by their numbers."""
     if a.levels is None:
         return None
     varying = [position for position, size in enumerate(a.levels.shape) if size > 1]
-    keys = [position for position in varying if index_a[position] in index_b]
+    keys = [position for position in varying if index_a[position] in summed]
     queries = [position for position in varying if index_a[position] not in index_b]
-    if len(keys) != 1 or len(queries) != 1:
+    if len(keys) != 1 or len(queries) != 1 or len(varying) > 2:
         return None
     (key,), (query,) = keys, queries
     if a.gram is not None and a.gram.axis is a.axes[query]:

@@ -55,26 +55,27 @@ def gathered(x: Value, dim: int, index: torch.Tensor) -> Value:
 
 
 def _squares(x: Value, dim: int, index: torch.Tensor, dims: Sequence[Dim]) -> Array:
-    """Mean squares of what is gathered, over those of the whole: by its coordinates along the other dimensions.
-
-    Along the one that is gathered, their average, by how often each of its coordinates is picked.
-    """
+    """Mean squares of what is gathered, over that of the whole, entry by entry."""
     assert x.levels is not None
-    squares = x.levels**2
-    for d in reversed(range(len(x.dims))):
-        at = sum(len(axes) for axes in x.dims[:d])
-        if not x.dims[d]:
-            squares = np.expand_dims(squares, at) if dims[d] else squares
-            continue
-        if d == dim and squares.shape[at] > 1:
-            counts = torch.bincount(index.reshape(-1), minlength=x.shape[d]).numpy() / index.numel()
-            squares = np.tensordot(squares, counts, axes=(at, 0))
-            squares = np.expand_dims(squares, at)
-        elif squares.shape[at] > 1:
-            squares = squares.take(range(index.shape[d]), axis=at)
-        if not dims[d]:
-            squares = squares[(slice(None),) * at + (0,)]
-    return squares
+    wide = x.levels.reshape(_by_dim(x, x.levels.shape)) ** 2
+    other = [d for d in range(len(x.dims)) if d != dim]
+    for d in other:
+        if wide.shape[d] > 1:
+            wide = wide.take(range(index.shape[d]), axis=d)
+        if bool((index == index.narrow(d, 0, 1)).all()):
+            index = index.narrow(d, 0, 1)
+    if wide.shape[dim] > 1:
+        picks = index.cpu().numpy()
+        shape = [max(pair) for pair in zip(wide.shape, picks.shape, strict=True)]
+        wide, picks = (np.broadcast_to(part, [*shape[:dim], part.shape[dim], *shape[dim + 1 :]]) for part in (wide, picks))
+        wide = np.take_along_axis(wide, picks, axis=dim)
+    return np.asarray(wide.reshape([n for n, axes in zip(wide.shape, dims, strict=True) if axes]))
+
+
+def _by_dim(x: Value, shape: Sequence[int]) -> list[int]:
+    """Sizes of a profile with one entry for each dimension, each of which has one axis at most."""
+    sizes = iter(shape)
+    return [next(sizes) if axes else 1 for axes in x.dims]
 
 
 def _kept(x: Value, d: int, size: int, fresh: Dim, dim: int) -> Dim:
