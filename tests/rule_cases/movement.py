@@ -66,6 +66,7 @@ CASES = [
     RuleCase(op=aten.stack.default, args=([TOKENS, TOKENS], 1)),
     RuleCase(op=aten.concatenate.default, args=([TOKENS, MORE_TOKENS], 0)),
     RuleCase(op=aten.slice_scatter.default, args=(TOKENS, PAIR, 1, 1, 3)),
+    RuleCase(op=aten.slice_scatter.default, args=(entries(4, 6, 5, mean=0.3), PAIR, 1, 2, 4)),  # nothing in common
     RuleCase(op=aten.slice_scatter.default, args=(TOKENS, PAIR, 1, 1, 5, 2)),
     RuleCase(op=aten.index_put.default, args=(TOKENS, [None, constant(torch.tensor([1, 4])), None], PAIR)),
     RuleCase(op=aten.index_put.default, args=(TOKENS, [constant(MASK)], entries(5))),

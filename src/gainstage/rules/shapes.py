@@ -188,23 +188,30 @@ def _is_sibling(x: Value, other: Value) -> bool:
 def slice_replaced(
     call: Call, x: Value, src: Value, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1
 ) -> Value:
-    """A range of one dimension is another tensor: the two one after the other, and then in order."""
+    """A range of one dimension is another tensor: what is before it, the tensor and what is after it, side by side.
+
+    Where what is before and after has something in common: the two tensors one after the other, and then in order.
+    """
     size = x.shape[dim]
     places = range(*slice(start, end, step).indices(size))
-    rest = [i for i in range(size) if i not in places]
-    if not rest or not places:
-        return x if rest else src
-    if step == 1 and places.start == 0:
-        return join([src, take(x, dim, places.stop, size)], dim)
-    if step == 1 and places.stop == size:
-        return join([take(x, dim, 0, places.start), src], dim)
+    if not places or len(places) == size:
+        return src if places else x
+    before, after = ([take(x, dim, a, b)] if a < b else [] for a, b in ((0, places.start), (places.stop, size)))
+    if step == 1 and not (before and after and _is_common(x, dim % len(x.dims))):
+        return join([*before, src, *after], dim)
     return with_places(x, src, dim % len(x.dims), list(places))
+
+
+def _is_common(x: Value, dim: int) -> bool:
+    """Whether entries that differ along a dimension have anything in common."""
+    apart = [np.take(x.covariance, 0, axis=x.axes.index(axis)) for axis in x.dims[dim]]
+    return any(float(np.abs(part).max()) > 1e-12 * x.second_moment for part in apart)
 
 
 def with_places(x: Value, src: Value, dim: int, places: list[int]) -> Value:
     """The rest and what replaces these places, one after the other, and then in order."""
     size = x.shape[dim]
-    rest = [i for i in range(size) if i not in places]
+    rest = np.delete(np.arange(size), places).tolist()
     if not rest:
         return filter_dim(src, dim, np.eye(size)[np.argsort(places)])
     side_by_side = join([filter_dim(x, dim, np.eye(size)[rest]), src], dim)

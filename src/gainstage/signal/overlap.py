@@ -18,7 +18,7 @@ from gainstage.signal.axes import Axis
 from gainstage.signal.copies import replace
 from gainstage.signal.lots import NO_LOTS, Lots, together
 from gainstage.signal.neighbours import REACH, padded, pairs_by_lag
-from gainstage.signal.quadrature import Array, matmul
+from gainstage.signal.quadrature import Array
 from gainstage.signal.unlike import Unlike
 
 if TYPE_CHECKING:
@@ -234,11 +234,12 @@ def _kept_in_step(matrix: Array, e: Array, passed: float) -> float:
 
 def _products_by_lag(matrix: Array, shift: int, lags: int) -> Array:
     """``mean over p of sum over i of M[p + D, i + d] M[p, i]`` for d from ``1 - lags`` to ``lags - 1``."""
-    outputs = len(matrix)
+    outputs, size = matrix.shape
     if shift >= outputs:
         return np.zeros(2 * lags - 1)
-    products = matmul(matrix[: outputs - shift].T, matrix[shift:])
-    return np.array([float(products.trace(lag)) / (outputs - shift) for lag in range(1 - lags, lags)])
+    first, second = matrix[: outputs - shift], matrix[shift:]
+    sides = ((first[:, max(-d, 0) : max(size - d, 0)], second[:, max(d, 0) : max(size + d, 0)]) for d in range(1 - lags, lags))
+    return np.array([float(np.einsum("pi,pi->", one, other)) / len(first) for one, other in sides])
 
 
 def mixed(terms: Sequence[tuple[Overlap, float]]) -> Overlap:
