@@ -273,6 +273,7 @@ def _excess(
     excess = both + (1.0 - both) * apart
     excess[(0,) * excess.ndim] = 1.0
     square = expectation_of_two(surface, mass) ** 2
+    ties = np.minimum(ties, 1.0)  # which rounding may pass
     return excess, ties, (far - square) / (own - square) if own > square else 0.0
 
 
