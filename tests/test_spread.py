@@ -291,3 +291,18 @@ def rendered(report):
 def test_what_hardly_grows_with_a_level_strays_by_nothing_not_by_less():
     for variance in (0.01, 0.1, 0.5):
         assert 0.0 <= stray_passed(nodes(), 1.0 / (1.0 + np.exp(-1e-6 * nodes())), variance) < 1e-12
+
+
+def test_a_patch_of_a_smooth_map_is_read_as_fewer_numbers():
+    """What neighbouring taps have in common makes patches alike by chance: their mean square cosine is no longer one over n."""
+    found = []
+    for seed in range(8):
+        torch.manual_seed(seed)
+        patches = F.unfold(F.avg_pool2d(torch.randn(8, 3, 34, 34).double(), 3, 1), 8, stride=8).transpose(1, 2)
+        products = torch.einsum("apc,bqc->apbq", patches, patches)
+        apart = ~torch.eye(8, dtype=torch.bool)
+        found.append(float((products.permute(0, 2, 1, 3)[apart] ** 2).mean() / patches.square().sum(-1).mean() ** 2))
+    model = nn.Sequential(nn.AvgPool2d(3, 1), nn.Conv2d(3, 16, 8, 8, bias=False))
+    overlap = gs.inspect(model, (torch.randn(8, 3, 34, 34),), gradients=False).modules["1"][0].value.overlap
+    assert np.std(found) / len(found) ** 0.5 < 0.01 * np.mean(found)
+    assert overlap.variance == pytest.approx(np.mean(found), rel=0.03)  # 1/192, a quarter of it, of independent ones

@@ -17,6 +17,7 @@ from gainstage.signal.axes import Axis, descends
 from gainstage.signal.copies import replace
 from gainstage.signal.few import shaped
 from gainstage.signal.lots import NO_LOTS, Lots, drawn, together
+from gainstage.signal.neighbours import outer, pairs_by_lag
 from gainstage.signal.overlap import Overlap, Taps, after_kernel, mixed, patch_share
 from gainstage.signal.quadrature import expectation, kurtosis
 from gainstage.signal.stray import Stray, growth, passed, read
@@ -64,7 +65,8 @@ def weighted(
     if entry <= 0.0:
         return y
     loud = 1.0 + _unevenness(x, terms)
-    own = _dot_variance(x, mean, terms, alone, places) / (number * entry) ** 2 * loud
+    own = _dot_variance(x, mean, terms, alone, places) + _near_taps(x, mean, terms, places, taps or {})
+    own = max(own, 0.0) / (number * entry) ** 2 * loud
     patch = patch_share(x.overlap, taps or {})
     share = apart * patch
     inherited = share * x.overlap.variance * (x.second_moment / entry) ** 2
@@ -148,6 +150,21 @@ def _dot_variance(x: Value, mean: float, terms: Mapping[int, float], alone: Sequ
         between = covariance[tuple(picked.get(p, slice(None)) for p in range(x.table.ndim))]
         variance += weight * float((pairs * (2.0 * mean**2 * (within + between) + within**2 + between**2)).sum())
     return max(variance, 0.0)
+
+
+def _near_taps(x: Value, mean: float, terms: Mapping[int, float], places: Sequence[int], taps: Mapping[Axis, Taps]) -> float:
+    """What near taps of one output add to that: ``sum  2 m^2 C_ii + C_ii^2`` lag by lag, less what the table has of it."""
+    near, axes = x.neighbours(), [x.axes[p] for p in places]
+    if near is None or any(axis not in taps for axis in (*axes, *near.axes)):
+        return 0.0
+    counts = [taps[axis].count for axis in axes]
+    lagged = x.lagged(axes, counts)[0] - x.mean**2
+    pairs = outer([pairs_by_lag(count) / count**2 for count in counts])
+    among = x.covariance[tuple(slice(None) if p in places else 1 for p in range(x.table.ndim))]
+    shares = outer([np.array([1.0 - 1.0 / count, 1.0 / count]) for count in counts])
+    first, second = (float((pairs * lagged**power).sum() - (shares * among**power).sum()) for power in (1, 2))
+    number = math.prod(n**2 if p in places else n for p, n in terms.items())
+    return number * (2.0 * mean**2 * first + second)
 
 
 def held(x: Value, share: float = 1.0, before: Value | None = None) -> Value:
