@@ -27,6 +27,18 @@ class Steps(nn.Module):
         return x
 
 
+class Sequences(Steps):
+    """The same of each place of a map, which is laid out as a sequence behind a class token from step to step."""
+
+    def forward(self, x):
+        x = torch.cat([torch.zeros(len(x), 1, WIDTH), x.flatten(2).transpose(1, 2)], 1)
+        for layer in self.layers:
+            y = x[:, 1:].transpose(1, 2).view(len(x), WIDTH, 2, 3).permute(0, 2, 3, 1)
+            y = (y + layer(y)).permute(0, 3, 1, 2).flatten(2).transpose(1, 2)
+            x = torch.cat([x[:, :1], y], 1)
+        return x[:, 1:]
+
+
 def linear():
     layer = nn.Linear(WIDTH, WIDTH, bias=False)
     nn.init.normal_(layer.weight, std=WIDTH**-0.5)
@@ -65,6 +77,14 @@ def test_copies_are_followed_like_one_weight_in_both_directions():
     for k in range(STEPS):  # g_k x_k, summed over the batch
         exact = BATCH * powers(STEPS - 1 - k, STEPS - 1 - k, q) * powers(k, k, q)
         assert trace.parameters[f"layers.{k}.weight"].gradient_second_moment == pytest.approx(exact, rel=1e-4)
+
+
+def test_uses_of_one_weight_are_followed_however_tokens_are_laid_out_between():
+    torch.manual_seed(0)
+    model = Sequences(*[linear()] * STEPS)
+    q = float(model.layers[0].weight.detach().double().square().mean()) * WIDTH
+    out = gs.inspect(model, (torch.randn(4, WIDTH, 2, 3),), gradients=False).modules[""][0]
+    assert out.second_moment == pytest.approx(powers(STEPS, STEPS, q), rel=1e-5)
 
 
 def test_gradients_of_the_uses_of_one_weight_add_up_by_what_they_share():

@@ -19,15 +19,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from gainstage.graph import Graph, Node, Ref
-from gainstage.graph.families import LOOKUP
+from gainstage.graph import Graph, Node, Ref, short_name
+from gainstage.graph.families import CONCATENATION, LOOKUP, MOVEMENT
 from gainstage.propagate.sample import samplings
 from gainstage.signal import Value, affine, combine, covariance_between
 from gainstage.signal.axes import Axis
 from gainstage.signal.copies import replace
 from gainstage.signal.gather import one_hot
 from gainstage.signal.quadrature import expectation
-from gainstage.signal.traits import Origin
+from gainstage.signal.traits import Origin, Sum
 
 _NEGLIGIBLE = 1e-9  # of a second moment
 _RETURNED = "returned"
@@ -125,10 +125,44 @@ def _made(node: Node, graph: Graph, operation: Operation, result: Any, part: int
     inputs = operation.inputs()
     if any(result is x for x in inputs):
         return result
-    return _originated(
-        result if _is_sum_of(result, inputs) else replace(result, sum=None), call=(node.op, operation.settings()),
-        inputs=inputs, run=operation.run, part=part, draws=node.may_draw, reuses=bool(result.lineage & graph.reused),
-    )  # fmt: skip
+    how = {
+        "call": (node.op, operation.settings()), "run": operation.run, "part": part, "draws": node.may_draw,
+        "reuses": bool(result.lineage & graph.reused),
+    }  # fmt: skip
+    if how["reuses"] and part is None and len(inputs) == 1 and node.short_name in MOVEMENT:
+        return _moved(result, inputs[0], how)
+    return _originated(result if _is_sum_of(result, inputs) else replace(result, sum=None), inputs=inputs, **how)
+
+
+def _moved(result: Value, x: Value, how: dict[str, Any]) -> Value:
+    """A view or a part of x: what x was before it was laid out otherwise, if it is that again; of a sum, its terms so."""
+    before = next((y for y in _earlier(x) if y.marginal is result.marginal and y.dims == result.dims), None)
+    if before is not None:
+        return replace(result, origin=before.origin, sum=_sum_of(result, _terms(before)))
+    moved = tuple((_moved(how["run"]([term]), term, how), sign) for term, sign in _terms(x))
+    return _originated(replace(result, sum=_sum_of(result, moved)), inputs=(x,), **how)
+
+
+def _terms(x: Value) -> tuple[tuple[Value, float], ...]:
+    terms = () if x.sum is None or x.sum.table is not x.table else x.sum.terms
+    return terms if all(term.shape == x.shape for term, _ in terms) else ()
+
+
+def _sum_of(result: Value, terms: tuple[tuple[Value, float], ...]) -> Sum | None:
+    return Sum(result.table, terms) if terms else None
+
+
+def _earlier(x: Value) -> Iterator[Value]:
+    """What x was before it was laid out as it is: views, parts of concatenations, and what these were made of."""
+    seen, left = set(), [x]
+    while left:
+        origin = left.pop().origin
+        if origin is None or origin in seen or not isinstance(origin.call, tuple):
+            continue
+        seen.add(origin)
+        if short_name(origin.call[0]) in MOVEMENT | CONCATENATION:
+            yield from origin.inputs
+            left += origin.inputs
 
 
 def _originated(result: Value, inputs: tuple[Value, ...], **how: Any) -> Value:
