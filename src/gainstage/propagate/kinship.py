@@ -26,8 +26,9 @@ from gainstage.signal import Value, affine, combine, covariance_between
 from gainstage.signal.axes import Axis
 from gainstage.signal.copies import replace
 from gainstage.signal.gather import one_hot
-from gainstage.signal.quadrature import expectation
+from gainstage.signal.quadrature import Array, expectation
 from gainstage.signal.traits import Origin, Sum
+from gainstage.signal.value import gaussian
 
 _NEGLIGIBLE = 1e-9  # of a second moment
 _RETURNED = "returned"
@@ -203,6 +204,16 @@ class _Product:
             and self.read.shape == other.fresh.shape
         )
 
+    def is_repeated_by(self, other: _Product) -> bool:
+        """Whether both are depthwise convolutions with one kernel, of maps of one shape."""
+        shape = self.weight.shape
+        return (
+            len(shape) > 2
+            and shape[1] == 1 < self.read.shape[1] == shape[0]
+            and self.weight.marginal.latent == other.weight.marginal.latent
+            and self.fresh.shape == self.read.shape == other.read.shape == other.fresh.shape
+        )
+
     def scale_in(self, other: _Product) -> float:
         """The weight of this product over that of another one, both multiples of one parameter."""
         own, others = self.weight.marginal.values, other.weight.marginal.values
@@ -248,20 +259,17 @@ def _with_returns(node: Node, graph: Graph, made: Value, values: Mapping[str, An
         done = [name for name in uses[: uses.index(node.name)] if isinstance(values.get(name), Value)]
         before = [_product_at(graph.by_name[name], values[name], bit, values) for name in done]
         returning = [product for product in before if product is not None and product.is_returned_by(own)]
-        return _returned(own, returning) if returning else made
+        if returning:
+            return _returned(own, returning)
+        repeated = [product for product in before if product is not None and product.is_repeated_by(own)]
+        return _repeated(own, repeated) if repeated else made
     return made
 
 
 def _returned(own: _Product, before: list[_Product]) -> Value:
     """``y + gain sum over k of theta_k x_k``."""
-    made = own.fresh
-    shared = [covariance_between(own.read, product.fresh) for product in before]
-    if all(table is None for table in shared):
-        return made
-    common = np.array([_of_one(covariance_between(a.fresh, b.fresh)) for a in before for b in before])
-    slopes = np.linalg.lstsq(common.reshape(len(before), -1), np.array([_of_one(t) for t in shared]), rcond=1e-6)[0]
-    total = made
-    for product, slope in zip(before, slopes, strict=True):
+    total = made = own.fresh
+    for product, slope in zip(before, _slopes(own, before), strict=True):
         if slope**2 * product.fresh.second_moment > _NEGLIGIBLE * own.read.second_moment:
             total = combine(torch.add, total, affine(product.read, own.gain * product.scale_in(own) * float(slope)))
     if total is made:
@@ -270,6 +278,39 @@ def _returned(own: _Product, before: list[_Product]) -> Value:
         total, call=(_RETURNED, object()), inputs=(made, *(product.read for product in before)), run=lambda _: total, part=None,
         draws=False, reuses=True,
     )  # fmt: skip
+
+
+def _repeated(own: _Product, before: list[_Product]) -> Value:
+    """``E[(w * w * x)^2]`` is ``2 + (kurtosis - 2) / k`` times that of two kernels of k taps: two orders are one product.
+
+    The square of the tap in the middle gives x back, ``E[w^2] x``. Of maps whose places are alike only by chance.
+    """
+    made, slopes = own.fresh, _slopes(own, before)
+    sizes, taps = own.weight.shape[2:], float(np.prod(own.weight.shape[2:]))
+    back = own.gain / taps if all(size % 2 for size in sizes) else 0.0
+    squares = sum(slope**2 * product.fresh.variance for product, slope in zip(before, slopes, strict=True))
+    gained = own.gain * squares * (1.0 + (own.weight.marginal.kurtosis - 2.0) / taps - (back > 0.0) / taps**2)
+    if gained <= _NEGLIGIBLE * made.second_moment:
+        return made
+    part = gaussian(made.dims, 0.0, made.covariance * (gained / made.variance), made.levels, lineage=made.lineage)
+    louder = replace(part, near=made.near, overlap=made.overlap)
+    total = combine(torch.add, made, louder)
+    for product, slope in zip(before, slopes, strict=True):
+        total = combine(torch.add, total, affine(product.read, back * float(slope)))
+    return _originated(
+        total, call=(_RETURNED, object()), inputs=(made, louder, *(product.read for product in before)), run=lambda _: total,
+        part=None, draws=False, reuses=True,
+    )  # fmt: skip
+
+
+def _slopes(own: _Product, before: list[_Product]) -> Array:
+    """``theta = Cov(u, u)^-1 Cov(u, h)``, u what products made and h what this one reads."""
+    shared = [covariance_between(own.read, product.fresh) for product in before]
+    if all(table is None for table in shared):
+        return np.zeros(len(before))
+    common = np.array([_of_one(covariance_between(a.fresh, b.fresh)) for a in before for b in before])
+    found = np.linalg.lstsq(common.reshape(len(before), -1), np.array([_of_one(t) for t in shared]), rcond=1e-6)[0]
+    return np.asarray(found)
 
 
 def _of_one(table: Any) -> float:
