@@ -17,16 +17,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gainstage.signal import levels
-from gainstage.signal.axes import Axis, Dim, axes_of, descends, distinct
-from gainstage.signal.between import deviation, kept, loud_together, meeting
+from gainstage.signal.agreement import agreement, known_by
+from gainstage.signal.axes import Axis, Dim, axes_of, distinct
+from gainstage.signal.between import kept, loud_together, meeting
 from gainstage.signal.copies import replace
 from gainstage.signal.directions import flatness_of_product
 from gainstage.signal.movement import expand, merge_dim, refine, reshape
 from gainstage.signal.neighbours import REACH, Neighbours, beyond, cut, made, outer
-from gainstage.signal.overlap import NONE, PAIRS, Overlap, Taps
+from gainstage.signal.overlap import NONE, Overlap, Taps
 from gainstage.signal.quadrature import Array
 from gainstage.signal.rows import apart_of, pattern_of, tilted
-from gainstage.signal.spread import by_chance, multiplied, weighted
+from gainstage.signal.spread import multiplied, weighted
 from gainstage.signal.traits import Lean
 from gainstage.signal.value import Value, gaussian
 
@@ -102,47 +103,18 @@ def _is_fresh(weight: Value) -> bool:
 
 
 def _agreement(a: Value, b: Value, summed: Sequence[tuple[Axis, Axis]]) -> float:
-    """``n (n - 1) K_a K_b Cov(cos, cos')``: a sum over n places of two tensors made of one, or of a gradient and its tensor.
-
-    Over the weights the entries of each at two places share the cosine of what was read there, which strays, and is the same for
-    both. ``summed``: pairs of axes, as a has them and as b has them.
-    """
-    places = _in_common(a.read, b.read, summed)
-    covariance = a.overlap.shared(b.overlap) + _known_pairs(a, b) + _known_pairs(b, a) if places else 0.0
-    for one, other, pairs in ((a, b, summed), (b, a, [(second, first) for first, second in summed])):
-        along = frozenset((name, read) for name, read in one.read if len(read) < len(other.axes))
-        if own := _in_common(along, _names(other), pairs):
-            places_of = [axis for _, axis in pairs]
-            terms = {p: float(axis.size) for p, axis in enumerate(other.axes) if axis not in places_of}
-            chance = by_chance(other, terms) ** 0.5
-            places, covariance = own, one.overlap.shared(other.overlap) + one.overlap.of_entries(other.marginal.latent) * chance
-            covariance += _known_pairs(one, other)
+    """``n (n - 1) K_a K_b Cov(cos, cos')``: see :mod:`gainstage.signal.agreement`; ``summed``: axes as a and as b has them."""
+    places, covariance = agreement(a, b, summed)
     size = math.prod(axis.size for axis in places)
     each = math.prod(own.size for own, _ in summed) / size
     return each * size * (size - 1.0) * a.second_moment * b.second_moment * covariance
-
-
-def _known_pairs(one: Value, other: Value) -> float:
-    """What the cosines of two tensors share for some pairs being more alike than others on average, in both."""
-    size = dict(one.overlap.parts).get(PAIRS, 0.0)
-    return size * deviation(other) if size > 0.0 else 0.0
-
-
-def _in_common(
-    first: frozenset[tuple[object, frozenset[Axis]]],
-    second: frozenset[tuple[object, frozenset[Axis]]],
-    summed: Sequence[tuple[Axis, Axis]],
-) -> set[Axis]:
-    """Axes that are summed over, along which two tensors read the same; ``summed``: as the first has them and as the second."""
-    pairs = [(one, other) for name, one in first for known, other in second if name == known]
-    return {a for a, b in summed if any(descends(a, one) and descends(b, other) for one, other in pairs)}
 
 
 def _strayed(y: Value, x: Value, weight: Value, labels: tuple[str, str, str]) -> Value:
     """A product y, with what its entries stray by for sharing weights, if one of the operands is weights."""
     read, own, out = labels
     if x.is_weight is weight.is_weight:
-        read_by = x.read | weight.read | (frozenset() if x.is_weight else _names(x) | _names(weight))
+        read_by = x.read | weight.read | (frozenset() if x.is_weight else known_by(x) | known_by(weight))
         return replace(y, read=read_by, overlap=_swollen(x, weight))
     if x.is_weight:
         return _strayed(y, weight, x, (own, read, out))
@@ -150,13 +122,8 @@ def _strayed(y: Value, x: Value, weight: Value, labels: tuple[str, str, str]) ->
     along = {label: range(starts[d], starts[d + 1]) for d, label in enumerate(read)}
     terms = {p: float(x.axes[p].size) for label in read if label not in out for p in along[label]}
     alone = [p for label in read if label in out and label in own for p in along[label]]
-    read_by = _names(x) if weight.lineage.bit_count() == 1 else x.read  # or a learned query's keys
+    read_by = known_by(x) if weight.lineage.bit_count() == 1 else x.read  # or a learned query's keys
     return replace(weighted(y, x, weight, terms, alone=alone), read=read_by)
-
-
-def _names(x: Value) -> frozenset[tuple[object, frozenset[Axis]]]:
-    """What a tensor is known by to all that read it: its latent, and, as a norm called twice on it has two, its source."""
-    return frozenset((name, frozenset(x.axes)) for name in (x.marginal.latent, x.source) if name is not None)
 
 
 class Subscripts:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from gainstage.signal import levels, shares
+from gainstage.signal.agreement import agreement
 from gainstage.signal.alike import averaged
 from gainstage.signal.axes import Axis
 from gainstage.signal.between import loud_together, of_factors, of_terms, shared
@@ -300,6 +301,8 @@ def multiply(x: Value, y: Value) -> Value:
         )  # fmt: skip
     if float(shared[full]) == 0.0 and x.levels is not None and y.levels is not None:
         table = table * loud_together(x, y, [(p, p) for p in range(table.ndim)])
+    if float(shared[full]) == 0.0:
+        table = table + _agreeing(x, y)
     product = Value(
         dims=x.dims,
         mean=mean,
@@ -326,6 +329,22 @@ def multiply(x: Value, y: Value) -> Value:
         mask = x.constant if y.constant is None else y.constant
         return replace(product, levels=levels.product(levels.of_mask(mask, product.axes), product.levels))
     return replace(product, stray=product.stray.with_cause(product_stray(x, y, product)))
+
+
+def _agreeing(x: Value, y: Value) -> Array:
+    """What entries of the product at two places share beyond their tables, where both factors were made of one tensor."""
+    added = np.zeros_like(x.table)
+    apart = [p for p in range(added.ndim) if not _is_same_along(x, p) and not _is_same_along(y, p)]
+    places, covariance = agreement(x, y, [(x.axes[p], y.axes[p]) for p in apart])
+    if places and covariance != 0.0:
+        added[tuple(slice(None) if axis in places else 1 for axis in x.axes)] = x.second_moment * y.second_moment * covariance
+        added[(1,) * added.ndim] = 0.0
+    return added
+
+
+def _is_same_along(x: Value, position: int) -> bool:
+    """Whether all entries along an axis are one and the same."""
+    return bool(np.array_equal(*np.moveaxis(x.table, position, 0)))
 
 
 def _product_marginal(x: Value, y: Value, mean: float, std: float) -> Marginal:
