@@ -265,11 +265,8 @@ def flipped(call: Call, x: Value, dims: Sequence[int]) -> Value:
 
 @rule(aten.pad.default)
 def padded(call: Call, x: Value, pad: Sequence[int], mode: str = "constant", value: float | None = None) -> Value:
-    """Copies of entries, or a number, around the tensor: a number v is v plus zeros around ``x - v``."""
-    if value and mode == "constant":
-        around_zero: Value = padded(call, affine(x, 1.0, -float(value)), pad)
-        return affine(around_zero, 1.0, float(value))
-    inside = x
+    """Copies of entries, or a number, around the tensor. A number other than 0 is a tensor of its own beside it."""
+    inside, number = x, float(value or 0.0)
     share = 1.0
     for i in range(len(pad) // 2):
         dim = len(x.dims) - 1 - i
@@ -277,6 +274,9 @@ def padded(call: Call, x: Value, pad: Sequence[int], mode: str = "constant", val
         x = take(x, dim, max(-before, 0), size - max(-after, 0))
         before, after, size = max(before, 0), max(after, 0), x.shape[dim]
         if before or after:
+            if mode == "constant" and number:
+                x = _beside(x, dim, before, after, number)
+                continue
             share *= size / (size + before + after) if mode == "constant" else 1.0
             whole = _side_by_side if size > LONG else _in_one
             x = whole(x, dim, before, after, mode)
@@ -287,15 +287,25 @@ def _in_one(x: Value, dim: int, before: int, after: int, mode: str) -> Value:
     return filter_dim(x, dim, padding(x.shape[dim], before, after, mode))
 
 
+def _beside(x: Value, dim: int, before: int, after: int, number: float) -> Value:
+    """A number, tensor, the number: each a part by itself."""
+    borders = [
+        independent(tuple(count if d == dim else n for d, n in enumerate(x.shape)), number, 0.0) if count else None
+        for count in (before, after)
+    ]
+    return join([part for part in (borders[0], x, borders[1]) if part is not None], dim)
+
+
 def _side_by_side(x: Value, dim: int, before: int, after: int, mode: str) -> Value:
     """Padding, tensor, padding: what a border shares with the places it repeats is lost, which is little in a long line."""
     size = x.shape[dim]
     starts = {"reflect": (1, size - 1 - after), "replicate": (0, size - 1), "circular": (size - before, 0)}
 
+    if mode == "constant":
+        return _beside(x, dim, before, after, 0.0)
+
     def border(side: int, count: int) -> Value:
         shape = tuple(count if d == dim else n for d, n in enumerate(x.shape))
-        if mode == "constant":
-            return independent(shape, 0.0, 0.0)
         start = starts[mode][side]
         return expand(take(x, dim, start, start + (1 if mode == "replicate" else count)), shape)
 

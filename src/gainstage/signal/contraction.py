@@ -22,15 +22,19 @@ from gainstage.signal.axes import Axis, Dim, axes_of, distinct
 from gainstage.signal.between import kept, loud_together, meeting
 from gainstage.signal.copies import replace
 from gainstage.signal.directions import flatness_of_product
-from gainstage.signal.movement import expand, merge_dim, refine, reshape
+from gainstage.signal.joining import join
+from gainstage.signal.marginal import Marginal
+from gainstage.signal.movement import expand, merge_dim, parts_along, refine, reshape
 from gainstage.signal.neighbours import REACH, Neighbours, beyond, cut, made, outer
 from gainstage.signal.overlap import NONE, Overlap, Taps
-from gainstage.signal.quadrature import Array
+from gainstage.signal.quadrature import Array, gamma_quantiles
+from gainstage.signal.quotient import weighed
 from gainstage.signal.rows import apart_of, pattern_of, tilted
 from gainstage.signal.spread import multiplied, weighted
 from gainstage.signal.traits import Lean
 from gainstage.signal.value import Value, gaussian
 
+UNLIKE = 0.1  # by how much the share of its mean in a part's second moment differs from that of another part
 Places = NDArray[np.int64]
 
 
@@ -41,6 +45,8 @@ def contract(a: Value, b: Value, labels_a: str, labels_b: str, labels_out: str) 
     if a.tilt is not None:  # what is summed over are keys, whatever map they were laid out on before
         for d, label in enumerate(labels_b):
             b = b if label in labels_out else merge_dim(b, d)
+    if (by_parts := _by_parts(a, b, labels_a, labels_b, labels_out)) is not None:
+        return by_parts
     a, b = match(a, b, labels_a, labels_b)
     numbers = Subscripts()
     index_a = [n for label, dim in zip(labels_a, a.dims, strict=True) for n in numbers.of(label, dim)]
@@ -92,6 +98,28 @@ def contract(a: Value, b: Value, labels_a: str, labels_b: str, labels_out: str) 
     return replace(result, gram=gram, overlap=_swollen(a, b))
 
 
+def _by_parts(a: Value, b: Value, labels_a: str, labels_b: str, labels_out: str) -> Value | None:
+    """Of a concatenation with something else, each part by itself, where they are cut apart again: values beside ones.
+
+    None unless an operand has such parts along what is not summed over, of which some are their mean and others have none.
+    """
+    if a.is_weight or b.is_weight:
+        return None
+    for one, own, other in ((a, labels_a, labels_b), (b, labels_b, labels_a)):
+        parts = parts_along(one)
+        if parts is None or own[parts[0]] in other or own[parts[0]] not in labels_out or not _are_unlike(parts[1]):
+            continue
+        pairs = [(part, b) if one is a else (a, part) for part in parts[1]]
+        made = [contract(first, second, labels_a, labels_b, labels_out) for first, second in pairs]
+        return join(made, labels_out.index(own[parts[0]]))
+    return None
+
+
+def _are_unlike(parts: Sequence[Value]) -> bool:
+    shares = [part.mean**2 / part.second_moment for part in parts if part.second_moment > 0.0]
+    return len(shares) > 1 and max(shares) - min(shares) > UNLIKE
+
+
 def _swollen(a: Value, b: Value) -> Overlap:
     """Of weighted sums of values v over keys: near Gaussian given what made v, their level strays by ``2 E[cos^2]``."""
     return NONE if a.tilt is None else replace(NONE, swell=2.0 * b.overlap.variance)
@@ -114,7 +142,8 @@ def _strayed(y: Value, x: Value, weight: Value, labels: tuple[str, str, str]) ->
     """A product y, with what its entries stray by for sharing weights, if one of the operands is weights."""
     read, own, out = labels
     if x.is_weight is weight.is_weight:
-        read_by = x.read | weight.read | (frozenset() if x.is_weight else known_by(x) | known_by(weight))
+        names = frozenset() if x.is_weight else known_by(x) | known_by(weight)
+        read_by = x.read | weight.read | names | weighed(names)
         return replace(y, read=read_by, overlap=_swollen(x, weight))
     if x.is_weight:
         return _strayed(y, weight, x, (own, read, out))
@@ -146,8 +175,11 @@ class Subscripts:
 
 
 def contracted(a: Value, b: Value, dims: tuple[Dim, ...], mean: float, table: Array, *, profile: Array | None) -> Value:
-    """Gaussian result of a sum over many products, with the history of its operands."""
-    return gaussian(
+    """Gaussian result of a sum over many products, with the history of its operands.
+
+    Of two that are nowhere negative a gamma variable, which is nowhere negative either: what divides by it stays finite.
+    """
+    made = gaussian(
         dims,
         mean,
         table,
@@ -156,6 +188,10 @@ def contracted(a: Value, b: Value, dims: tuple[Dim, ...], mean: float, table: Ar
         stray=multiplied(a, b),
         is_weight=a.is_weight and b.is_weight,
     )
+    if mean <= 0.0 or made.variance <= 0.0 or min(float(x.marginal.values.min()) for x in (a, b)) < 0.0:
+        return made
+    std = made.variance**0.5
+    return replace(made, marginal=Marginal(object(), lambda: gamma_quantiles(mean, std)), rho=None)
 
 
 def match(a: Value, b: Value, labels_a: str, labels_b: str) -> tuple[Value, Value]:

@@ -37,6 +37,7 @@ from gainstage.signal.quadrature import (
     standardised,
     tied_correlation,
 )
+from gainstage.signal.quotient import quotient
 from gainstage.signal.samples import over_lots
 from gainstage.signal.slicing import part_by_part
 from gainstage.signal.spread import held
@@ -298,7 +299,7 @@ def combine(function: Function, x: Value, y: Value) -> Value:
     elif function is torch.mul:
         result = multiply(x, y)
     elif function is torch.div:
-        result = multiply(x, _reciprocal(y))
+        result = quotient(x, y) or multiply(x, _reciprocal(y))
     else:
         result = of_two(lambda u, v: call_on(function, u, v), x, y)
     return _as_statistic(function, x, y, result)
