@@ -19,13 +19,14 @@ from gainstage.signal.copies import replace
 from gainstage.signal.joining import join
 from gainstage.signal.marginal import Marginal
 from gainstage.signal.movement import merge_dim, parts_along
-from gainstage.signal.neighbours import REACH, Neighbours, lag_counts, made
+from gainstage.signal.neighbours import REACH, Neighbours, by_lag_apart, far_of, lag_counts, made
 from gainstage.signal.overlap import NONE, Overlap, filtered
 from gainstage.signal.quadrature import (
     Array,
     coarse,
     evaluate_series,
     expectation_of_two,
+    hermite,
     invert_series,
     nodes,
     power_series,
@@ -36,6 +37,7 @@ from gainstage.signal.traits import Largest, Lean
 from gainstage.signal.value import Value
 
 STEP = 0.05  # of standard deviations, for a slope
+_OWN = 8  # orders of what is a window's own; the rest is kept as one term
 
 
 @cache
@@ -69,6 +71,27 @@ def _sizes(places: Places, shift: int) -> Mapping[tuple[int, int, int], float]:
     return {kind: n / len(pairs) for kind, n in Counter((len(one), len(two), len(one & two)) for one, two in pairs).items()}
 
 
+@cache
+def paired(count: float) -> tuple[Array, Array]:
+    """Correlations r of ``count`` pairs of standard normals, and of the latents of their two maxima.
+
+    ``Cov = integral of F(x, y)^n - (Phi(x) Phi(y))^n``, with ``dF / dr`` the density of a pair (Plackett 1954): for small r the
+    slope is ``1 / n``, as only one pair in n^2 is of one and its counterpart, and for r = 1 the two are the same.
+    """
+    points, angles = np.linspace(-6.0, 6.0, 121), np.linspace(0.0, 0.5 * np.pi, 65)
+    below = torch.special.ndtr(torch.from_numpy(points)).numpy()
+    alone, x, y = np.outer(below, below), points[:, None], points[None, :]
+    joint, density, covariances = alone, np.exp(-0.5 * (x**2 + y**2)), [0.0]
+    for angle in angles[1:-1]:
+        before, density = density, np.exp(-0.5 * (x**2 + y**2 - 2.0 * x * y * np.sin(angle)) / np.cos(angle) ** 2)
+        joint = joint + (before + density) * angles[1] / (4.0 * np.pi)
+        covariances.append(float((joint**count - alone**count).sum()))
+    covariances.append(float((np.minimum.outer(below, below) ** count - alone**count).sum()))
+    series = power_series(np.interp(nodes(), coarse()[0], largest(count)))
+    found = np.array(covariances) / covariances[-1] * series[1:].sum()
+    return np.sin(angles), np.asarray(invert_series(series, found))
+
+
 @dataclass(frozen=True, slots=True)
 class _Window:
     """Places of equal level with the values ``f(z)``, f increasing, and ``z = sqrt(r) common + sqrt(1 - r) own``."""
@@ -86,6 +109,21 @@ class _Window:
         points, mass = coarse()
         series = power_series(np.interp(nodes(), points, np.vecdot(surface, mass)))
         return evaluate_series(series, np.clip(rho / max(self.shared, 1e-12), 0.0, 1.0))
+
+    def opposite(self, surface: Array, rho: Array, beyond: Array, count: float) -> Array:
+        """Second moment of two windows, as of two samples, whose places have the correlation rho; counterparts more.
+
+        ``beyond``: by how much. ``sum of a_nm^2 c^n o^m``, c and o the correlations of the latents of what is common and own.
+        """
+        points, mass = coarse()
+        common = np.clip(rho / max(self.shared, 1e-12), -1.0, 1.0)
+        own = np.clip(beyond / max(1.0 - self.shared, 1e-12), -1.0, 1.0)
+        own = np.sign(own) * np.interp(np.abs(own), *paired(count))
+        orders = [np.interp(points, nodes(), each) for each in hermite().T[:_OWN]]
+        series = [power_series(np.interp(nodes(), points, np.vecdot(surface, mass * each))) for each in orders]
+        columns = [weight * power_series(np.interp(nodes(), points, each)) for each, weight in zip(surface.T, mass, strict=True)]
+        series.append(np.sum(columns, axis=0) - np.sum(series, axis=0))
+        return np.asarray(sum(evaluate_series(each, common) * own**order for order, each in enumerate(series)))
 
     def slope(self, count: float) -> float:
         """``E[d max / d t]`` for ``z + t`` in the place of every z."""
@@ -137,10 +175,10 @@ def max_over(x: Value, dims: Sequence[int], windows: Sequence[Places]) -> Value:
     rho = np.asarray(invert_series(series, far + (own - far) * moments - series[0]))
     distant = float(invert_series(series, np.array([far - series[0]]))[0])
     rho[(0,) * rho.ndim] = 1.0
-    return _pooled(x, read, rho, distant)
+    return _pooled(x, read, Neighbours(axes, moments), rho, distant)
 
 
-def _pooled(x: Value, read: Sequence[tuple[int, Places]], rho: Array, distant: float) -> Value:
+def _pooled(x: Value, read: Sequence[tuple[int, Places]], near: Neighbours, rho: Array, distant: float) -> Value:
     counts = [lag_counts(window, size) for (_, window), size in zip(read, rho.shape, strict=True)]
     inside = _Correlations(counts, rho, distant).between([0] * len(counts))
     window = _Window(np.sort(x.marginal.even), min(max(inside, 0.0), 1.0))
@@ -149,7 +187,8 @@ def _pooled(x: Value, read: Sequence[tuple[int, Places]], rho: Array, distant: f
     out: dict[int, tuple[Axis, ...]] = {d: (Axis(len(place)),) if len(place) > 1 else () for d, place in read}
     profile = levels.normalised(_pooled_profile(x, read, out, np.sqrt(louder[1])))
     marginal, mean, second = _marginal(surface, louder, profile)
-    table = evaluate_series(marginal.series, x.correlation())
+    table = _across(x, read, near, window, surface) * float(louder[0].mean()) ** 2
+    table[(1,) * table.ndim] = second
     gone = {x.dims[d][0] for d in out if not out[d]}
     result = Value(
         dims=tuple(out.get(d, axes) for d, axes in enumerate(x.dims)), mean=mean,
@@ -159,18 +198,41 @@ def _pooled(x: Value, read: Sequence[tuple[int, Places]], rho: Array, distant: f
     spans = tuple(axis for d, _ in read for axis in out[d])
     excess, ties, alike = _excess(read, _Correlations(counts, rho, distant), window, surface)
     along = tuple(slice(None) if out[d] else 0 for d, _ in read)
-    near = Neighbours(spans, excess[along])
     if spans:
         square = float((louder[0] ** 2).mean()) * (mean / float(louder[0].mean())) ** 2  # of means, over places
-        result = result.with_neighbours(near, second, square + alike * (second - square))
+        result = result.with_neighbours(Neighbours(spans, excess[along]), second, square + alike * (second - square))
     overlap = _overlap(x, read, window, out).times((x.second_moment / second) ** 2 if second > 0.0 else 0.0)
-    made_near = made(near.axes, near.excess)
+    made_near = made(spans, excess[along])
     if made_near is not None:
         made_near = replace(made_near, ties=ties[along])
     result = replace(result, near=made_near, overlap=overlap)
     if profile is not None:
         result = _leaning(result, spans, louder[0][along], _pooled_profile(x, read, out, louder[0]))
     return replace(result, largest=Largest(result.table, x, tuple(read)))
+
+
+def _across(x: Value, read: Sequence[tuple[int, Places]], near: Neighbours, window: _Window, surface: Array) -> Array:
+    """Table of the maxima of full windows at equal levels, of other samples or channels, by what their places share.
+
+    Of windows that are counterparts each place meets its counterpart, and its neighbours.
+    """
+    series, positions = x.marginal.even_series, [x.axes.index(axis) for axis in near.axes]
+    even = levels.evened(x.table, x.levels, positions)
+    own, far = far_of(near, even, x.axes)
+    counts = [lag_counts(place, size) for (_, place), size in zip(read, near.excess.shape, strict=True)]
+    common = np.asarray(invert_series(series, even - series[0]))
+    for position, count in zip(positions, counts, strict=True):
+        other, same = np.take(common, [0], position), np.take(common, [1], position)
+        common = np.concatenate([other, other + (same - other) / count[0, 0]], position)
+    beyond = np.zeros_like(common)
+    for index in np.ndindex(*(1 if position in positions else 2 for position in range(even.ndim))):
+        met = tuple(1 if position in positions else i for position, i in enumerate(index))
+        kept, base = by_lag_apart(near, own, far, float(even[met]), float(even[index]))
+        lagged = np.minimum(np.append(base + kept * near.excess, [base, math.inf]), even[met])
+        rho = np.asarray(invert_series(series, lagged - series[0]))
+        common[met] = _Correlations(counts, rho[:-2].reshape(near.excess.shape), float(rho[-2])).between([0] * len(counts))
+        beyond[met] = rho[-1] - common[met]
+    return window.opposite(surface, common, beyond, float(np.prod([place.shape[1] for _, place in read])))
 
 
 def _overlap(x: Value, read: Sequence[tuple[int, Places]], window: _Window, out: Mapping[int, tuple[Axis, ...]]) -> Overlap:
@@ -248,7 +310,8 @@ class _Correlations:
             total *= float(count[0, 0]) ** 2
         weight = weight[0]
         same = float(weight[(0,) * weight.ndim])
-        found = float((weight * self.rho).sum()) - same + (total - float(weight.sum())) * self.distant
+        found = float((weight * self.rho).sum()) - same * float(self.rho[(0,) * weight.ndim])
+        found += (total - float(weight.sum())) * self.distant
         return found / (total - same) if total > same else 0.0
 
 

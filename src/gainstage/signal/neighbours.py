@@ -151,6 +151,21 @@ def write(near: Neighbours, table: Array, axes: Sequence[Axis], moments: tuple[f
     return result
 
 
+def by_lag_apart(near: Neighbours, own: float, far: float, same: float, other: float) -> tuple[float, float]:
+    """``k, c`` of what places of two maps of a kind share at the distance d > 0, ``c + k e(d)``: maps of two samples or channels.
+
+    Given what they share at the same place, and on average at two. What a sample has alone, ``D(d)``, is as if it fell with the
+    lag as all of it does, ``D(0) a e(d)``; or ``D(0) (1 - a + a e(d))`` where it falls less, as between two channels, which share
+    nothing that goes with the lag.
+    """
+    alone, average = max(own - same, 0.0), near.average([False] * len(near.axes))
+    left = min(max((far + (own - far) * average - other) / alone, 0.0), 1.0) if alone > 0.0 else 0.0
+    if left < average:
+        return own - far - alone * left / average, far
+    falling = alone * (1.0 - left) / (1.0 - average) if average < 1.0 else 0.0
+    return own - far - falling, far - alone + falling
+
+
 def through(
     near: Neighbours, own: float, far: float, function: Callable[[Array], Array], tied: tuple[Array, Array] | None = None
 ) -> tuple[Neighbours | None, float]:

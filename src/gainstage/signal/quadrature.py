@@ -69,7 +69,7 @@ def _weighted_hermite() -> Array:
 
 
 @cache
-def _hermite() -> Array:
+def hermite() -> Array:
     """``He_n(z) / sqrt(n!)``, a row for each point z of the grid."""
     return np.ascontiguousarray((_weighted_hermite() / weights()).T)
 
@@ -273,7 +273,7 @@ def smoothed(values: Array, r: float) -> Array:
     if r > 0.98:  # higher orders than ORDER would count
         return values
     coefficients = np.vecdot(_weighted_hermite(), values) * r ** (0.5 * np.arange(ORDER + 1))
-    return np.asarray(np.vecdot(_hermite(), coefficients))
+    return np.asarray(np.vecdot(hermite(), coefficients))
 
 
 def covariance_series(f: Array, g: Array, rho: Array) -> Array:
