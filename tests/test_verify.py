@@ -274,3 +274,49 @@ def test_a_plan_for_another_model_or_mode_is_refused():
         if message:
             with pytest.raises(PlanMismatchError, match=message):
                 gs.verify(other, args, plan=plan)
+
+
+class Dropping(nn.Module):
+    """Residual branches that are dropped sample by sample, as of stochastic depth."""
+
+    def __init__(self, depth=12, drop=0.3):
+        super().__init__()
+        self.branches = nn.ModuleList(
+            nn.Sequential(nn.LayerNorm(WIDTH), nn.Linear(WIDTH, WIDTH), PathDrop(drop)) for _ in range(depth)
+        )
+
+    def forward(self, x):
+        for branch in self.branches:
+            x = x + branch(x)
+        return x
+
+
+class PathDrop(nn.Module):
+    def __init__(self, drop):
+        super().__init__()
+        self.drop = drop
+
+    def forward(self, x):
+        keep = 1.0 - self.drop
+        return x * x.new_empty(x.shape[0], 1).bernoulli_(keep).div_(keep)
+
+
+def test_a_branch_that_was_dropped_for_all_samples_is_no_fault():
+    model, x = Dropping(), torch.randn(2, WIDTH)
+    plan = gs.plan(model, (x,))
+    dropped = 0
+    for seed in range(6):
+        gs.apply(model, plan, seed=seed)
+        torch.manual_seed(seed)
+        check = gs.verify(model, (x,), plan=plan)
+        dropped += sum(row.measured == 0.0 for row in check.rows)
+        assert check.ok, check
+    assert dropped > 0
+
+
+def test_a_branch_of_many_samples_that_is_nothing_is_a_fault():
+    model, x = Dropping(), torch.randn(32, WIDTH)
+    plan = gs.initialize(model, (x,), seed=0)
+    model.branches[4][2].register_forward_hook(lambda _module, _args, output: 0.0 * output)
+    (finding, *_) = faults(gs.verify(model, (x,), plan=plan))
+    assert finding[:2] == ("level off", "branches.4.2") or "branches.4" in str(finding)

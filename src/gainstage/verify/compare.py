@@ -10,6 +10,7 @@ from statistics import NormalDist
 from gainstage.graph import Graph, ModuleCall, TensorMeta
 from gainstage.plan import Plan
 from gainstage.propagate import Trace
+from gainstage.verify.dropped import chance_of_nothing
 from gainstage.verify.measure import Measurement, Pass
 from gainstage.verify.result import CheckRow
 
@@ -21,7 +22,7 @@ _NOTHING = 1e-30  # second moments below this are zero
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """Second moment and spread of one output of a module call, and the node that holds it."""
+    """Second moment and spread of one output of a module call, its node, and the chance that all of it is dropped."""
 
     path: str
     call: int
@@ -29,6 +30,7 @@ class Prediction:
     node: str
     second_moment: float
     spread: float
+    nothing: float
 
 
 def predictions(graph: Graph, expected: Plan | Trace) -> list[Prediction]:
@@ -47,7 +49,7 @@ def predictions(graph: Graph, expected: Plan | Trace) -> list[Prediction]:
             moments = tuple(expected.nodes[name].second_moment for _, name in places)
             spreads = tuple(expected.nodes[name].spread for _, name in places)
         for (place, name), moment, spread in zip(places, moments, spreads, strict=True):
-            found.append(Prediction(call.path, call.call, place, name, moment, spread))
+            found.append(Prediction(call.path, call.call, place, name, moment, spread, chance_of_nothing(graph, name)))
     return found
 
 
@@ -83,6 +85,8 @@ def _row(one: Prediction, measured: Measurement, module_type: str, bound: float)
     expected, second = one.second_moment, measured.second_moment
     if not measured.is_finite:
         z = math.inf
+    elif second <= _NOTHING and one.nothing > NormalDist().cdf(-bound):
+        z = 0.0
     elif expected <= _NOTHING or second <= _NOTHING:
         z = 0.0 if expected <= _NOTHING and second <= _NOTHING else math.copysign(math.inf, second - expected)
     else:
