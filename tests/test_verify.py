@@ -318,5 +318,4 @@ def test_a_branch_of_many_samples_that_is_nothing_is_a_fault():
     model, x = Dropping(), torch.randn(32, WIDTH)
     plan = gs.initialize(model, (x,), seed=0)
     model.branches[4][2].register_forward_hook(lambda _module, _args, output: 0.0 * output)
-    (finding, *_) = faults(gs.verify(model, (x,), plan=plan))
-    assert finding[:2] == ("level off", "branches.4.2") or "branches.4" in str(finding)
+    assert faults(gs.verify(model, (x,), plan=plan))[0] == ("level off", "branches.4.2")
