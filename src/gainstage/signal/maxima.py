@@ -38,6 +38,8 @@ from gainstage.signal.value import Value
 
 STEP = 0.05  # of standard deviations, for a slope
 _OWN = 8  # orders of what is a window's own; the rest is kept as one term
+GRADES = np.linspace(0.0, 1.0, 101)  # of the levels of places, over the largest of their window
+BLOCK = 16  # windows that are looked at at once
 
 
 @cache
@@ -64,11 +66,18 @@ def overlapping(first: int, second: int, shared: int) -> float:
     return float(both - wholes[0].sum() * wholes[1].sum()) * float(step) ** 2
 
 
-def _sizes(places: Places, shift: int) -> Mapping[tuple[int, int, int], float]:
-    """Entries of each of two windows that are a number of outputs apart, and of both: and the share of such pairs."""
+def _sizes(places: Places, shifts: int) -> Sequence[Mapping[tuple[int, int, int], float]]:
+    """Entries of each of two windows that are a number of outputs apart, and of both: and the share of such pairs.
+
+    For each number of outputs. Of the windows that have entries in common.
+    """
     held = [frozenset(row[row >= 0].tolist()) for row in places]
-    pairs = list(zip(held, held[shift:], strict=False))
-    return {kind: n / len(pairs) for kind, n in Counter((len(one), len(two), len(one & two)) for one, two in pairs).items()}
+    found: list[Mapping[tuple[int, int, int], float]] = []
+    for shift in range(shifts):
+        pairs = zip(held, held[shift:], strict=False)
+        kinds = Counter((len(one), len(two), both) for one, two in pairs if (both := len(one & two)))
+        found.append({kind: n / (len(held) - shift) for kind, n in kinds.items()})
+    return found
 
 
 @cache
@@ -132,21 +141,25 @@ class _Window:
         ahead, behind = (np.interp(z + step, nodes(), self.values) for step in (STEP, -STEP))
         return expectation_of_two(ahead - behind, mass) / (2.0 * STEP)
 
-    def moments(self, sizes: Array) -> Array:
-        """``E max`` and ``E max^2`` of places with levels s.
+    def moments(self, held: Array) -> Array:
+        """``E max`` and ``E max^2`` [2, windows], of windows that hold so many places of each of the levels s [windows, GRADES].
 
         By ``P(max < y | common) = prod P(s f < y | common)``.
         """
         points, mass = coarse()
         rising = self.values + 1e-9 * np.ptp(self.values) * np.arange(self.values.size)
-        top = sizes.max()
-        kinds, repeats = np.unique(np.round(sizes / top, 2), return_counts=True)
-        levels_y = np.unique(np.quantile(self.values * top, np.linspace(0.0, 1.0, 193)))
+        levels_y = np.unique(np.quantile(self.values, np.linspace(0.0, 1.0, 193)))
         middle = 0.5 * (levels_y[1:] + levels_y[:-1])
-        z = np.interp(middle[:, None] / (top * np.maximum(kinds, 1e-9)), rising, nodes())
-        own = (z[:, None, :] - np.sqrt(self.shared) * points[:, None]) / max(1.0 - self.shared, 1e-9) ** 0.5
-        below = np.vecdot((torch.special.log_ndtr(torch.from_numpy(own)) @ torch.from_numpy(repeats * 1.0)).exp().numpy(), mass)
-        return np.asarray(np.vecdot(np.stack([levels_y, levels_y**2]), np.diff(np.r_[0.0, below, 1.0])))
+        occur = held.any(axis=0)
+        z = np.interp(middle / np.maximum(GRADES[occur, None], 1e-9), rising, nodes())
+        own = (z[..., None] - np.sqrt(self.shared) * points) / max(1.0 - self.shared, 1e-9) ** 0.5
+        each = torch.special.log_ndtr(torch.from_numpy(own.reshape(len(own), -1)))
+        below = np.ones((len(held), middle.size + 2))
+        below[:, 0] = 0.0
+        for start in range(0, len(held), BLOCK):
+            whole = (torch.from_numpy(held[start : start + BLOCK, occur]) @ each).exp().numpy()
+            below[start : start + BLOCK, 1:-1] = np.vecdot(whole.reshape(len(whole), middle.size, mass.size), mass)
+        return np.asarray(np.stack([levels_y, levels_y**2]) @ np.diff(below, axis=1).T)
 
 
 def max_over(x: Value, dims: Sequence[int], windows: Sequence[Places]) -> Value:
@@ -257,14 +270,21 @@ def _louder(x: Value, read: Sequence[tuple[int, Places]], window: _Window) -> Ar
         kind, index = np.unique(np.round(rows / tops, 2), axis=0, return_inverse=True)
         kinds.append(kind * tops)
         which.append(index.reshape(-1))
-    found = np.zeros((2, *(len(kind) for kind in kinds)))
-    for combined in np.ndindex(*found.shape[1:]):
-        sizes = reduce(np.multiply.outer, [kind[i] for kind, i in zip(kinds, combined, strict=True)]).ravel()
-        if (sizes > 0.0).any():
-            found[:, *combined] = window.moments(sizes[sizes > 0.0])
-    full = window.moments(np.ones(math.prod(place.shape[1] for _, place in read)))
-    full = np.where(full != 0.0, full, 1.0)  # of zeros the largest is zero
-    return found[np.ix_(np.arange(2), *which)] / full.reshape(2, *(1,) * len(read))
+    shape = tuple(len(kind) for kind in kinds)
+    tops, held = np.zeros(math.prod(shape)), np.zeros((math.prod(shape) + 1, len(GRADES)))
+    for i, combined in enumerate(np.ndindex(*shape)):
+        sizes = reduce(np.multiply.outer, [kind[k] for kind, k in zip(kinds, combined, strict=True)]).ravel()
+        sizes = sizes[sizes > 0.0]
+        tops[i] = sizes.max(initial=0.0)
+        grade = np.rint(sizes / tops[i] * (len(GRADES) - 1) + 1e-6)  # halves go up, whatever rounding made of them
+        held[i] = np.bincount(grade.astype(int), minlength=len(GRADES))
+    held[-1, -1] = math.prod(place.shape[1] for _, place in read)  # full, and all as loud
+    distinct, index = np.unique(held, axis=0, return_inverse=True)
+    *found, full = window.moments(distinct)[:, index.reshape(-1)].T
+    loud = np.stack(found, axis=1) * np.stack([tops, tops**2]) / np.where(full != 0.0, full, 1.0)[:, None]
+    if full[1] == 0.0:
+        loud[:] = 1.0  # of zeros the largest is zero everywhere
+    return np.asarray(loud.reshape(2, *shape)[np.ix_(np.arange(2), *which)])
 
 
 def _marginal(surface: Array, louder: Array, profile: Array | None) -> tuple[Marginal, float, float]:
@@ -343,8 +363,8 @@ def _excess(
 def pairs_of_windows(
     windows: Sequence[Places], shape: Sequence[int]
 ) -> Iterator[tuple[tuple[int, ...], tuple[int, int, int], float]]:
-    """Pairs of windows by their lag: entries of each of the two and of both, and the share of the pairs at that lag."""
-    kinds = [[list(_sizes(places, shift).items()) for shift in range(n)] for places, n in zip(windows, shape, strict=True)]
+    """Pairs of windows with entries in common by their lag: entries of each and of both, and their share of the pairs there."""
+    kinds = [[list(sizes.items()) for sizes in _sizes(places, n)] for places, n in zip(windows, shape, strict=True)]
     for lag in np.ndindex(*shape):
         for along in itertools.product(*(each[shift] for each, shift in zip(kinds, lag, strict=True))):
             first, second, shared = (math.prod(sizes[k] for sizes, _ in along) for k in range(3))
