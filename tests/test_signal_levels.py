@@ -109,6 +109,23 @@ def test_sums_of_different_levels_are_a_mixture_of_sums():
     assert summed.marginal.kurtosis == pytest.approx(spread * alike, rel=0.15)
 
 
+def test_a_mixture_of_levels_is_mixed_by_them_once():
+    """Quiet entries beside loud ones are distributed as before in another order; among as many zeros, twice as flat.
+
+    Of parts side by side no distribution at the average level is known: that of all entries has their levels in it.
+    """
+    x = join([apply(lambda t, std=std: std * t**3, independent((12,), 0.0, 1.0)) for std in (1.0, 3.0)], 0)
+    assert x.levels is not None
+    assert not x.marginal.has_even
+    padded = filter_dim(x, 0, np.eye(48)[:, 12:36])
+    for first, flatter in ((x, 1.0), (padded, 2.0)):
+        y, size = first, first.shape[0]
+        for _ in range(4):
+            y = filter_dim(y, 0, np.eye(size)[np.roll(np.arange(size), 5)])
+        assert y.second_moment == pytest.approx(x.second_moment / flatter)
+        assert y.marginal.kurtosis == pytest.approx(flatter * x.marginal.kurtosis, rel=0.05)  # on a grid of probabilities
+
+
 def test_what_is_loud_at_the_same_places_adds_up_there():
     """A stream and a branch on a map with a quiet border: as if each were quiet elsewhere, the mean was 4 % too large."""
     profile = np.array([0.2] * 8 + [1.0] * 8)

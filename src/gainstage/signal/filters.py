@@ -72,7 +72,7 @@ def filter_dim(x: Value, dim: int, matrix: Array) -> Value:
     factor *= (x.second_moment / result.second_moment) ** 2 if result.second_moment > 0.0 else 0.0
     result = replace(result, near=near, overlap=overlap.times(factor), uneven=x.uneven)
     if not x.marginal.is_gaussian:
-        result = replace(result, marginal=_filtered_marginal(x, result, weighted), rho=None)
+        result = replace(result, marginal=_filtered_marginal(x, result, weighted, matrix), rho=None)
     if same_axes:
         factors = _kept_components(x, even, position, matrix)
         shape = [1] * table.ndim
@@ -171,10 +171,12 @@ def _filtered_levels(profile: Array | None, even: Array, matrix: Array, position
     return levels.normalised(np.asarray(profile))
 
 
-def _filtered_marginal(x: Value, result: Value, matrix: Array) -> Marginal:
+def _filtered_marginal(x: Value, result: Value, matrix: Array, unweighted: Array) -> Marginal:
     """A sum of few terms keeps the shape of one term; of many it is Gaussian (excess moments fall like 1/terms).
 
     As much of the shape stays as the terms have in common: none where their variances add up, all where their deviations do.
+    Where no distribution at the average level of x is known, that of all its entries stands in, which is a mixture of its levels
+    already: it is mixed by the lengths of rows alone, the matrix without the levels of x.
     """
     apart, whole = float((matrix**2).sum(1).mean()), float((np.abs(matrix).sum(1) ** 2).mean())
     terms = float((matrix.sum(1) ** 2 / np.maximum((matrix**2).sum(1), 1e-300)).mean())
@@ -187,10 +189,11 @@ def _filtered_marginal(x: Value, result: Value, matrix: Array) -> Marginal:
         own = standardised(x.marginal.even, result.mean, std)
         return standardised(share * np.sort(own) + (1.0 - share) * (result.mean + std * nodes()), result.mean, std)
 
-    profile = result.levels
+    is_mixed = x.levels is not None and not x.marginal.has_even
+    profile = levels.normalised(np.sqrt((unweighted**2).sum(1))) if is_mixed else result.levels
     if profile is None:
         return Marginal(object(), even)
-    return Marginal(object(), lambda: levels.mixture(profile, even(), result.mean, std), even)
+    return Marginal(object(), lambda: levels.mixture(profile, even(), result.mean, std), None if is_mixed else even)
 
 
 def normalise(x: Value, reduced: Sequence[Axis], eps: float, *, centre: bool = True, over_places: bool = False) -> Value:
