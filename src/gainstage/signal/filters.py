@@ -47,7 +47,7 @@ def filter_dim(x: Value, dim: int, matrix: Array) -> Value:
     position = sum(len(d) for d in x.dims[:dim])
     along = np.ones(1) if x.levels is None or inputs == 1 else levels.over(x.levels, position, inputs)
     even = levels.evened(x.table, x.levels, [position]) if inputs > 1 else np.stack([x.table, x.table], axis=position)
-    weighted = matrix * along
+    weighted = matrix if x.levels is None else matrix * along
     mixing = _mixing(weighted)
     table = np.moveaxis(np.tensordot(mixing, np.moveaxis(even, position, 0), axes=1), 0, position)
     same_axes = outputs == inputs and inputs > 1
@@ -66,9 +66,10 @@ def filter_dim(x: Value, dim: int, matrix: Array) -> Value:
     along_it = tuple(slice(None) if p == position else 1 for p in range(x.table.ndim))
     stray = averaged_stray(x, lambda pairs: float(mixing[1] @ pairs[along_it])) if inputs > 1 else x.stray.hidden()
     result = gaussian(dims, mean, table, profile, lineage=x.lineage, stray=stray, is_weight=x.is_weight)
-    overlap, factor = x.overlap, float((matrix**2).mean()) ** 2
     if inputs > 1:
         overlap, factor = filtered_overlap(x.overlap, x.dims[dim][0], matrix, out_axis)
+    else:
+        overlap, factor = x.overlap, float((matrix**2).mean()) ** 2
     factor *= (x.second_moment / result.second_moment) ** 2 if result.second_moment > 0.0 else 0.0
     result = replace(result, near=near, overlap=overlap.times(factor), uneven=x.uneven)
     if not x.marginal.is_gaussian:
@@ -121,7 +122,7 @@ def _mixing(matrix: Array) -> Array:
     """``mix[s, i]`` of ``K_y[s] = sum_i mix[s, i] K_x[i]`` along the axis of a linear map."""
     outputs = matrix.shape[0]
     sums, columns = matrix.sum(1), matrix.sum(0)
-    squares = float((matrix**2).sum())
+    squares = float(np.vdot(matrix, matrix))
     mix = np.zeros((2, 2))
     mix[1, 1] = squares / outputs
     mix[1, 0] = float((sums**2).mean()) - mix[1, 1]
@@ -158,7 +159,7 @@ def _filtered_levels(profile: Array | None, even: Array, matrix: Array, position
     """Levels after a linear map along an axis: the second moment of each output, times the levels along the other axes."""
     full = [1] * even.ndim
     other, same = (float(even[(*full[:position], s, *full[position + 1 :])]) for s in (0, 1))
-    squares, sums = (matrix**2).sum(1), matrix.sum(1)
+    squares, sums = np.vecdot(matrix, matrix), matrix.sum(1)
     own = np.maximum(squares * same + (sums**2 - squares) * other, 0.0)
     if profile is None:
         profile = np.ones((1,) * (even.ndim - (matrix.shape[1] == 1)))
@@ -178,8 +179,9 @@ def _filtered_marginal(x: Value, result: Value, matrix: Array, unweighted: Array
     Where no distribution at the average level of x is known, that of all its entries stands in, which is a mixture of its levels
     already: it is mixed by the lengths of rows alone, the matrix without the levels of x.
     """
-    apart, whole = float((matrix**2).sum(1).mean()), float((np.abs(matrix).sum(1) ** 2).mean())
-    terms = float((matrix.sum(1) ** 2 / np.maximum((matrix**2).sum(1), 1e-300)).mean())
+    squares = np.vecdot(matrix, matrix)
+    apart, whole = float(squares.mean()), float((np.abs(matrix).sum(1) ** 2).mean())
+    terms = float((matrix.sum(1) ** 2 / np.maximum(squares, 1e-300)).mean())
     gain = result.variance / x.variance if x.variance > 0.0 else 0.0
     common = (gain - apart) / (whole - apart) if whole > apart else 1.0
     share = 1.0 if terms <= 1.0 else min(max(1.0 / terms, common), 1.0)
