@@ -37,7 +37,7 @@ class ActNorm:
     def is_waiting(self) -> bool | None:
         """Whether the first batch is still to come; None where the values of buffers are not to be had, as in a capture."""
         flag = getattr(self.layer, self.flag)
-        return None if _is_captured(flag) else not bool(flag)
+        return None if type(flag) is not torch.Tensor or flag.is_meta else not bool(flag)
 
     def set_from(self, x: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, torch.Tensor]:
         """Write what normalises this batch, and do the step."""
@@ -55,12 +55,7 @@ class ActNorm:
         mean, deviation = _moments(x)
         shape = (1, -1, *(1,) * (x.dim() - 2))
         z, determinant = self.plain((x - mean.view(shape)) / deviation.view(shape), *rest)
-        return z, determinant if _is_captured(x) else determinant - x[0, 0].numel() * deviation.log().sum()
-
-
-def _is_captured(tensor: object) -> bool:
-    """Whether it stands for a tensor in a capture, without its values."""
-    return type(tensor) is not torch.Tensor or tensor.is_meta
+        return z, determinant if torch.compiler.is_exporting() else determinant - x[0, 0].numel() * deviation.log().sum()
 
 
 def find_act_norms(flow: nn.Module) -> tuple[ActNorm, ...]:
