@@ -38,6 +38,7 @@ from gainstage.signal.value import Value
 
 STEP = 0.05  # of standard deviations, for a slope
 _OWN = 8  # orders of what is a window's own; the rest is kept as one term
+NEARLY = 0.1  # of what two entries do not share: below it less and less is said by integrals over a grid
 GRADES = np.linspace(0.0, 1.0, 101)  # of the levels of places, over the largest of their window
 BLOCK = 16  # windows that are looked at at once
 
@@ -200,7 +201,9 @@ def _pooled(x: Value, read: Sequence[tuple[int, Places]], near: Neighbours, rho:
     out: dict[int, tuple[Axis, ...]] = {d: (Axis(len(place)),) if len(place) > 1 else () for d, place in read}
     profile = levels.normalised(_pooled_profile(x, read, out, np.sqrt(louder[1])))
     marginal, mean, second = _marginal(surface, louder, profile)
-    table = _across(x, read, near, window, surface) * float(louder[0].mean()) ** 2
+    unlike = np.minimum((1.0 - x.correlation()) / NEARLY, 1.0)  # where next to nothing differs, only its share is exact
+    across = _across(x, read, near, window, surface) * float(louder[0].mean()) ** 2
+    table = unlike * across + (1.0 - unlike) * evaluate_series(marginal.series, x.correlation())
     table[(1,) * table.ndim] = second
     gone = {x.dims[d][0] for d in out if not out[d]}
     result = Value(
