@@ -51,6 +51,17 @@ def test_a_row_tells_what_was_found_and_is_read_back(tmp_path):
     assert [line[:4] for line in totals([row])] == [("awkward", "34", "1", "1"), ("all", "472", "1", "1")]
 
 
+def test_a_row_without_draws_keeps_those_of_the_one_before():
+    build = small(nn.Linear(32, 64))
+    drawn, planned = (examine("awkward", "plain", build, draws=draws) for draws in (2, 0))
+    assert (planned.draws, planned.errors) == (0, [])
+    assert planned.plan_seconds > 0.0
+    assert planned.forward_seconds > 0.0
+    kept = planned.with_draws_of(drawn)
+    assert (kept.draws, kept.errors, kept.apart, kept.worst) == (2, drawn.errors, drawn.apart, drawn.worst)
+    assert kept.plan_seconds == planned.plan_seconds
+
+
 def test_a_model_that_cannot_be_read_is_a_row_with_the_reason():
     row = examine("awkward", "unreadable", small(Unreadable()))
     assert row.failure.startswith("capture: ")

@@ -2,7 +2,8 @@
 
 python -m benchmarks.zoo [--only timm torchvision] [--all] [--models resnet50 vit_b_16] [--again] [--draws 16]
 
-Writes a line for each model to benchmarks/results/zoo.jsonl as it goes; models that have one are skipped, unless --again.
+Writes a line for each model to benchmarks/results/zoo.jsonl as it goes; models that have one are skipped, unless --again. With
+``--again --draws 0`` models are planned anew, and keep the errors of their last draws.
 """
 
 from __future__ import annotations
@@ -37,13 +38,14 @@ def main() -> None:
     parser.add_argument("--all", action="store_true", help="of timm all models, instead of one of each module")
     parser.add_argument("--models", nargs="+", default=[], metavar="NAME", help="these only")
     parser.add_argument("--again", action="store_true", help="also models that have a row")
-    parser.add_argument("--draws", type=int, default=ENOUGH, help="of weights and inputs (default: %(default)s)")
+    parser.add_argument("--draws", type=int, default=ENOUGH, help="of weights and inputs (default: %(default)s); 0: plan only")
     parser.add_argument("--limit", type=float, default=LIMIT, help="seconds for one model (default: %(default)s)")
     options = parser.parse_args()
     one_thread()
     warnings.simplefilter("ignore")  # of the model libraries, about themselves
     _import_libraries()
-    done = set() if options.again else set(read_rows())
+    before = read_rows()
+    done = set() if options.again else set(before)
     work = [
         (zoo, name, build)
         for zoo in options.only
@@ -55,7 +57,8 @@ def main() -> None:
         task = progress.add_task("", total=len(work))
         for zoo, name, build in work:
             progress.update(task, description=f"{zoo}:{name}", refresh=True)
-            _append(apart(zoo, name, build, options.draws, options.limit))
+            row = apart(zoo, name, build, options.draws, options.limit)
+            _append(row if options.draws else row.with_draws_of(before.get((zoo, name), row)))
             progress.update(task, advance=1, refresh=True)
     rows = list(read_rows().values())
     console = Console(width=None if Console().is_terminal else 180)

@@ -7,7 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -68,6 +68,11 @@ class ZooRow:
     def is_slow(self) -> bool:
         """Planning takes more than 3 s and more than three forward passes."""
         return self.plan_seconds > max(3.0, 3 * self.forward_seconds)
+
+    def with_draws_of(self, other: ZooRow) -> ZooRow:
+        """With what draws of the model found before: those of a plan that may have been another."""
+        failure = self.failure or (other.failure if other.failure.startswith("draws") else "")
+        return replace(self, failure=failure, draws=other.draws, errors=other.errors, apart=other.apart, worst=other.worst)
 
 
 def examine(zoo: str, model: str, build: Callable[[], Loaded], draws: int = ENOUGH) -> ZooRow:
@@ -146,11 +151,13 @@ def compare(loaded: Loaded, plan: gs.Plan, draws: int, patience: Callable[[int],
 
 
 def _compare(row: ZooRow, loaded: Loaded, plan: gs.Plan, draws: int) -> None:
-    """Draw until there are enough, or time is up."""
+    """Time a pass; draw until there are enough, or time is up."""
     args, kwargs = loaded.arguments(0)
     began = time.process_time()
     forward_pass(Example(loaded.model, args, kwargs), with_grad=loaded.differentiates)  # lazy parameters get their shapes
     row.forward_seconds = time.process_time() - began
+    if not draws:
+        return
     outputs, row.draws = compare(loaded, plan, draws, _patience)
     settled = sorted((output for output in outputs if output.is_settled), key=lambda output: -output.error)
     row.apart = len(outputs) - len(settled)
