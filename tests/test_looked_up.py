@@ -52,3 +52,33 @@ def test_keys_of_one_query_share_what_their_coordinates_do(bounded):
         predicted.append(signal.second_moment * (1.0 - signal.cosine(2)))
     error = np.std(found) / len(found) ** 0.5
     assert np.mean(predicted) == pytest.approx(np.mean(found), abs=(0.2 if bounded else 0.05) * np.mean(found) + 3.0 * error)
+
+
+class Window(nn.Module):
+    """Attention in a window, with such a bias."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query, self.key, self.bias = nn.Linear(32, 64), nn.Linear(32, 64), Bias(bounded=True)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        query, key = (layer(x).unflatten(-1, (8, 8)).transpose(1, 2) for layer in (self.query, self.key))
+        return self.bias(query @ key.mT / 8**0.5).softmax(-1)
+
+
+def test_a_query_sees_one_draw_of_a_smooth_bias():
+    """Entropy and second moment of the weights over 100 draws; of independent keys the weights were predicted half as loud again.
+
+    A tenth for the lengths of coordinates, as above: what a sigmoid makes of them is loud where they are long.
+    """
+    x = torch.randn(4, SIDE**2, 32, generator=torch.Generator().manual_seed(0))
+    entropies, squares = [], []
+    for seed in range(100):
+        torch.manual_seed(seed)
+        with torch.no_grad():
+            weights = Window()(x).double()
+        entropies.append(float(torch.special.entr(weights).sum(-1).mean()) / np.log(SIDE**2))
+        squares.append(float(weights.square().mean()))
+    trace = gs.inspect(Window(), (x,), gradients=False)
+    assert trace.attention[0].entropy == pytest.approx(np.mean(entropies), rel=0.03)
+    assert trace.calls[-1].outputs[0].second_moment == pytest.approx(np.mean(squares), rel=0.1)

@@ -12,7 +12,7 @@ import torch
 from gainstage.errors import GainstageError, UnsupportedOpError
 from gainstage.graph import Graph, Node, NodeKind, ParameterInfo, Ref, TensorMeta
 from gainstage.propagate.kinship import Operation, beginning, with_origin
-from gainstage.propagate.looked_up import of_known_rows
+from gainstage.propagate.looked_up import carried, of_known_rows
 from gainstage.propagate.sample import Reason, as_numbers, constant_value, fault_of, is_known, run_known, sample_node
 from gainstage.rules import Call, is_free, rule_of
 from gainstage.signal import Value
@@ -51,6 +51,7 @@ def evaluate(node: Node, values: Mapping[str, Result], parameter: ParameterValue
         result = of_known_rows(node, values, graph, partial(_on_other, values))
         if result is None:
             result = run_known(node, args, kwargs) if is_known(node, args, kwargs) else _unknown(node, call, args, kwargs)
+        result = carried(node, args, result)
         if graph.reused:
             result = with_origin(node, graph, Operation(partial(_by_rule, node, call), args, kwargs), result, values)
     except GainstageError:

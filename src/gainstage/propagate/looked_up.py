@@ -17,17 +17,21 @@ import torch
 from numpy.typing import NDArray
 
 from gainstage.graph import Graph, Node, NodeKind, Ref, TensorMeta
-from gainstage.graph.families import UNCHANGED
+from gainstage.graph.families import RESHAPING, UNCHANGED
 from gainstage.rules import is_pointwise
 from gainstage.signal import Value, gaussian, known, reshape
 from gainstage.signal.copies import replace
 from gainstage.signal.patterns import spread_pairs
 from gainstage.signal.pointwise import call_on
 from gainstage.signal.quadrature import Array, covariances, matmul, nodes
+from gainstage.signal.traits import Drawn
 
 aten = torch.ops.aten
 
 MOST = 2**20  # known entries that are looked up
+# Draws of what one row has an entry of; fewer of large ones, which have more rows.
+LEAST, FEWEST, MOST_DRAWN = 64, 8, 2**19
+_ARITHMETIC = frozenset({"mul", "div", "add", "sub", "rsub"})
 _VIEWS = frozenset({"view", "_unsafe_view", "reshape", "flatten", "squeeze", "unsqueeze"}) | UNCHANGED
 
 Run = Callable[[Node, Value], Any]
@@ -53,7 +57,33 @@ def of_known_rows(node: Node, values: Mapping[str, Any], graph: Graph, run: Run)
     for step in steps:
         x = run(step, x)
     shared = _shared(table.to(torch.float64).numpy(), steps, values)
-    return reshape(x if shared is None else _with_pairs(x, shared, laid_out.numpy()), node.meta.shape)
+    if shared is None:
+        return reshape(x, node.meta.shape)
+    found = reshape(_with_pairs(x, shared, laid_out.numpy()), node.meta.shape)
+    return replace(found, drawn=Drawn(found.table, _draws(shared, index, node.meta.shape)))
+
+
+def _draws(shared: Array, index: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
+    """Draws of Gaussian rows with these covariances, each entry of a row for itself, as they are looked up."""
+    entries = shape[-1]
+    count = -(-min(max(MOST_DRAWN // index.numel(), FEWEST), LEAST) // entries)
+    sizes, directions = np.linalg.eigh(shared)
+    normal = np.random.default_rng(len(shared)).standard_normal((len(shared), count * entries))
+    rows = torch.from_numpy(matmul(directions * np.sqrt(np.maximum(sizes, 0.0)), normal))
+    return rows[index.reshape(-1)].reshape(-1, count, entries).movedim(1, 0).reshape(count, *shape)
+
+
+def carried(node: Node, args: Sequence[Any], result: Any) -> Any:
+    """A function or a view of a tensor of which draws are at hand, with its draws."""
+    x = args[0] if args else None
+    if not isinstance(x, Value) or x.drawn is None or x.drawn.table is not x.table or not isinstance(result, Value):
+        return result
+    if any(isinstance(other, Value) for other in args[1:]) or node.op is None:
+        return result
+    if result is x or not (node.short_name in RESHAPING or is_pointwise(node.op) or node.short_name in _ARITHMETIC):
+        return result
+    made = torch.stack([node.op(each, *args[1:], **node.kwargs) for each in x.drawn.draws])
+    return replace(result, drawn=Drawn(result.table, made))
 
 
 def _shared(rows: Array, way: Sequence[Node], values: Mapping[str, Any]) -> Array | None:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from gainstage.rules.conditions import exclude, prefer
+from gainstage.rules.conditions import add_drawn, exclude, prefer
 from gainstage.rules.registry import Call, rule
-from gainstage.signal import Value, affine, combine, contract, dropout, expand, reshape, softmax
+from gainstage.signal import Value, affine, contract, dropout, expand, reshape, softmax
 from gainstage.signal.copies import replace
 
 aten = torch.ops.aten
@@ -38,7 +38,7 @@ def repeat_heads(k: Value, heads: int) -> Value:
 def masked(logits: Value, mask: Value) -> Value:
     """Logits with a mask: True where a key may be seen, or a number that is added."""
     if mask.constant is None:
-        return combine(torch.add, logits, mask)
+        return add_drawn(logits, mask)
     if mask.constant.dtype == torch.bool:
         return exclude(logits, mask.constant)
     return prefer(logits, mask.constant)

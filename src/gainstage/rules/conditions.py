@@ -53,6 +53,15 @@ def add_apart(x: Value, y: Value) -> Value:
     return replace(total, added=Added(total.table, expand(x, total.shape), y.constant.to("cpu", torch.float64)))
 
 
+def add_drawn(x: Value, y: Value) -> Value:
+    """``x + y`` for a y of which draws are at hand, by query and key, that a softmax may take apart again."""
+    total = combine(torch.add, x, y)
+    if y.drawn is None or y.drawn.table is not y.table or len(y.dims) < 2 or total.shape[-2:] != y.shape[-2:]:
+        return total
+    fields = y.drawn.draws.reshape(-1, *y.shape[-2:])
+    return replace(total, added=Added(total.table, expand(x, total.shape), fields, drawn=True))
+
+
 def prefer(x: Value, prior: torch.Tensor) -> Value:
     """Add to the known part of logits."""
     shape = np.broadcast_shapes(x.shape, tuple(prior.shape))
@@ -63,8 +72,8 @@ def prefer(x: Value, prior: torch.Tensor) -> Value:
 def exclude(x: Value, valid: torch.Tensor) -> Value:
     """Entries that a softmax over x does not see; nor are known numbers seen that were added to these alone."""
     added = x.added
-    if added is not None and added.table is x.table and not bool(added.known.masked_fill(~valid.cpu(), 0.0).any()):
-        x = replace(added.of, dims=x.dims) if added.of.axes == x.axes else x
+    if added is not None and added.table is x.table and not added.drawn and added.of.axes == x.axes:
+        x = x if bool(added.known.masked_fill(~valid.cpu(), 0.0).any()) else replace(added.of, dims=x.dims)
     return prefer(x, torch.zeros(valid.shape, dtype=torch.float64).masked_fill(~valid.cpu(), float("-inf")))
 
 

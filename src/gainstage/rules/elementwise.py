@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from gainstage.rules.conditions import add_known
+from gainstage.rules.conditions import add_drawn, add_known
 from gainstage.rules.registry import Call, binary, elementwise, identity, pointwise, rule
 from gainstage.signal import Value, affine, apply, combine, mixture, take
 from gainstage.signal.copies import replace
@@ -102,6 +102,7 @@ def add(call: Call, x: Any, y: Any, alpha: float = 1.0) -> Value:
             return add_known(x, y)
         if x.constant is not None and y.constant is None:
             return add_known(y, x)
+        return add_drawn(y, x) if y.drawn is None else add_drawn(x, y)
     return binary(torch.add, x, y, alpha)
 
 

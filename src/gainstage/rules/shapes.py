@@ -45,8 +45,11 @@ def kept_apart(x: Value, move: Callable[[Value], Value], known_of: Callable[[tor
     added = x.added
     if added is None or added.table is not x.table or added.of.axes != x.axes:
         return move(x)
-    known = known_of(torch.broadcast_to(added.known, x.shape))
     of = move(replace(added.of, dims=x.dims))
+    if added.drawn:
+        moved = move(x)
+        return replace(moved, added=replace(added, table=moved.table, of=of)) if moved.dims[-2:] == x.dims[-2:] else moved
+    known = known_of(torch.broadcast_to(added.known, x.shape))
     if known.numel() and bool((known == known.reshape(-1)[0]).all()):
         return affine(of, 1.0, float(known.reshape(-1)[0]))
     moved = move(x)

@@ -94,7 +94,9 @@ def _of_known_pairs(x: Value, d: Value, dim: int, keys: Array) -> float:
     apart, deviation = keys * (1.0 - np.eye(len(keys))), over_pairs(keys)
     if deviation <= 0.0:
         return 0.0
-    rows = np.full((1, len(keys)), 1.0 / len(keys)) if x.prior is None else known_shares(x, dim).movedim(dim, -1).double().numpy()
+    rows = np.full((1, len(keys)), 1.0 / len(keys))
+    if x.prior is not None or x.fields is not None:
+        rows = known_shares(x, dim).movedim(dim - len(x.dims), -1).double().numpy()
     rows = rows.reshape(-1, len(keys))
     met, own = rows @ keys, rows @ apart
     found = ((rows @ (keys * apart)) * rows).sum(1) - 2.0 * (rows * met * own).sum(1) + (met * rows).sum(1) * (own * rows).sum(1)
@@ -169,11 +171,11 @@ def _slopes(x: Value, dim: int, keys: Array | None = None) -> _Slopes:
     within = np.take(x.covariance, 1, axis=position) - np.take(x.covariance, 0, axis=position)
     variance = round(max(float(within[(1,) * within.ndim]), 0.0), 9)
     size = float(x.shape[dim])
-    if x.prior is None:
+    if x.prior is None and x.fields is None:
         powers = powers_of(variance, size, x.flatness)
         own, pairs = _over(powers.slope(), powers.square), _over(_of_two_rows(powers, size), 1.0 / size)
         return _Slopes(variance, own, pairs, powers.square, powers.between(), powers.lean())
-    share = known_shares(x, dim).movedim(dim, -1)
+    share = known_shares(x, dim).movedim(dim - len(x.dims), -1)
     rows = share.reshape(-1, share.shape[-1]).double()
     squares = rows.square().sum(1).numpy()
     counts = np.round(1.0 / np.maximum(squares, 1e-300), 3)

@@ -23,7 +23,8 @@ from gainstage.signal.known import measured
 from gainstage.signal.marginal import Marginal
 from gainstage.signal.movement import expand, full_prior, merge_dim, refine
 from gainstage.signal.overlap import Tilt
-from gainstage.signal.quadrature import Array, nodes, standardised
+from gainstage.signal.patterns import pairs_of
+from gainstage.signal.quadrature import Array, between_nodes, nodes, over_norm, standardised
 from gainstage.signal.traits import Lean, Logits
 from gainstage.signal.unlike import Unlike, of_one, unlike
 from gainstage.signal.value import Value, gaussian
@@ -107,6 +108,11 @@ def relative_entropy(x: Value, variance: float) -> float:
     ``1 / sum a^2`` equal keys, to the difference of their logarithm and H.
     """
     dim = len(x.dims) - 1
+    if x.fields is not None:
+        share = known_shares(x, dim)
+        seen = (share > 1e-9).sum(-1)
+        each = torch.special.entr(_with_logits(share, variance, x.flatness)).sum(-1) / seen.clamp_min(2).log()
+        return float(each[seen > 1].mean()) if bool((seen > 1).any()) else 1.0
     if x.prior is None:
         return entropy(variance, x.shape[dim]) / float(np.log(x.shape[dim])) if x.shape[dim] > 1 else 1.0
     share = known_shares(x, dim).reshape(-1, x.shape[dim])
@@ -150,6 +156,9 @@ def softmax(x: Value, dim: int) -> Value:
     else:
         overlap = np.take(uniform, 1, axis=position)
         rho = _fit(x, position, variance)
+    if x.fields is not None:
+        ratio, gain = _of_fields(x, dim, variance)
+        overlap = overlap * ratio
     matched = overlap * gain**rho
     rest = (1.0 - size * matched) / (size * (size - 1.0)) if size > 1 else matched
     return _probabilities(x, dim, np.stack([rest, matched], axis=position), (variance, rho), lean)
@@ -181,6 +190,8 @@ def _unlike(x: Value, dim: int) -> tuple[Unlike, float] | None:
         return None
     position = sum(len(d) for d in x.dims[:dim])
     prior = None
+    if x.fields is not None:
+        x = replace(x, prior=x.fields[0] if x.prior is None else full_prior(x) + x.fields[0])
     if x.prior is not None:
         known = full_prior(x)
         prior = known.reshape([axis.size if known.shape[d] > 1 else 1 for d, axes in enumerate(x.dims) for axis in axes]).numpy()
@@ -207,6 +218,8 @@ def apart(x: Value) -> Value:
     added = x.added
     if added is None or added.table is not x.table or added.of.axes != x.axes:
         return x
+    if added.drawn:
+        return replace(added.of, dims=x.dims, prior=x.prior, fields=added.known)
     known = added.known if added.of.shape == x.shape else torch.broadcast_to(added.known, added.of.shape).reshape(x.shape)
     return replace(added.of, dims=x.dims, prior=known if x.prior is None else x.prior + known)
 
@@ -230,11 +243,47 @@ def _pattern(x: Value, dim: int, share: torch.Tensor, gains: torch.Tensor) -> Le
 
 
 def known_shares(x: Value, dim: int) -> torch.Tensor:
-    """Softmax of what is known beforehand of each row; nothing for a row without keys."""
+    """Softmax of what is known beforehand of each row; nothing for a row without keys.
+
+    Of draws [draws, query, key], each with one of the masks.
+    """
+    if x.fields is not None:
+        return (x.fields if x.prior is None else x.fields + _masks(x)).softmax(-1).nan_to_num(0.0)
     assert x.prior is not None
     prior = x.prior.reshape((1,) * (len(x.dims) - x.prior.dim()) + tuple(x.prior.shape))
     prior = torch.broadcast_to(prior, [n if d == dim else m for d, (m, n) in enumerate(zip(prior.shape, x.shape, strict=True))])
     return prior.softmax(dim).nan_to_num(0.0)
+
+
+def _masks(x: Value) -> torch.Tensor:
+    """What is known beforehand of each row, [draws, query, key], as often as it occurs."""
+    assert x.fields is not None
+    known = full_prior(x)
+    known = known.expand(*known.shape[:-2], *x.fields.shape[-2:]).flatten(0, -3)
+    return known[torch.linspace(0, len(known) - 1, len(x.fields)).round().long()]
+
+
+def _with_logits(share: torch.Tensor, variance: float, flatness: float) -> torch.Tensor:
+    """Weights that are known beforehand, times the exponential of logits of this variance, over their sum: by a draw of these."""
+    normal = np.random.default_rng(share.shape).standard_normal(tuple(share.shape))
+    made = normal if flatness >= 3.0 else between_nodes(normal, over_norm(flatness))
+    logits = share.log() + variance**0.5 * torch.from_numpy(made)
+    found: torch.Tensor = logits.softmax(-1).nan_to_num(0.0)
+    return found
+
+
+def _of_fields(x: Value, dim: int, variance: float) -> tuple[Array, float]:
+    """What rows share of weights that were drawn, over what they do without, by whether they are one; how much logits add to it.
+
+    Rows of one draw: windows and samples meet the same weights, and what heads share is of no account.
+    """
+    share = known_shares(x, dim)
+    plain = torch.full_like(share, 1.0 / share.shape[-1]) if x.prior is None else _masks(x).softmax(-1).nan_to_num(0.0)
+    queries = [axis.size for axis in x.dims[dim - 1]]
+    pairs, before = (pairs_of(part.reshape(-1, *queries, x.shape[dim]).numpy(), draws=1)[..., -1] for part in (share, plain))
+    ratio = (pairs / before).reshape([1] * sum(len(axes) for axes in x.dims[: dim - 1]) + list(pairs.shape))
+    gain = _with_logits(share, variance, x.flatness).square().sum() / share.square().sum()
+    return ratio, float(gain)
 
 
 def _uniform(x: Value, dim: int, variance: float) -> tuple[Array | None, float, Lean | None, Value]:
@@ -246,7 +295,7 @@ def _uniform(x: Value, dim: int, variance: float) -> tuple[Array | None, float, 
     size = x.shape[dim]
     if x.prior is None:
         return None, participation(round(variance, 9), size, x.flatness) * size, None, x
-    share = known_shares(x, dim)
+    share = known_shares(replace(x, fields=None), dim)
     flat = expand(measured(share), x.shape)
     for d in range(len(x.dims)):
         x, flat = refine(x, flat, d, d)

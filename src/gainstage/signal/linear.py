@@ -35,7 +35,7 @@ from gainstage.signal.spread import after_shift, product_overlap, product_stray
 from gainstage.signal.stray import Stray
 from gainstage.signal.stray import averaged as averaged_stray
 from gainstage.signal.stray import summed as summed_stray
-from gainstage.signal.traits import Added, Lean, Statistic, Sum, statistic_at
+from gainstage.signal.traits import Lean, Statistic, Sum, statistic_at
 from gainstage.signal.uneven import of_product, of_sum
 from gainstage.signal.value import Value, gaussian
 
@@ -61,7 +61,8 @@ def affine(x: Value, scale: float, shift: float = 0.0) -> Value:
     )  # fmt: skip
     result = after_shift(result, x) if shift else result
     if x.added is not None and x.added.table is x.table:
-        result = replace(result, added=Added(table, affine(x.added.of, scale, shift), x.added.known * scale))
+        of, known = affine(x.added.of, scale, shift), x.added.known * scale
+        result = replace(result, added=replace(x.added, table=table, of=of, known=known))
     if x.joined is None or x.joined.table is not x.table:
         return result
     parts = tuple(affine(part, scale, shift) for part in x.joined.parts)

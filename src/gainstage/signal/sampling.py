@@ -65,7 +65,8 @@ def _samples(value: Value, normals: Array | None, count: int) -> Sequence[torch.
 
 def _softmax_of(logits: Logits, sample: torch.Tensor) -> torch.Tensor:
     """Probabilities that sum to 1, from a sample of what they are the softmax of."""
-    prior = logits.of.prior
+    prior, fields = logits.of.prior, logits.of.fields
+    sample = sample if fields is None else sample + fields[0]
     return (sample if prior is None else sample + prior).softmax(logits.dim).nan_to_num(0.0)
 
 

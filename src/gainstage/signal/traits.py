@@ -90,12 +90,24 @@ class Largest:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class Drawn:
+    """A few draws of a tensor that random weights make of known numbers; void for a tensor with another table."""
+
+    table: Array
+    draws: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Added:
-    """A known tensor that was added, and the tensor before; void for a tensor with another table."""
+    """A known tensor that was added, and the tensor before; void for a tensor with another table.
+
+    ``drawn``: it is one of many, [draws, query, key] by the last two dimensions, that random weights may make.
+    """
 
     table: Array
     of: Value
     known: torch.Tensor
+    drawn: bool = False
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -37,7 +37,7 @@ from gainstage.signal.quadrature import (
 from gainstage.signal.recurrent import Unrolled
 from gainstage.signal.shares import Share
 from gainstage.signal.stray import Stray
-from gainstage.signal.traits import Added, Given, Joined, Largest, Lean, Logits, Origin, Statistic, Sum, Uneven
+from gainstage.signal.traits import Added, Drawn, Given, Joined, Largest, Lean, Logits, Origin, Statistic, Sum, Uneven
 
 if TYPE_CHECKING:
     from gainstage.signal.filtered import Filtered
@@ -56,7 +56,8 @@ class Value:
     is not in proportion to its level. ``joined``: the tensors that were laid one after the other to make this one. ``near``: what
     places of a map that lie near each other share beyond the table's average. ``gram``: how the table's average over two
     positions of a sequence is spread over pairs of them. ``prior``: the known part of logits, apart from the table: minus
-    infinity where a mask excludes. ``tilt``: of the weights that a softmax makes, what they lean by.
+    infinity where a mask excludes. ``fields``: draws of what was added to it, [draws, query, key]; ``drawn``: of the tensor
+    itself, by few random weights that all its entries share. ``tilt``: of the weights that a softmax makes, what they lean by.
     ``read``: the tensors (latent or source, axes) that weights were multiplied with to make this one, where known. ``logits``,
     ``largest``: what the tensor is the softmax or the maximum of. ``added``: a known tensor that the table includes. ``given``:
     what a gradient knows of the tensor that it belongs to. ``uneven``: how the variances of channels differ. ``flatness``:
@@ -78,6 +79,8 @@ class Value:
     amplitude: Array | None = None
     statistic: Statistic | None = None
     prior: torch.Tensor | None = None
+    fields: torch.Tensor | None = None
+    drawn: Drawn | None = None
     lineage: int = 0
     stray: Stray = field(default_factory=Stray)
     overlap: Overlap = NONE
