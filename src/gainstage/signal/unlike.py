@@ -22,6 +22,7 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from gainstage.signal.axes import Axis
@@ -41,10 +42,14 @@ def of_one(variance: float, tau: Array, flatness: float, powers: range) -> tuple
     """``E[exp(-t e^l)]`` and ``t^k E[exp(k l - t e^l)]`` at ``t = e^tau``, for a logit of this variance."""
     weight = weights()[::4] / weights()[::4].sum()
     logits = variance**0.5 * (nodes() if flatness >= 3.0 else over_norm(flatness))[::4]
-    # Finite to the fourth power; nothing is left by what is larger.
-    grown = np.exp(np.minimum(tau[:, None] + logits[None, :], 170.0))
-    left = np.exp(-grown)
-    return np.maximum(np.vecdot(left, weight), 1e-300), {k: np.vecdot(grown**k * left, weight) for k in powers}
+    # Finite to the fourth power; nothing is left by what is larger. Exponentials by torch, in half of the time.
+    heights = torch.from_numpy(np.minimum(tau[:, None] + logits[None, :], 170.0)).exp()
+    grown, left = heights.numpy(), (-heights).exp().numpy()
+    found, power = {}, left * grown**powers.start
+    for k in powers:
+        found[k] = np.vecdot(power, weight)
+        power *= grown
+    return np.maximum(np.vecdot(left, weight), 1e-300), found
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
