@@ -1,15 +1,9 @@
 """The command line: start-up, the MODEL argument, refusals, and every command on a real model."""
 
-import ast
 import importlib.util
 import json
-import os
-import resource
-import subprocess
 import sys
-import textwrap
 from contextlib import nullcontext
-from pathlib import Path
 
 import pytest
 import torch
@@ -18,10 +12,9 @@ from torch import nn
 
 import gainstage
 from gainstage.cli import main
-from gainstage.cli.files import read_state, to_json, write_state
 from gainstage.cli.inputs import InputSpecification, draw_inputs, parse_input, smallest_vocabulary
 from gainstage.cli.models import load, parse_settings
-from gainstage.errors import InputError, PlanMismatchError, UnknownNameError
+from gainstage.errors import InputError, UnknownNameError
 from gainstage.report import progress
 
 MODEL_FILE = """
@@ -90,67 +83,6 @@ def skip_without(library):
     """Look, do not import: a torchvision built for CUDA has to be imported our way first."""
     if importlib.util.find_spec(library) is None:
         pytest.skip(f"{library} is not installed")
-
-
-# Start-up
-
-
-def python(code):
-    environment = {**os.environ, "PYTHONPATH": str(Path(gainstage.__file__).parents[1])}
-    return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True).stdout
-
-
-@pytest.mark.parametrize(
-    "arguments", [["--help"], ["--version"], ["inspect", "--help"], ["plan", "--help"], ["verify", "--help"]]
-)
-def test_help_imports_nothing_heavy(arguments):
-    code = f"""
-        import sys
-        from gainstage.cli import main
-        main({arguments!r}, standalone_mode=False)
-        print("heavy:", sorted({{"torch", "numpy", "rich", "scipy", "gainstage.api"}} & set(sys.modules)))
-    """
-    assert python(textwrap.dedent(code)).endswith("heavy: []\n")
-
-
-def test_help_takes_three_tenths_of_a_second_of_the_processor():
-    def seconds():
-        used = resource.getrusage(resource.RUSAGE_CHILDREN)
-        return used.ru_utime + used.ru_stime
-
-    def spent():
-        before = seconds()
-        python("from gainstage.cli import main; main(['--help'], standalone_mode=False)")
-        return seconds() - before
-
-    assert min(spent() for _ in range(5)) < 0.3
-
-
-def test_the_package_runs_as_a_module():
-    environment = {**os.environ, "PYTHONPATH": str(Path(gainstage.__file__).parents[1])}
-    command = [sys.executable, "-m", "gainstage", "--version"]
-    assert gainstage.__version__ in subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
-
-
-def test_public_names_are_the_same_for_type_checkers_and_at_run_time():
-    tree = ast.parse(Path(gainstage.__file__).read_text(encoding="utf-8"))
-    guarded = next(node for node in tree.body if isinstance(node, ast.If))
-    typed = {alias.name: statement.module for statement in guarded.body for alias in statement.names}
-    modules = {name for name, home in typed.items() if home == "gainstage"}
-    assert all(getattr(gainstage, name).__name__ == f"gainstage.{name}" for name in modules)
-    assert sorted(typed.keys() - modules) == gainstage.__all__
-    for name, home in typed.items() - {(name, "gainstage") for name in modules}:
-        assert getattr(gainstage, name) is getattr(sys.modules[home], name)
-
-
-def test_importing_a_stage_does_not_hide_the_function_of_its_name():
-    code = "import gainstage.plan, gainstage as gs, gainstage.apply, gainstage.verify; print(gs.plan.__name__, gs.apply.__name__)"
-    assert python(code).split() == ["plan", "apply"]
-
-
-def test_an_unknown_name_is_an_attribute_error():
-    with pytest.raises(AttributeError, match="no attribute 'initialise'"):
-        _ = gainstage.initialise
 
 
 # MODEL
@@ -316,43 +248,6 @@ def test_settings():
     }
     with pytest.raises(InputError, match="not KEY=VALUE"):
         parse_settings(["depth"])
-
-
-# Files
-
-
-def test_json_has_no_nan():
-    assert json.loads(to_json({"a": (float("nan"), 1.5), "b": {1: float("inf")}})) == {"a": [None, 1.5], "b": {"1": None}}
-
-
-@pytest.mark.parametrize("name", ["state.pt", "state.safetensors"])
-def test_a_state_comes_back_and_another_models_is_refused(tmp_path, name):
-    if name.endswith("safetensors"):
-        skip_without("safetensors")
-    first, second = nn.Linear(3, 4), nn.Linear(3, 4)
-    write_state(tmp_path / name, first)
-    read_state(tmp_path / name, second)
-    assert torch.equal(first.weight, second.weight)
-    assert [path.name for path in tmp_path.iterdir()] == [name]  # nothing temporary is left
-    with pytest.raises(PlanMismatchError, match="another model"):
-        read_state(tmp_path / name, nn.Linear(3, 5))
-
-
-def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
-    path = tmp_path / "state.pt"
-    path.write_bytes(b"old")
-
-    def fail(state, temporary):
-        Path(temporary).write_bytes(b"half")
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(torch, "save", fail)
-    with pytest.raises(InputError, match=r"cannot write .*No space left"):
-        write_state(path, nn.Linear(2, 2))
-    assert path.read_bytes() == b"old"
-    assert [file.name for file in tmp_path.iterdir()] == ["state.pt"]
-    with pytest.raises(InputError, match="no known format"):
-        write_state(tmp_path / "state.bin2", nn.Linear(2, 2))
 
 
 # Commands

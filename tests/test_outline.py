@@ -9,8 +9,8 @@ from typing import NamedTuple
 import pytest
 import torch
 from benchmarks.zoo.awkward import awkward_models
+from captured import CASES, Scripted, square, x
 from test_awkward import LIBRARIES, ON_TAPE, pytestmark  # noqa: F401
-from test_capture import CASES, Scripted, square, x
 from torch import nn
 
 from gainstage.capture import capture

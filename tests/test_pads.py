@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from test_capture import run_graph
+from captured import run_graph
 from torch import nn
 
 import gainstage as gs

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from test_capture import run_graph
+from captured import run_graph
 from torch import nn
 
 import gainstage as gs

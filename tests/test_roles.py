@@ -7,20 +7,18 @@ from dataclasses import dataclass, field
 
 import pytest
 import torch
+from role_maps import Dense, Inception, LayerScaled, ResidualBlock, Siblings, SqueezeExcite, StandardisedConv, UNet
 from role_models import (
     GLU,
     Attention,
     Decoder,
-    Dense,
     Einsum,
     Experts,
     Fused,
     Grouped,
     HandLayerNorm,
-    Inception,
     Interpolating,
     Language,
-    LayerScaled,
     Multitask,
     NormedQueries,
     Parallel,
@@ -29,15 +27,10 @@ from role_models import (
     PostNorm,
     PreNorm,
     Recurrent,
-    ResidualBlock,
     RMSNorm,
-    Siblings,
     SinkAttention,
-    SqueezeExcite,
-    StandardisedConv,
     StateSpace,
     SwiGLU,
-    UNet,
     W,
     WeightNormed,
     cut_by_head,

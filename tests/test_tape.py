@@ -11,7 +11,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from test_capture import CASES, Scripted, assert_reaches_parameters, assert_reproduces, run_graph, square, x
+from captured import CASES, Scripted, assert_reaches_parameters, assert_reproduces, run_graph, square, x
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
