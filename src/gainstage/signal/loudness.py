@@ -13,10 +13,10 @@ than those of x. (Behind a batch norm, see :mod:`gainstage.signal.places`.)
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 
 import numpy as np
 
+from gainstage.signal.copies import replace
 from gainstage.signal.places import at_one_level, moved
 from gainstage.signal.quadrature import Array, evaluate_series, expectation, gamma_scales, power_series
 from gainstage.signal.value import Value, gaussian

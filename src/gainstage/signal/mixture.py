@@ -9,7 +9,7 @@ from gainstage.signal.linear import add, affine, multiply
 from gainstage.signal.marginal import Marginal
 from gainstage.signal.pairing import cross_table
 from gainstage.signal.pointwise import align
-from gainstage.signal.quadrature import Array, covariance_series, quantiles, standardised, weights
+from gainstage.signal.quadrature import Array, quantiles, standardised, weights
 from gainstage.signal.value import Value
 
 
@@ -25,7 +25,7 @@ def mixture(share: Value, x: Value, y: Value, *, is_choice: bool) -> Value:
     share, x = align(share, x)
     rest = affine(share, -1.0, 1.0)
     summed = add(multiply(x, share), multiply(y, rest))
-    table = share.table * x.table + rest.table * y.table + 2.0 * (share.mean - share.table) * _cross_table(x, y)
+    table = share.table * x.table + rest.table * y.table + 2.0 * (share.mean - share.table) * cross_table(x, y)
     mean = share.mean * x.mean + rest.mean * y.mean
     std = max(float(table[(1,) * table.ndim]) - mean**2, 0.0) ** 0.5
 
@@ -39,10 +39,3 @@ def mixture(share: Value, x: Value, y: Value, *, is_choice: bool) -> Value:
         summed, mean=mean, table=table, marginal=Marginal(object(), values), rho=None, source=object(), amplitude=None,
         statistic=None, constant=None,
     )  # fmt: skip
-
-
-def _cross_table(x: Value, y: Value) -> Array:
-    """``E[x_i y_j]``, also of two functions of one latent."""
-    if x.marginal.latent == y.marginal.latent and x.axes == y.axes:
-        return x.mean * y.mean + covariance_series(x.marginal.values, y.marginal.values, x.correlation())
-    return cross_table(x, y)
