@@ -67,7 +67,7 @@ def variance(call: Call, x: Value, dim: Any = None, *, correction: float | None 
     level = x.second_moment - float(averaged(x.table, [x.axes.index(axis) for axis in axes], axes)[(-1,) * x.table.ndim])
     square = average(apply(torch.square, centred), chosen, keepdim)
     if square.statistic is not None:  # one of x as well, and of all that is linear in x, such as what is left without the mean
-        of = square.statistic.of | {name for name in (x.marginal.latent, x.source) if name is not None}
+        of = square.statistic.of | x.names
         square = replace(square, statistic=replace(square.statistic, of=of))
     return affine(square, max(level, 0.0) * count / max(count - (1 if correction is None else correction), 1e-300))
 

@@ -46,8 +46,8 @@ def agreement(a: Value, b: Value, pairs: Pairs) -> tuple[set[Axis], float]:
 
 
 def known_by(x: Value) -> frozenset[tuple[object, frozenset[Axis]]]:
-    """What a tensor is known by to all that read it: its latent, and, as a norm called twice on it has two, its source."""
-    return frozenset((name, frozenset(x.axes)) for name in (x.marginal.latent, x.source) if name is not None)
+    """What a tensor is known by to all that read it, with its axes."""
+    return frozenset((name, frozenset(x.axes)) for name in x.names)
 
 
 def _known_pairs(one: Value, other: Value) -> float:

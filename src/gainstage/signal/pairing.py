@@ -69,12 +69,8 @@ def cross_table(x: Value, y: Value) -> Array:
 
 def summed(total: Value, *terms: tuple[Value, float]) -> Value:
     """A sum of terms with signs, and of what is independent of them: known to have a part in all that these have a part in."""
-    of = frozenset().union(*(_names(x) | (x.source.of if isinstance(x.source, Summed) else frozenset()) for x, _ in terms))
+    of = frozenset().union(*(x.names | (x.source.of if isinstance(x.source, Summed) else frozenset()) for x, _ in terms))
     return replace(total, source=Summed(total.axes, amplitude_of(total), terms, of))
-
-
-def _names(x: Value) -> frozenset[object]:
-    return frozenset(name for name in (x.source, x.marginal.latent) if name is not None)
 
 
 def _of_summed(x: Value, y: Value, left: list[int]) -> Array | None:
@@ -105,8 +101,8 @@ def _later(x: Value, y: Value) -> Value | None:
     Of two such sums one that has a part in the other, if there is one.
     """
     sums = [one.source.of if isinstance(one.source, Summed) and one.source.axes == one.axes else frozenset() for one in (x, y)]
-    if not (_names(y).isdisjoint(sums[0]) and _names(x).isdisjoint(sums[1])):
-        return y if _names(y).isdisjoint(sums[0]) else x
+    if not (y.names.isdisjoint(sums[0]) and x.names.isdisjoint(sums[1])):
+        return y if y.names.isdisjoint(sums[0]) else x
     if sums[0].isdisjoint(sums[1]):
         return None
     return x if len(sums[0]) >= len(sums[1]) else y

@@ -250,7 +250,7 @@ def _adopt(x: Value, y: Value, broadcast: Sequence[bool]) -> tuple[Dim, ...]:
 
 
 def _is_statistic_of(y: Value, x: Value) -> bool:
-    return y.statistic is not None and (x.marginal.latent in y.statistic.of or x.source in y.statistic.of)
+    return y.statistic is not None and not x.names.isdisjoint(y.statistic.of)
 
 
 def _shares_latent(x: Value, y: Value) -> bool:

@@ -192,7 +192,7 @@ def _alike(a: Value, tilt: Tilt, b: Value, channels: Sequence[int]) -> float:
     """
     own = tilt.overlap.of_entries(b.marginal.latent)
     is_memory = b.is_weight and bool(a.lineage & b.lineage)
-    reads = [read for name, read in a.read if name in (b.marginal.latent, b.source)]
+    reads = [read for name, read in a.read if name in b.names]
     is_direct = is_memory or any(all(descends(b.axes[p], read) for p in channels) for read in reads)
     if is_direct or own > 0.0:
         chance = by_chance(b, {p: float(b.axes[p].size) for p in channels})

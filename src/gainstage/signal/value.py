@@ -138,6 +138,11 @@ class Value:
         """Table less the square of the mean."""
         return self.table - self.mean**2
 
+    @property
+    def names(self) -> frozenset[object]:
+        """What it is known by to all that is made of it: its latent, and, as a norm called twice on it has two, its source."""
+        return frozenset(name for name in (self.marginal.latent, self.source) if name is not None)
+
     def steps_of_cell(self) -> Unrolled | None:
         """The steps of a recurrent cell that it is the hidden or cell state of, if nothing was done to it since."""
         return self.unrolled if self.unrolled is not None and self.unrolled.table is self.table else None
