@@ -235,7 +235,7 @@ def test_parameters_that_cannot_be_drawn_are_all_named():
 
 
 def test_conversion_costs_little_beside_the_export():
-    model = nn.Sequential(*(block(4, 4) for _ in range(30)))
+    model = nn.Sequential(*(block(4, 4) for _ in range(12)))
     inputs = (torch.randn(2, 4, 8, 8),)
 
     def seconds(function: Callable[[], Any]) -> float:

@@ -258,7 +258,11 @@ def test_transformers_keeps_what_was_drawn():
 
 
 @pytest.mark.parametrize(
-    ("name", "options"), [("swin_tiny_patch4_window7_224", {"depths": (2, 2)}), ("vit_base_patch16_rope_224", {"depth": 1})]
+    ("name", "options"),
+    [
+        ("swin_tiny_patch4_window7_224", {"depths": (2, 2)}),
+        ("vit_base_patch16_rope_224", {"depth": 1, "embed_dim": 96, "num_heads": 2}),
+    ],
 )
 def test_masks_indices_and_tables_of_timm(name, options):
     cpu_torchvision_if_installed()
