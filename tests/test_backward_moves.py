@@ -1,5 +1,7 @@
 """Gradients through what moves entries, writes them, or leaves some without any: prediction against draws."""
 
+from functools import cache
+
 import pytest
 import torch
 from gradients import assert_gradients_agree, measured_gradients, predicted_gradients
@@ -89,16 +91,23 @@ MORE = {
 }
 
 
+PADDED = (8, 16, 24)
+
+
+@cache
+def padded_gradients(mode):
+    return measured_gradients(lambda: Padded(mode), PADDED, 40)
+
+
 @pytest.mark.parametrize("long", [512, 0])
 @pytest.mark.parametrize("mode", ["reflect", "replicate", "circular"])
 def test_gradients_through_padding_that_repeats_entries(mode, long, monkeypatch):
     """By a matrix, and, as in long lines, with an equal share of the margin for all entries."""
     monkeypatch.setattr("gainstage.rules.backward.shapes.LONG", long)
-    shape = (8, 16, 24)
     torch.manual_seed(0)
-    assert not gs.inspect(Padded(mode), (torch.randn(shape),)).sampled_backward
-    predicted, measured = (f(lambda: Padded(mode), shape, draws=40) for f in (predicted_gradients, measured_gradients))
-    assert_gradients_agree(predicted, measured, 0.05)
+    assert not gs.inspect(Padded(mode), (torch.randn(PADDED),)).sampled_backward
+    predicted = predicted_gradients(lambda: Padded(mode), PADDED, draws=10)  # 1,024 weights stray by 3 %, the mean of ten by 1 %
+    assert_gradients_agree(predicted, padded_gradients(mode), 0.05)
 
 
 @pytest.mark.parametrize("case", MORE)
