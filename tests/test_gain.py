@@ -161,6 +161,7 @@ def test_a_module_keeps_its_parameters_and_mode():
         (lambda z: z.softmax(0), False, "depends on the other entries"),
         (lambda z: z - z.mean(), False, "depends on the other entries"),
         (lambda _: None, False, "returns NoneType"),
+        (nn.GELU, False, r"a module: GELU\(\)"),
         (lambda z: z * 1j, False, "complex"),
         (lambda z: z @ torch.ones(3), False, "cannot be called"),
         (1.5, False, "not float"),

@@ -140,6 +140,7 @@ def test_refusals():
         ({"also_decay": ["5.weigth"]}, gs.UnknownNameError, "nearest: 5.weight"),
         ({"epz": 1e-6}, gs.UnknownNameError, "nearest: eps"),
         ({"optimizer": "lion", "betas": (0.9, 0.99)}, gs.UnknownNameError, "does not depend on 'betas'"),
+        ({"lr": 1e-3}, gs.UnknownNameError, "follow from relative_update"),
         ({"optimizer": "sgd"}, gs.InputError, "0.weight is not known: give trace="),
         ({"optimizer": "sgd", "gradients": none}, gs.InputError, "every first gradient is zero"),
         ({"optimizer": "sgd", "gradients": {"0.weigth": torch.ones(1)}}, gs.UnknownNameError, "nearest: 0.weight"),

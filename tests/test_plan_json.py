@@ -262,3 +262,8 @@ def test_a_plan_that_would_not_come_back_is_not_made():
     for value in (float("nan"), float("inf")):
         with pytest.raises(InputError):
             Plan(policy="p", parameters={}, fingerprint="", training=True, predictions={"a@0": (value,)})
+
+
+def test_a_path_in_the_place_of_the_text_is_told():
+    with pytest.raises(PlanFormatError, match="reads like a path"):
+        Plan.from_json("runs/plan.json")

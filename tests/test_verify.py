@@ -251,7 +251,7 @@ def nan_input():
     ("make", "error", "message"),
     [
         (with_nan("4.bias"), NonFiniteError, "parameter 4.bias"),
-        (nan_input, NonFiniteError, "input 0"),
+        (nan_input, NonFiniteError, "input 0: give inputs that are finite"),
         (on_meta, InputError, r"0\.weight and 9 more lie on the meta device.*gs\.materialize"),
         (lambda: (mlp(), (torch.randn(2, 3),)), gs.GainstageError, "must have same reduction dim"),
         (lambda: (mlp(), ()), InputError, "does not take"),

@@ -71,7 +71,7 @@ def verify(
         check = gs.verify(model, (x,), plan=plan)
         assert check.ok, check
     """
-    check_call(model, args)
+    check_call(model, args, kwargs)
     given = dict(kwargs or {})
     is_drawn = plan is not None and all(parameter.is_meta for parameter in model.parameters())
     check_ranks(plan, model, lambda: check_inputs(args, given) if is_drawn else check_values(model, args, given))
@@ -140,7 +140,7 @@ def calibrate(model: nn.Module, plan: Plan, args: tuple[Any, ...] = (), kwargs: 
         plan = gs.initialize(model, (x,), seed=0)
         print(gs.calibrate(model, plan, (x,)))
     """
-    check_call(model, args)
+    check_call(model, args, kwargs)
     given = dict(kwargs or {})
     check_values(model, args, given)
     graph = capture(model, args, given)

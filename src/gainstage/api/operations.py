@@ -42,7 +42,7 @@ def operations(model: nn.Module, args: tuple[Any, ...] = (), kwargs: Mapping[str
     Raises:
         GainstageError: the model cannot be captured.
     """
-    check_call(model, args)
+    check_call(model, args, kwargs)
     graph = capture(model, args, kwargs, buffers=known_buffers(model))
     index = {name: position for position, name in enumerate(graph.parameters)}
     of_regions = parameters_of_regions(graph)

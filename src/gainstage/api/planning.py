@@ -13,7 +13,7 @@ from gainstage.api.present import check_call, measured_input, moments_of, on_hos
 from gainstage.apply import apply
 from gainstage.apply.buffers import known_buffers
 from gainstage.capture import capture, copied
-from gainstage.errors import UnknownNameError, nearest
+from gainstage.errors import InputError, UnknownNameError, nearest
 from gainstage.graph import Graph, Node, NodeKind, TensorMeta, is_same, real_parameters
 from gainstage.inputs import InputStatistics, Measured, TokenStatistics, by_name, with_tokens
 from gainstage.inputs import measure_inputs as gather_inputs
@@ -69,7 +69,7 @@ def plan(
         plan = gs.plan(model, (x,))
         print(plan.explain("layer3.0.conv2.weight"))
     """
-    check_call(model, args)
+    check_call(model, args, kwargs)
     chosen, direction = find_policy(policy), find_balance(balance)
     family = find_family(distribution or chosen.distribution)
     args, kwargs = with_tokens(model, args, kwargs or {}, inputs)
@@ -83,7 +83,7 @@ def plan(
         }
         moments = by_name(inputs, known)
         determinant = find_determinant(graph, logdet_std, logdet)
-        kept = kept_parameters(graph, [keep] if isinstance(keep, str) else keep, include_frozen=include_frozen)
+        kept = kept_parameters(graph, _patterns(keep), include_frozen=include_frozen)
         present = Present(moments=moments_of(model), tables=tables, kept=kept)
 
         def source(node: Node) -> Value:
@@ -168,6 +168,13 @@ def initialize(
     made = plan(model, args, kwargs, **options)
     apply(model, made, seed=seed)
     return made
+
+
+def _patterns(keep: object) -> Sequence[str]:
+    given = [keep] if isinstance(keep, str) else keep
+    if not (isinstance(given, Sequence) and all(isinstance(pattern, str) for pattern in given)):
+        raise InputError(f"keep is {keep!r}; give glob patterns of parameter names, such as keep=['head.*']")
+    return given
 
 
 def kept_parameters(graph: Graph, patterns: Sequence[str], *, include_frozen: bool) -> dict[str, str]:

@@ -60,7 +60,7 @@ def inspect(
         trace.modules["layer1.0.conv1"][0].second_moment
         trace.parameters["layer1.0.conv1.weight"].gradient_second_moment
     """
-    check_call(model, args)
+    check_call(model, args, kwargs)
     tensors = real_parameters(model)
     graph = capture(model, args, kwargs, loss=loss, buffers=known_buffers(model))
     with on_host():

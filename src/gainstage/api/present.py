@@ -41,8 +41,8 @@ def on_host() -> Iterator[None]:
         yield
 
 
-def check_call(model: object, args: object) -> None:
-    """Tell a model and its positional arguments from what is neither.
+def check_call(model: object, args: object, kwargs: object) -> None:
+    """Tell a model and the arguments of its forward pass from what is neither.
 
     Raises:
         InputError: for anything else.
@@ -51,6 +51,11 @@ def check_call(model: object, args: object) -> None:
         raise InputError(f"The model is {type(model).__name__}; give a torch.nn.Module.")
     if not isinstance(args, (tuple, list)):
         raise InputError(f"The positional arguments of forward come as a tuple, not as {type(args).__name__}: args=(x,).")
+    if not (kwargs is None or isinstance(kwargs, Mapping)):
+        raise InputError(
+            f"The keyword arguments of forward come as a dict, not as {type(kwargs).__name__}: kwargs={{'mask': mask}}; "
+            "what is positional goes into args."
+        )
 
 
 def measured_input(node: Node) -> Value:

@@ -117,7 +117,7 @@ def _check_settings(law: FirstUpdate, settings: Mapping[str, Any]) -> None:
             known = f"; it depends on {', '.join(law.settings)}" if law.settings else ""
             raise UnknownNameError(
                 f"the first update of {law.name} does not depend on {key!r}{nearest(key, law.settings)}{known}. "
-                "Give other options to the optimizer itself."
+                "Rates follow from relative_update; give other options to the optimizer itself."
             )
 
 

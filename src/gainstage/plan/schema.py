@@ -150,7 +150,13 @@ def _parse(text: object) -> object:
     except RecursionError as error:
         raise PlanFormatError("The text is nested too deeply for a plan.") from error
     except ValueError as error:
-        raise PlanFormatError(f"The text is no JSON, or was cut short: {error}.") from error
+        told = f"The text is no JSON, or was cut short: {error}."
+        raise PlanFormatError(f"{told} It reads like a path: pass the file's text." if _is_path(text) else told) from error
+
+
+def _is_path(text: str) -> bool:
+    """One line that ends as a file's name does."""
+    return text.endswith(".json") and "\n" not in text
 
 
 def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:

@@ -128,6 +128,13 @@ def _channels(f: Function | nn.Module, call: Function) -> int:
     return 0
 
 
+def _no_tensor(f: Function | nn.Module, value: object) -> str:
+    name = _name(f)
+    if isinstance(f, type):
+        return f"{name} is a class; a gain is that of a module: {name}()"
+    return f"{name} returns {type(value).__name__}; a gain is that of a function from tensor to tensor"
+
+
 def _in_float64(f: Function | nn.Module) -> Function:
     """Call ``f`` on float64; where it insists on another type, as a closure over float32 tensors does, on float32."""
     raw: Function = f
@@ -148,7 +155,7 @@ def _in_float64(f: Function | nn.Module) -> Function:
             except Exception:  # noqa: BLE001  (the first refusal is the one to tell)
                 raise InputError(f"{_name(f)} cannot be called on a tensor of shape {list(z.shape)}: {error}") from error
         if not isinstance(value, torch.Tensor):
-            raise InputError(f"{_name(f)} returns {type(value).__name__}; a gain is that of a function from tensor to tensor")
+            raise InputError(_no_tensor(f, value))
         if value.shape != z.shape:
             raise InputError(f"{_name(f)} changes the shape {list(z.shape)} to {list(value.shape)}; a gain is of one entry")
         if value.is_complex():

@@ -44,7 +44,7 @@ def check_values(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, A
         )
     bad = [f"parameter {name}" for name, tensor in model.named_parameters() if not bool(held(tensor).isfinite().all())]
     bad += [f"buffer {name}" for name, tensor in model.named_buffers() if bool(dense(held(tensor)).isnan().any())]
-    _refuse(bad)
+    _refuse(bad, "initialise them first")
     check_inputs(args, kwargs)
 
 
@@ -58,14 +58,13 @@ def check_inputs(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
     leaves = [dense(held(leaf)) for leaf in tensor_leaves((args, dict(kwargs)))]
     if any(leaf.is_meta for leaf in leaves):
         raise InputError("An input lies on the meta device; a real pass needs real inputs.")
-    _refuse([f"input {position}" for position, leaf in enumerate(leaves) if not _is_input(leaf)])
+    bad = [f"input {position}" for position, leaf in enumerate(leaves) if not _is_input(leaf)]
+    _refuse(bad, "give inputs that are finite")
 
 
-def _refuse(bad: list[str]) -> None:
+def _refuse(bad: list[str], remedy: str) -> None:
     if bad:
-        raise NonFiniteError(
-            f"NaN or infinity in {', '.join(bad[:8])}{' and more' if len(bad) > 8 else ''}: initialise them first."
-        )
+        raise NonFiniteError(f"NaN or infinity in {', '.join(bad[:8])}{' and more' if len(bad) > 8 else ''}: {remedy}.")
 
 
 def _is_input(tensor: torch.Tensor) -> bool:
