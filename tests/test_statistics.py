@@ -6,7 +6,7 @@ from torch import nn
 
 import gainstage as gs
 from gainstage.errors import UnsupportedParameterError
-from gainstage.propagate import level_profile
+from gainstage.propagate import input_value, level_profile
 
 
 @pytest.mark.parametrize(
@@ -53,3 +53,20 @@ def test_parameters_on_meta_have_no_moments():
         model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
     with pytest.raises(UnsupportedParameterError, match=r"on the meta device.*0\.weight, 0\.bias.*gainstage\.plan"):
         gs.inspect(model, (torch.zeros(2, 3),))
+
+
+@pytest.mark.parametrize(
+    ("entries", "is_normal"),
+    [
+        (lambda: torch.randn(30, 2), True),
+        (lambda: torch.randn(8, 3), True),
+        (lambda: torch.rand(50, 2) * 2 - 1, False),  # coordinates; E[x^2] = 1/3
+        (lambda: torch.rand(30, 1), False),  # times; mean 1/2
+        (lambda: torch.full((4, 1), 0.5), False),
+    ],
+)
+def test_few_inputs_are_standard_normal_only_where_they_look_so(entries, is_normal):
+    torch.manual_seed(0)
+    tensor = entries()
+    found = input_value("x", tensor, tuple(tensor.shape))
+    assert found.second_moment == pytest.approx(1.0 if is_normal else float(tensor.square().mean()))
