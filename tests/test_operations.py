@@ -345,3 +345,29 @@ def test_graph_networks(scatters):
     error = float(np.std(measured)) / np.mean(measured) / 32**0.5
     assert plan.predictions["@0"][0] == pytest.approx(np.mean(measured), rel=3.0 * error)
     assert error < 0.06
+
+
+class Spectral(nn.Module):
+    """The lowest frequencies multiplied by a weight, as in a Fourier neural operator (Li et al. 2021, arXiv:2010.08895)."""
+
+    def __init__(self, select):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(4, 4, 8, dtype=torch.complex64) / 4)
+        self.select = select
+
+    def forward(self, x):
+        whole = torch.fft.rfft(x)
+        made = torch.zeros_like(whole)
+        if self.select:
+            made[..., 1] = torch.einsum("bi,io->bo", whole[..., 1], self.weight[..., 0])
+        else:
+            made[..., :8] = torch.einsum("bim,iom->bom", whole[..., :8], self.weight)
+        return torch.fft.irfft(made, n=x.shape[-1])
+
+
+@pytest.mark.parametrize("select", [False, True])
+def test_gradients_pass_what_is_written_into_complex_tensors(select):
+    """Autograd refuses slice_scatter and select_scatter of complex numbers, but not the writes that they are made of."""
+    torch.manual_seed(0)
+    trace = gs.inspect(nn.Sequential(nn.Conv1d(2, 4, 1), Spectral(select)), (torch.randn(8, 2, 64),))
+    assert trace.parameters["0.weight"].gradient_second_moment > 0.0

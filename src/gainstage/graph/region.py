@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from gainstage.graph.model import Graph, Node, Ref
+
+aten = torch.ops.aten
+# What a write is a write to: autograd refuses these operations for complex numbers, but not the writes that they stand for.
+_WRITTEN: Mapping[Any, Any] = {aten.slice_scatter.default: aten.slice.Tensor, aten.select_scatter.default: aten.select.int}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -30,10 +34,20 @@ class Region:
         """Run the operations."""
         values: dict[str, Any] = dict(zip(self.operands, operands, strict=True))
         for node in self.nodes:
-            assert node.op is not None
-            values[node.name] = node.op(*_filled(node.args, values), **_filled(node.kwargs, values))
+            values[node.name] = _run(node, _filled(node.args, values), _filled(node.kwargs, values))
         results = tuple(values[name] for name in self.results)
         return results[0] if len(results) == 1 else results
+
+
+def _run(node: Node, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    assert node.op is not None
+    view = _WRITTEN.get(node.op)
+    if view is None or not args[0].is_complex():
+        return node.op(*args, **kwargs)
+    into, what, *where = args
+    result = into.clone()
+    view(result, *where, **kwargs).copy_(what)
+    return result
 
 
 def parameters_of_regions(graph: Graph) -> frozenset[str]:
