@@ -1,11 +1,13 @@
 """Batch norms in narrow networks: what their divisors stray by, and what of it adds up over many layers on the way back."""
 
+import functools
 import statistics
 from collections import OrderedDict
 
 import numpy as np
 import pytest
 import torch
+from gradients import measured_gradients, predicted_gradients
 from torch import nn
 from torch.nn import functional as F
 
@@ -41,6 +43,19 @@ class Pooled(nn.Module):
     def forward(self, x):
         x = nn.functional.batch_norm(self.conv(x), None, None, training=True).relu()
         return self.norm(self.last(nn.functional.avg_pool2d(x, 3, 1, 1)))
+
+
+class Standardised(nn.Module):
+    """Rows of weights of one length, with a gain, on what a ReLU made: its channels and places are alike."""
+
+    def __init__(self, activation):
+        super().__init__()
+        self.first, self.head, self.activation = nn.Conv2d(8, 32, 1, bias=False), nn.Linear(48, 8), activation
+        self.weight, self.gain = nn.Parameter(torch.randn(48, 32, 3, 3)), nn.Parameter(torch.ones(48))
+
+    def forward(self, x):
+        weight = F.batch_norm(self.weight.reshape(1, 48, -1), None, None, self.gain / 17.0, training=True).reshape(48, 32, 3, 3)
+        return self.head(self.activation(F.conv2d(self.first(x).relu(), weight, padding=1)).mean((2, 3)))
 
 
 def normed(inputs, outputs):
@@ -240,3 +255,13 @@ def test_the_length_of_a_vector_strays_by_every_layer_that_made_it(depth, even):
     exact = (64.0 / 62.0) ** factors * (1.0 - 1.0 / 64.0)  # one part in n of a gradient lies along the vector
     within = 0.003 + factors * (factors - 1) / 2 * 0.001
     assert last.gradient.second_moment * last.second_moment == pytest.approx(exact, rel=within)
+
+
+@pytest.mark.parametrize("activation", [F.relu, F.silu])
+def test_the_gain_of_a_standardised_weight_has_what_its_gradient_has_along_itself(activation):
+    # One gradient for all places of a pool: the sum of g u over them is 5 to 30 times what unrelated g and u would have. Of the
+    # weight that part goes, but not what x's covariance turned away from it: without that a sixth is missing behind a ReLU.
+    shape, build = (8, 8, 12, 12), functools.partial(Standardised, activation)
+    measured, predicted = measured_gradients(build, shape, 160), predicted_gradients(build, shape)
+    for name in ("gain", "weight"):
+        assert predicted[name] == pytest.approx(measured[name][0], rel=0.06 + 3.0 * measured[name][1] / measured[name][0]), name

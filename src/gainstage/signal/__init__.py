@@ -1,6 +1,15 @@
 """The abstract value of a tensor, and its algebra. Knows tensors' shapes and Gaussians; no graph, no operations of torch."""
 
-from gainstage.signal.adjoint import across_rows, lookup_gradient, normalise_gradient, to_channels, to_reader, turned_by
+from gainstage.signal.adjoint import (
+    across_rows,
+    along_rows,
+    has_one_length,
+    lookup_gradient,
+    normalise_gradient,
+    to_channels,
+    to_reader,
+    turned_by,
+)
 from gainstage.signal.adjoint_given import (
     accumulated,
     along_own,
@@ -40,6 +49,7 @@ __all__ = [
     "across_rows",
     "affine",
     "along_own",
+    "along_rows",
     "along_weight",
     "apply",
     "coins",
@@ -54,6 +64,7 @@ __all__ = [
     "filter_dim",
     "gathered",
     "gaussian",
+    "has_one_length",
     "independent",
     "is_multiple",
     "join",

@@ -17,7 +17,7 @@ from gainstage.signal.filters import divisor_strays, normalise
 from gainstage.signal.gather import same_index_table
 from gainstage.signal.gram import Gram
 from gainstage.signal.joining import join
-from gainstage.signal.linear import affine
+from gainstage.signal.linear import affine, mean_over
 from gainstage.signal.movement import parts_along, refine, together, with_axes
 from gainstage.signal.neighbours import Neighbours, made
 from gainstage.signal.pairing import amplitude_of
@@ -31,6 +31,7 @@ from gainstage.signal.slicing import slices
 from gainstage.signal.uneven import is_centred
 from gainstage.signal.value import Value, gaussian
 
+ONE_LENGTH = 0.5  # share of the variance of squared norms that is missing: rows were normalised, not by chance alike
 LARGEST = 0.05  # of a variance: one component that is no more than this is as good as many
 
 
@@ -136,9 +137,46 @@ def across_rows(g: Value, of: Value, weight: Value, found: Value) -> Value:
     """
     if not is_normalised(g, of, weight):
         return found
-    assert g.uneven is not None
-    alike = (g.uneven.centred - (weight.marginal.kurtosis - 3.0) * weight.shape[0] / float(np.prod(weight.shape))) / 2.0
-    return affine(found, max(1.0 - alike, 0.0) ** 0.5)
+    return affine(found, max(1.0 - _cosines(of, weight), 0.0) ** 0.5)
+
+
+def _cosines(of: Value, weight: Value) -> float:
+    """``tr(C^2) / tr(C)^2`` for the covariance C of what ``of = W x`` reads, by how the variances of its channels differ."""
+    excess = -2.0 if is_centred(weight) else weight.marginal.kurtosis - 3.0
+    centred = 0.0 if of.uneven is None else of.uneven.centred
+    return (centred - excess * weight.shape[0] / float(np.prod(weight.shape))) / 2.0
+
+
+def has_one_length(weight: Value) -> bool:
+    """Whether each row of a weight was divided by its own norm."""
+    return weight.steady is not None and weight.steady.share > ONE_LENGTH
+
+
+def along_rows(g: Value, of: Value, weight: Value, found: Value, channel: int) -> Value:
+    """Gradient of rows w of ``of = W x`` that have one length, with what it has along them: ``w' dL/dw = sum g (w' x)``.
+
+    The sum runs over samples and places, as for the scale of a norm. Where g has met the output in an activation and one g comes
+    back to many places it is far from what unrelated ``dL/dw`` and w would have: all that a gain of the row gets, and what the
+    norm that gave w its length takes. By Stein's lemma ``E[r(u) x] = C w E[r(u) u] / w' C w`` for ``g = g0 r(u)``, C the
+    covariance of x: beyond what is unrelated each of n entries has ``n tr(C^2) / tr(C)^2`` times ``1 / (n |w|^2)`` of that sum.
+    """
+    others = [d for d in range(len(g.dims)) if d != channel % len(g.dims)]
+    rows = frozenset(axis for dim in found.dims[1:] for axis in dim)
+    unrelated = _of_sum(along_own(found, weight, list(rows)), range(1, len(found.dims)))
+    if unrelated <= 0.0:
+        return found
+    known = max(_of_sum(along_own(g, of, [axis for d in others for axis in g.dims[d]]), others), 0.0)
+    table, terms = found.table.copy(), float(np.prod(weight.shape[1:]))
+    added = (known - unrelated) / terms * max(terms * _cosines(of, weight), 1.0)
+    table[(1,) * table.ndim] += added / (terms * weight.second_moment)
+    shown = unrelated + added
+    return replace(found, table=table, across=Share(rows, 1.0 - known / shown))
+
+
+def _of_sum(x: Value, dims: Sequence[int]) -> float:
+    """Second moment of the sum over some dimensions."""
+    count = float(np.prod([x.shape[d] for d in dims]))
+    return mean_over(x, [axis for d in dims for axis in x.dims[d]]).second_moment * count**2
 
 
 def to_channels(g: Value, found: Value, channels: int) -> Value:

@@ -15,12 +15,14 @@ from gainstage.signal import (
     Value,
     across_rows,
     affine,
+    along_rows,
     along_weight,
     combine,
     contract,
     convolution_weight_gradient,
     convolve,
     expand,
+    has_one_length,
     of_product,
     permute,
     reshape,
@@ -72,7 +74,11 @@ def linear(call: BackwardCall, g: Value, x: Value, weight: Value, bias: Value | 
     to_x = to_reader(g, call.output, weight, back, terms=float(x.shape[-1]))
     if not call.wants(1, 2):
         return (to_x,)
-    to_weight = across_rows(g, call.output, weight, _dense_gradient(g, x, batch + "z", batch + "y", "zy"))
+    labels = (batch + "z", batch + "y", "zy")
+    if has_one_length(weight):
+        to_weight = along_rows(g, call.output, weight, contract(g, x, *labels), -1)
+    else:
+        to_weight = across_rows(g, call.output, weight, _dense_gradient(g, x, *labels))
     return to_x, to_weight, bias_gradient(g, bias, -1)
 
 
@@ -141,7 +147,10 @@ def convolution(
     to_x = to_channels(g, to_reader(g, call.output, weight, through, terms=terms, groups=float(groups)), weight.shape[1])
     if not call.wants(1, 2):
         return (to_x,)
-    to_weight = across_rows(g, call.output, weight, convolution_weight_gradient(g, x, weight.shape, taps, groups))
+    to_weight = convolution_weight_gradient(g, x, weight.shape, taps, groups)
+    if has_one_length(weight):
+        return to_x, along_rows(g, call.output, weight, to_weight, 1), bias_gradient(g, bias, 1)
+    to_weight = across_rows(g, call.output, weight, to_weight)
     pair = along_weight(g, x, [1], terms)
     if pair is not None:
         to_weight = combine(torch.add, to_weight, convolution_weight_gradient(*pair, weight.shape, taps, groups))
