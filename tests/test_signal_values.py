@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from gainstage.signal import apply, independent, known
+from gainstage.rules import Call, rules
+from gainstage.signal import apply, independent, join, known, normalise
 from gainstage.signal.copies import replace
 from gainstage.signal.marginal import Marginal, normal_marginal
 from gainstage.signal.quadrature import evaluate_series, nodes
@@ -48,3 +49,22 @@ def test_a_known_tensor_without_entries_has_a_value():
     value = known(torch.zeros(0, 3))
     assert value.shape == (0, 3)
     assert value.mean == value.second_moment == 0.0
+
+
+def test_what_a_part_of_a_concatenation_meets_again_is_made_once():
+    """As in a dense block, where each layer normalises all that came before it."""
+    first, second, third = (independent((2, n, 5), 0.3, std) for n, std in ((8, 1.0), (3, 2.0), (3, 0.5)))
+    relu, elu = torch.ops.aten.relu.default, torch.ops.aten.elu.default
+
+    def made(op, *arguments):
+        whole = [join(parts, 1) for parts in ((first, second), (first, second, third))]
+        normal = [normalise(x, [axis for dim in (x.dims[0], x.dims[2]) for axis in dim], 1e-5) for x in whole]
+        return [rules()[op](Call(op, (x.shape,)), x, *arguments) for x in normal]
+
+    short, long = made(relu)
+    assert all(again is part for again, part in zip(long.joined.parts[:2], short.joined.parts, strict=True))
+    assert long.joined.parts[2].second_moment > 0.4
+    alone = made(relu)[1]
+    np.testing.assert_array_equal(alone.table, long.table)
+    ones, twos = made(elu, 1.0)[0], made(elu, 2.0)[0]
+    assert ones.second_moment < 0.9 * twos.second_moment

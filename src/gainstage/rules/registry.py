@@ -90,12 +90,26 @@ def rule_of(op: Op | None) -> Rule | None:
     return None if op is None else _RULES.get(op) or _FOREIGN.get(str(op))
 
 
+@dataclass(frozen=True, slots=True)
+class _Applied:
+    """An op with its other arguments, as a function of a tensor; equal where these are."""
+
+    op: Op
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+
+    def __call__(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The op on a tensor."""
+        result: torch.Tensor = self.op(tensor, *self.args, **self.kwargs)
+        return result
+
+
 def pointwise(*ops: Op) -> None:
     """Register ops that are a function of one tensor, entry by entry: evaluated as they are, on the latent's grid."""
 
     def evaluation(op: Op) -> Rule:
         def evaluate(call: Call, x: Value, *args: Any, **kwargs: Any) -> Value:
-            return apply(lambda t: op(t, *args, **kwargs), x)
+            return apply(_Applied(op, args, kwargs), x)
 
         evaluate.__qualname__ = f"pointwise({op})"
         return evaluate

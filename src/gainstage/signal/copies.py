@@ -8,7 +8,7 @@ from functools import cache
 from itertools import repeat
 from operator import attrgetter
 from types import MemberDescriptorType
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar, cast
 
 T = TypeVar("T")
 
@@ -25,6 +25,25 @@ def replace(value: T, /, **changes: Any) -> T:
         _set(slots[name], made, change)
     if check is not None:
         check(made)
+    return made
+
+
+class Remembering(Protocol):
+    """What keeps what was made of the tensors that have it: operand, how, result."""
+
+    made: list[tuple[object, object, object]]
+
+
+def once(memory: Remembering, operand: object, how: object, make: Callable[[], T]) -> T:
+    """What was made of the very same operand in an equal way before, or what is made now.
+
+    A part of a concatenation meets the same operations again in each layer that reads it.
+    """
+    for before, manner, result in memory.made:
+        if before is operand and manner == how:
+            return cast("T", result)
+    made = make()
+    memory.made.append((operand, how, made))
     return made
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 
@@ -10,7 +11,7 @@ from gainstage.signal import levels
 from gainstage.signal.alike import averaged, border, centred, mean_square
 from gainstage.signal.axes import Axis
 from gainstage.signal.between import rescaled
-from gainstage.signal.copies import replace
+from gainstage.signal.copies import once, replace
 from gainstage.signal.directions import divided
 from gainstage.signal.filtered import mapped, times
 from gainstage.signal.gram import Gram
@@ -208,7 +209,9 @@ def normalise(x: Value, reduced: Sequence[Axis], eps: float, *, centre: bool = T
     reduced = [axis for axis in reduced if axis.size > 1]
     found = parts_along(x)
     if found is not None and x.dims[found[0]][0] not in reduced:
-        return join([normalise(part, reduced, eps, centre=centre, over_places=over_places) for part in found[1]], found[0])
+        how = (normalise, tuple(reduced), eps, centre, over_places)
+        alone = partial(normalise, reduced=reduced, eps=eps, centre=centre, over_places=over_places)
+        return join([once(part.marginal, part, how, partial(alone, part)) for part in found[1]], found[0])
     positions = [x.axes.index(axis) for axis in reduced]
     common = averaged(x.table, positions, reduced) if centre else np.zeros_like(x.table)
     table = x.table - common

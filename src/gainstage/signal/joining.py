@@ -25,8 +25,8 @@ def join(values: Sequence[Value], dim: int) -> Value:
     dim %= len(values[0].dims)
     if len(values) == 1:
         return values[0]
-    like = values[0]
-    for value in values[1:]:
+    like, *others = sorted(values, key=lambda value: value.shape[dim] * value.second_moment)
+    for value in others:  # in the end with the coordinates of what most of it is, the same for layers that add a little to it
         like = align_other_dims(like, value, dim)
     parts = [align_other_dims(value, like, dim) for value in values]
     sizes = [part.shape[dim] for part in parts]

@@ -35,6 +35,7 @@ class Marginal:
         self._compute = compute
         self._even = even
         self._normal = normal
+        self.made: list[tuple[object, object, object]] = []  # see :func:`gainstage.signal.copies.once`
 
     def affine(self, scale: float, shift: float = 0.0) -> Marginal:
         """``scale g + shift``, on the same latent."""

@@ -11,7 +11,7 @@ import torch
 
 from gainstage.signal import levels
 from gainstage.signal.axes import Axis, Dim, axes_of, shape_of
-from gainstage.signal.copies import replace
+from gainstage.signal.copies import once, replace
 from gainstage.signal.quadrature import Array
 from gainstage.signal.value import Value
 
@@ -217,8 +217,10 @@ def _start(x: Value, dim: int) -> int:
 
 def with_axes(x: Value, dims: tuple[Dim, ...]) -> Value:
     """The same tensor, its coordinates identified with those of another."""
-    if dims == x.dims:
-        return x
+    return x if dims == x.dims else once(x.marginal, x, dims, lambda: _renamed(x, dims))
+
+
+def _renamed(x: Value, dims: tuple[Dim, ...]) -> Value:
     near, lean = x.neighbours(), x.lean
     if lean is not None and lean.near is not None:
         lean = replace(lean, near=lean.near.renamed(x.axes, axes_of(dims)))

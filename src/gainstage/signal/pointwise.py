@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -12,7 +13,7 @@ import torch
 from gainstage.signal import levels
 from gainstage.signal.axes import Axis, Dim, distinct
 from gainstage.signal.between import through as through_function
-from gainstage.signal.copies import replace
+from gainstage.signal.copies import once, replace
 from gainstage.signal.directions import divided
 from gainstage.signal.few import with_shapes
 from gainstage.signal.joining import join
@@ -162,7 +163,7 @@ def apply(function: Function, x: Value) -> Value:
     """``f(x)`` for any function of one tensor, entry by entry; of several functions of one tensor side by side, of each."""
     parts = parts_along(x)
     if parts is not None:
-        return join([apply(function, part) for part in parts[1]], parts[0])
+        return join([once(part.marginal, part, function, partial(apply, function, part)) for part in parts[1]], parts[0])
 
     def on_grid(grid: Array) -> Array:
         return call_on(function, grid)
