@@ -1,4 +1,4 @@
-"""Samples of unlike levels: of two, one of which lost a branch to a coin, batch norm leaves one louder than the other."""
+"""Samples that a coin changed: of two, one of which lost a branch, batch norm leaves one louder; labels that are dropped."""
 
 from __future__ import annotations
 
@@ -65,3 +65,28 @@ def test_samples_of_one_level_are_left_alone():
     even, dropped = (gs.inspect(build(drop), (x,), gradients=False).calls for drop in (0.0, 0.3))
     pools = [next(c.outputs[0] for c in calls if c.path == "4.pool") for calls in (even, dropped)]
     assert pools[1].spread > 3.0 * pools[0].spread
+
+
+class Labelled(nn.Module):
+    """Rows of labels, half of which a coin replaces by the label of nothing, as guidance without a classifier asks for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.out = nn.Embedding(11, 64), nn.Linear(64, 64)
+
+    def forward(self, labels: torch.Tensor) -> torch.Tensor:
+        dropped = torch.rand(len(labels)) < 0.5
+        return self.out(self.table(torch.where(dropped, 10, labels)))
+
+
+def test_labels_that_a_coin_drops_can_be_looked_up():
+    """No mixture of two labels is a row; of equal rows, the fan-in of a look-up being 1, any draw of the coins has the level."""
+    torch.manual_seed(0)
+    model, labels = Labelled(), torch.arange(8)
+    plan = gs.plan(model, (labels,))
+    found = []
+    for seed in range(DRAWS):
+        gs.apply(model, plan, seed=seed)
+        found.append(float(model(labels).detach().square().mean()))
+    predicted = gs.verify(model, (labels,), plan=plan).rows[-1].predicted
+    assert abs(np.mean(found) / predicted - 1.0) < 3.0 * np.std(found) / DRAWS**0.5 / predicted

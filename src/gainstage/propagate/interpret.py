@@ -18,9 +18,7 @@ from gainstage.rules import Call, is_free, rule_of
 from gainstage.signal import Value
 
 # Operations that may take integers among numbers, which then count as numbers; elsewhere integers are indices and conditions.
-_ARITHMETIC = frozenset(
-    {"add", "sub", "rsub", "mul", "div", "maximum", "minimum", "pow", "where", "cat", "stack", "lerp", "addcmul"}
-)
+_ARITHMETIC = frozenset({"add", "sub", "rsub", "mul", "div", "maximum", "minimum", "pow", "cat", "stack", "lerp", "addcmul"})
 
 Result = Any  # Value, tuple of Values, or None for an op without statistics
 ParameterValues = Callable[[ParameterInfo], Value]
@@ -98,8 +96,7 @@ def _by_rule(node: Node, call: Call, args: list[Any], kwargs: dict[str, Any]) ->
     assert found is not None
     name = node.op_name.split(".")[1] if node.op_name.startswith("aten.") else ""
     if name in _ARITHMETIC:
-        first = 1 if name == "where" else 0
-        args = [*args[:first], *(as_numbers(argument) for argument in args[first:])]
+        args = [as_numbers(argument) for argument in args]
     return found(call, *args, **kwargs)
 
 

@@ -90,8 +90,12 @@ def kept(x: Value, valid: torch.Tensor) -> Value:
 
 @rule(aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf, aten.where.Scalar)
 def where(call: Call, condition: Value, x: Any, y: Any) -> Value:
-    """One of two tensors by a condition."""
-    return choose(condition, x, y)
+    """One of two tensors by a condition. Of labels, some of which are dropped, one realisation: their mixture would name none."""
+    first, second = (part.constant if isinstance(part, Value) else torch.as_tensor(part) for part in (x, y))
+    if first is not None and second is not None and condition.constant is None and are_numbers(first, second):
+        found = realised(condition).where(first, second)
+        return replace(known(found.to(torch.float64)), constant=found)
+    return choose(condition, *(known(part.constant.double()) if is_integer(part) else part for part in (x, y)))
 
 
 def choose(condition: Value, x: Any, y: Any) -> Value:
@@ -101,8 +105,7 @@ def choose(condition: Value, x: Any, y: Any) -> Value:
         if valid is None and chance > 1.0 - 1e-9 and isinstance(part, Value) and part.shape == condition.shape:
             return part  # for sure: where(isfinite(x), x, NaN), where(x == a number of padding, NaN, x)
     if valid is None and any(only_number(part) < EXCLUDES for part in (x, y)):
-        (sample,) = draw([condition], np.random.default_rng(condition.shape))
-        valid = sample > 0.5  # a mask that depends on data is one realisation of itself
+        valid = realised(condition)
     for chosen, other, seen in ((x, y, valid), (y, x, None if valid is None else ~valid)):
         if isinstance(chosen, Value) and seen is not None and chosen.constant is None and only_number(other) < EXCLUDES:
             return exclude(chosen, seen)
@@ -115,6 +118,24 @@ def choose(condition: Value, x: Any, y: Any) -> Value:
         rest = affine(share, -1.0, 1.0)
         return combine(torch.add, combine(torch.mul, share, values[0]), combine(torch.mul, rest, values[1]))
     return mixture(share, values[0], values[1], is_choice=True)
+
+
+def are_numbers(*tensors: torch.Tensor) -> bool:
+    """Tell integers that may be looked up, such as labels; those of a coin are 0 and 1."""
+    integers = all(not tensor.is_floating_point() for tensor in tensors)
+    return integers and any(bool(((tensor < 0) | (tensor > 1)).any()) for tensor in tensors)
+
+
+def is_integer(x: Any) -> bool:
+    """Tell known integers, which arithmetic takes for numbers."""
+    return isinstance(x, Value) and x.constant is not None and not x.constant.is_floating_point()
+
+
+def realised(condition: Value) -> torch.Tensor:
+    """A mask that depends on data is one realisation of itself."""
+    (sample,) = draw([condition], np.random.default_rng(condition.shape))
+    assert isinstance(sample, torch.Tensor)
+    return sample > 0.5
 
 
 def only_number(x: Any) -> float:
