@@ -115,6 +115,7 @@ def write_into_slices(s, x):
     h[:, 0] = s.m[2](x)[:, 1]
     flat = h.view(-1, 8)
     flat.add_(1)
+    h.pow_(2)  # by pow.Tensor_Scalar: pow.Scalar raises a number
     h.relu_()
     return flat, h.transpose(0, 1)
 

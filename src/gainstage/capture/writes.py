@@ -82,10 +82,11 @@ def functional_write(node: Node, metas: Mapping[str, Any]) -> tuple[Step, ...] |
 
 
 def _counterpart(packet: OpOverloadPacket, schema: Any) -> OpOverload | None:
-    """The overload that takes what a writing one takes; its name may be another one."""
-    overload = schema.overload_name or "default"
-    same: OpOverload | None = getattr(packet, overload, None)
-    return same or _taking(packet, [str(argument.type) for argument in schema.arguments])
+    """The overload that takes what a writing one takes, by types: ``pow_.Scalar`` raises a tensor, ``pow.Scalar`` a number."""
+    types = [str(argument.type) for argument in schema.arguments]
+    same: OpOverload | None = getattr(packet, schema.overload_name or "default", None)
+    is_same = same is not None and [str(argument.type) for argument in same._schema.arguments] == types
+    return same if is_same else _taking(packet, types)
 
 
 def _taking(packet: OpOverloadPacket, types: list[str]) -> OpOverload | None:
