@@ -1,4 +1,4 @@
-"""Linear attention that is normalised: values beside a column of ones, cut apart again, and divided one by the other."""
+"""Quotients: linear attention that is normalised, values beside a column of ones, cut apart again; and means by known counts."""
 
 import math
 
@@ -48,3 +48,21 @@ def test_normalised_linear_attention(width, padded):
     assert error < 0.05
     first_order = 3.0 / width
     assert abs(math.log(predicted / np.mean(found))) < first_order + 3 * error, (predicted, np.mean(found))
+
+
+@pytest.mark.parametrize("repeated", [False, True])
+def test_a_sum_is_divided_by_its_own_count(repeated):
+    """Means of k terms have 1/k of the second moment, however wide the counts are written; sums and counts apart had 1.59."""
+    counts = torch.tensor([1, 1, 2, 3, 9, 8] * 8)
+
+    class Mean(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("node", torch.arange(len(counts)).repeat_interleave(counts))
+            self.register_buffer("count", counts[:, None].float().repeat(1, 16 if repeated else 1))
+
+        def forward(self, x):
+            return torch.zeros(len(counts), 16).index_add_(0, self.node, x) / self.count
+
+    found = gs.inspect(Mean(), (torch.randn(int(counts.sum()), 16, generator=torch.Generator().manual_seed(0)),)).modules[""][0]
+    assert abs(found.second_moment / float((1 / counts).mean()) - 1.0) < 1e-6

@@ -336,12 +336,19 @@ def _along_one(numbers: torch.Tensor, shape: Sequence[int]) -> torch.Tensor | No
     """A few different numbers along a dimension of a tensor of this shape that has size 1; the same along all others."""
     if not any(size > 1 and own == 1 for size, own in zip(numbers.shape, shape, strict=True)):
         return None
-    for d, size in enumerate(numbers.shape):
-        first = numbers.narrow(d, 0, 1)
-        numbers = first if size > 1 and torch.equal(first.expand_as(numbers), numbers) else numbers
+    numbers = _without_copies(numbers)
     varying = [d for d, size in enumerate(numbers.shape) if size > 1]
     is_row = len(varying) == 1 and shape[varying[0]] == 1 and numbers.numel() <= MOST_NUMBERS
     return numbers if is_row and len(set(numbers.reshape(-1).tolist())) == numbers.numel() else None
+
+
+def _without_copies(numbers: torch.Tensor) -> torch.Tensor:
+    """Numbers with size 1 in place of each dimension along which they are the same."""
+    for d, size in enumerate(numbers.shape):
+        first = numbers.narrow(d, 0, min(size, 1))
+        if size > 1 and torch.equal(first, numbers.narrow(d, 1, 1)) and torch.equal(first.expand_as(numbers), numbers):
+            numbers = first
+    return numbers
 
 
 def _with_number(function: Function, x: Value, number: float, *, is_first: bool) -> Value:
@@ -361,6 +368,7 @@ def _numbers_along(numbers: torch.Tensor | None, x: Value) -> Array | None:
 
     One for each coordinate of that axis, in an array with one dimension for each axis.
     """
+    numbers = None if numbers is None else _without_copies(numbers)
     varying = [] if numbers is None else [d - numbers.dim() for d, size in enumerate(numbers.shape) if size > 1]
     if numbers is None or len(varying) != 1 or len(x.dims[varying[0]]) != 1 or numbers.numel() != x.shape[varying[0]]:
         return None
