@@ -42,6 +42,19 @@ def test_padding_wears_the_border_down(depth):
     np.testing.assert_allclose(profile_of(x), exact, rtol=1e-9)
 
 
+@pytest.mark.parametrize("shape", [(1, 8), (8, 1), (1, 8, 8)])
+def test_a_dimension_of_one_place_has_no_border(shape):
+    """Levels along another dimension are not its own: of three taps along it one reads the map, whatever is read beside."""
+    rules_of = {2: aten.conv2d.default, 3: aten.conv3d.default}
+    x, rank, exact = independent((2, 4, *shape), 0.0, 1.0), len(shape), np.ones(8)
+    step = (np.abs(np.subtract.outer(np.arange(8), np.arange(8))) <= 1) / 3.0
+    for _ in range(3):
+        weight = independent((4, 4, *[3] * rank), 0.0, (4 * 3**rank) ** -0.5, is_weight=True)
+        rule = rules_of[rank]
+        x, exact = rules()[rule](Call(rule, (x.shape,)), x, weight, None, 1, 1, 1, 1), step @ exact
+    assert x.second_moment == pytest.approx(exact.mean() ** shape.count(8) / 3.0 ** (3 * shape.count(1)), rel=1e-9)
+
+
 def test_a_stride_reads_the_border_less_often():
     """Stride 2, padding 1: the first row of a map of even size is read once, the others once or twice."""
     quiet = convolve(independent((2, 4, 8, 8), 0.0, 1.0), kernel(4, 4))

@@ -236,7 +236,7 @@ def convolve(x: Value, weight: Value, places: Sequence[Places], groups: int, *, 
     labels_x, labels_w = "bgc" + "uvw"[:rank], ("gco" if transposed else "goc") + "klm"[:rank]
     x, weight = match(x, weight, labels_x, labels_w)
     starts = [int(start) for start in np.cumsum([0, *(len(dim) for dim in x.dims)])]
-    windows = [levels.read(x.levels, starts[3 + d], place) for d, place in enumerate(places)]
+    windows = [levels.read(x.levels if x.dims[3 + d] else None, starts[3 + d], place) for d, place in enumerate(places)]
     space: list[Dim] = [(Axis(len(place)),) if len(place) > 1 else () for place in places]
     table, index_x, index_w, out_index = _map_table(x, weight, (labels_x, labels_w), windows, space)
     count = math.prod([*(axis.size for axis in x.dims[2]), *(float(window.sum(1).mean()) for window in windows)])
@@ -258,7 +258,8 @@ def convolve(x: Value, weight: Value, places: Sequence[Places], groups: int, *, 
         result = weighted(result, x, weight, channels | taps, alone=groups_at, places=list(taps), taps=kernel)
     leaning, lean = windows, x.valid_lean()
     if lean is not None:
-        leaning = [levels.read(lean.profile, starts[3 + d], place, mean=True) for d, place in enumerate(places)]
+        profiles = [lean.profile if dim else None for dim in x.dims[3:]]
+        leaning = [levels.read(profiles[d], starts[3 + d], place, mean=True) for d, place in enumerate(places)]
     if not _is_fresh(weight):
         return replace(result, lean=_border_lean(profile, leaning, None))
     inner = None if transposed else _strided_neighbours(x, places, space)
