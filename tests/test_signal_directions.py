@@ -73,6 +73,33 @@ def test_a_norm_of_root_mean_squares_is_one_of_lengths():
     assert cosines(lambda x: F.rms_norm(x, x.shape[-1:], eps=0.0) / TOKENS**0.5) == pytest.approx(cosines(), rel=1e-4)
 
 
+class Averages(nn.Module):
+    """Maps that have something in common all over, mixed by a fresh kernel, normalised, and averaged over places."""
+
+    def __init__(self, common):
+        super().__init__()
+        self.common = common
+        self.mix, self.norm, self.mean = nn.Conv2d(64, 64, 1, bias=False), nn.BatchNorm2d(64), nn.AdaptiveAvgPool2d(1)
+
+    def forward(self, x):
+        return self.mean(self.norm(self.mix(x + self.common * x.mean((2, 3), keepdim=True))))
+
+
+@pytest.mark.parametrize(("samples", "common"), [(2, 4.0), (2, 10.0), (3, 10.0), (8, 4.0)])
+def test_channels_of_which_few_samples_differ_are_divided_by_what_they_differ_by(samples, common):
+    """By the ratio of averages the average over places would be half as loud again for two samples, a tenth for eight."""
+    torch.manual_seed(0)
+    model, measured = Averages(common), []
+    predicted = gs.inspect(model, (torch.randn(samples, 64, 6, 6),), gradients=False).modules["mean"][0].second_moment
+    with torch.no_grad():
+        for seed in range(DRAWS):
+            torch.manual_seed(seed)
+            model.mix.reset_parameters()
+            measured.append(float(model(torch.randn(samples, 64, 6, 6)).square().mean()))
+    error = np.std(measured, ddof=1) / DRAWS**0.5
+    assert abs(predicted - np.mean(measured)) < 0.01 * predicted + 3 * error, (predicted, np.mean(measured), error)
+
+
 def test_pairs_that_are_known_to_be_alike_change_nothing():
     """A matrix of what pairs of tokens share, all of them nearly the same, is no reason to leave the norms out."""
     axes = tuple(Axis(size) for size in (SAMPLES, CHANNELS, TOKENS))

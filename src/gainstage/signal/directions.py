@@ -9,6 +9,11 @@ the share of it that is left is smaller than the ratio of averages. With compone
 
 exactly. The first is about a vector and itself; two vectors of correlation r have ``E[z_k^2 / s]^2 r`` and, of third order in
 r, the rest.
+
+A channel over samples and places is such a vector too, which batch norm divides. The averages over places of two samples differ
+by one number in each channel: where it is loud, little else is left of the channel, but nothing is more than all. So these
+averages are quieter than the ratio of means says: of two samples, with a ratio r of the mean square of the rest to theirs,
+``E[z^2 / (z^2 + r)] = 1 - (pi r / 2)^(1/2) e^(r/2) erfc((r/2)^(1/2))``.
 """
 
 from __future__ import annotations
@@ -18,7 +23,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from gainstage.signal.copies import replace
-from gainstage.signal.pairing import spectrum, table_of
+from gainstage.signal.filtered import times
+from gainstage.signal.pairing import amplitude_of, spectrum, table_of
 from gainstage.signal.quadrature import Array
 from gainstage.signal.value import Value
 
@@ -32,24 +38,60 @@ def divided(x: Value, reduced: Sequence[int]) -> Value:
 
     x as it was where norms hardly stray, and where entries are not Gaussian of mean 0 or differ by their place.
     """
-    sizes = [x.axes[position].size for position in reduced]
     levelled = x.levels is None or all(x.levels.shape[position] == 1 for position in reduced)
     if not levelled or x.near is not None or _has_unlike_pairs(x) or abs(x.marginal.kurtosis - 3.0) > 1.0:
         return x
     if x.second_moment <= 0.0 or x.mean**2 > CENTRED * x.second_moment:
         return x
+    found = _by_component(x, reduced)
+    return x if found is None else replace(x, table=found[0], rho=None, flatness=found[2])
+
+
+def divided_by_channel(x: Value, reduced: Sequence[int], alike: float) -> Value:
+    """As :func:`divided`, for channels over samples and places, where these may have levels and lags of their own.
+
+    ``alike``: mean over all pairs of entries of a channel of the square of their correlation, which is more than the table tells
+    where near places share more: of what lies within samples there are so many fewer components.
+    """
+    if _has_unlike_pairs(x) or x.second_moment <= 0.0 or (found := _by_component(x, reduced, alike)) is None:
+        return x
+    table, linear, _ = found
+    return replace(x, table=table, rho=None, amplitude=amplitude_of(x) * linear, filtered=times(x, 1.0, table))
+
+
+def _by_component(x: Value, reduced: Sequence[int], alike: float = 0.0) -> tuple[Array, Array, float] | None:
+    """Table after each vector was divided by its own norm; the linear part that is left of each component; and the flatness.
+
+    None where norms hardly stray.
+    """
+    sizes = [x.axes[position].size for position in reduced]
     front, rest = tuple(range(len(reduced))), x.table.ndim - len(reduced)
     components = spectrum(np.moveaxis(x.covariance, tuple(reduced), front), sizes)
     own = np.maximum(components.reshape(*components.shape[: len(reduced)], -1)[..., -1], 0.0)
     variances, counts = _variances(own, sizes)
-    if 2.0 * float((counts * variances**2).sum()) < LEAST:
-        return x
+    if 2.0 * max(float((counts * variances**2).sum()), alike) < LEAST:
+        return None
+    variances, counts = _fewer(variances, counts, alike)
     same, apart, flatness = _shares(variances, counts)
     own, same, apart = (part.reshape(*part.shape, *[1] * rest) for part in (own, same, apart))
     rho = np.clip(components / np.maximum(own, 1e-300), -1.0, 1.0)
     kept = own * (apart * rho + (same - apart) * rho**3)
     table = np.moveaxis(table_of(kept, sizes), front, tuple(reduced)) + x.mean**2
-    return replace(x, table=np.ascontiguousarray(table), rho=None, flatness=flatness)
+    return np.ascontiguousarray(table), np.moveaxis(np.sqrt(apart), front, tuple(reduced)), flatness
+
+
+def _fewer(variances: Array, counts: Array, alike: float) -> tuple[Array, Array]:
+    """So many components of the last kind, the rest of all axes, that pairs of entries have this mean square of a correlation."""
+    last = (-1,) * counts.ndim
+    told = float((counts * variances**2).sum())
+    within = float(counts[last] * variances[last] ** 2)
+    if alike <= told or within <= 0.0:
+        return variances, counts
+    fewer = max(within / (within + alike - told), 1.0 / float(counts[last]))
+    variances, counts = variances.copy(), counts.copy()
+    counts[last] *= fewer
+    variances[last] /= fewer
+    return variances, counts
 
 
 def _has_unlike_pairs(x: Value) -> bool:

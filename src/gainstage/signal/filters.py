@@ -12,7 +12,7 @@ from gainstage.signal.alike import averaged, border, centred, mean_square
 from gainstage.signal.axes import Axis
 from gainstage.signal.between import rescaled
 from gainstage.signal.copies import once, replace
-from gainstage.signal.directions import divided
+from gainstage.signal.directions import divided, divided_by_channel
 from gainstage.signal.filtered import mapped, times
 from gainstage.signal.gram import Gram
 from gainstage.signal.joining import join
@@ -243,7 +243,11 @@ def normalise(x: Value, reduced: Sequence[Axis], eps: float, *, centre: bool = T
         near=x.near_without_common() if centre else x.near, filtered=times(x, scale, table),
         overlap=_left_overlap(overlap, x.second_moment, level),
     )  # fmt: skip
-    result = result if over_places else divided(result, positions)
+    if not over_places:
+        result = divided(result, positions)
+    elif level > 0.0:
+        alike = mean_square(x, x.table - common, positions, border(x, positions))
+        result = divided_by_channel(result, positions, float(alike[(-1,) * alike.ndim]) / level**2)
     return held(replace(result, steady=Share(frozenset(reduced), (level * scale**2) ** 2)), level * scale**2, x)
 
 
