@@ -9,7 +9,8 @@ import pytest
 EXAMPLES = Path(__file__).parents[1] / "examples"
 SCRIPTS = sorted(EXAMPLES.glob("*.py"))
 LONGEST = 60.0  # seconds of processor on a busy machine: an example that one waits for is not read
-QUICK = {"deep_plain": ["--steps", "2", "--only", "relu"]}  # what trains networks is only seen to run here
+# What trains networks is only seen to run here.
+QUICK = {"deep_plain": ["--steps", "2", "--only", "relu"], "flows": ["--steps", "20"]}
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.stem)
