@@ -102,7 +102,7 @@ def add(call: Call, x: Any, y: Any, alpha: float = 1.0) -> Value:
             return add_known(x, y)
         if x.constant is not None and y.constant is None:
             return add_known(y, x)
-        return add_drawn(y, x) if y.drawn is None else add_drawn(x, y)
+        return add_drawn(x, y) if x.valid_draws() is None else add_drawn(y, x)
     return binary(torch.add, x, y, alpha)
 
 
