@@ -31,7 +31,7 @@ aten = torch.ops.aten
 MOST = 2**20  # known entries that are looked up
 # Draws of what one row has an entry of; fewer of large ones, which have more rows.
 LEAST, FEWEST, MOST_DRAWN = 64, 8, 2**19
-_ARITHMETIC = frozenset({"mul", "div", "add", "sub", "rsub"})
+_WITH_NUMBERS = frozenset({"mul", "div", "add", "sub", "rsub"})  # functions of one tensor, where the other is a number
 _VIEWS = frozenset({"view", "_unsafe_view", "reshape", "flatten", "squeeze", "unsqueeze"}) | UNCHANGED
 
 Run = Callable[[Node, Value], Any]
@@ -76,13 +76,14 @@ def _draws(shared: Array, index: torch.Tensor, shape: Sequence[int]) -> torch.Te
 def carried(node: Node, args: Sequence[Any], result: Any) -> Any:
     """A function or a view of a tensor of which draws are at hand, with its draws."""
     x = args[0] if args else None
-    if not isinstance(x, Value) or x.drawn is None or x.drawn.table is not x.table or not isinstance(result, Value):
+    draws = x.valid_draws() if isinstance(x, Value) else None
+    if draws is None or result is x or not isinstance(result, Value):
         return result
     if any(isinstance(other, Value) for other in args[1:]) or node.op is None:
         return result
-    if result is x or not (node.short_name in RESHAPING or is_pointwise(node.op) or node.short_name in _ARITHMETIC):
+    if not (node.short_name in RESHAPING or is_pointwise(node.op) or node.short_name in _WITH_NUMBERS):
         return result
-    made = torch.stack([node.op(each, *args[1:], **node.kwargs) for each in x.drawn.draws])
+    made = torch.stack([node.op(each, *args[1:], **node.kwargs) for each in draws])
     return replace(result, drawn=Drawn(result.table, made))
 
 

@@ -56,9 +56,10 @@ def add_apart(x: Value, y: Value) -> Value:
 def add_drawn(x: Value, y: Value) -> Value:
     """``x + y`` for a y of which draws are at hand, by query and key, that a softmax may take apart again."""
     total = combine(torch.add, x, y)
-    if y.drawn is None or y.drawn.table is not y.table or len(y.dims) < 2 or total.shape[-2:] != y.shape[-2:]:
+    draws = y.valid_draws()
+    if draws is None or len(y.dims) < 2 or total.shape[-2:] != y.shape[-2:]:
         return total
-    fields = y.drawn.draws.reshape(-1, *y.shape[-2:])
+    fields = draws.reshape(-1, *y.shape[-2:])
     return replace(total, added=Added(total.table, expand(x, total.shape), fields, drawn=True))
 
 

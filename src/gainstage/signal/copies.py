@@ -28,22 +28,29 @@ def replace(value: T, /, **changes: Any) -> T:
     return made
 
 
-class Remembering(Protocol):
-    """What keeps what was made of the tensors that have it: operand, how, result."""
-
-    made: list[tuple[object, object, object]]
+class _Memory(Protocol):
+    made: list[tuple[object, object, object]]  # operand, how, result
 
 
-def once(memory: Remembering, operand: object, how: object, make: Callable[[], T]) -> T:
+class Remembered(Protocol):
+    """A value whose distribution keeps what was made of it: copies of the value share that."""
+
+    @property
+    def marginal(self) -> _Memory:
+        """The distribution."""
+
+
+def once(operand: Remembered, how: object, make: Callable[[], T]) -> T:
     """What was made of the very same operand in an equal way before, or what is made now.
 
     A part of a concatenation meets the same operations again in each layer that reads it.
     """
-    for before, manner, result in memory.made:
+    made_before = operand.marginal.made
+    for before, manner, result in made_before:
         if before is operand and manner == how:
             return cast("T", result)
     made = make()
-    memory.made.append((operand, how, made))
+    made_before.append((operand, how, made))
     return made
 
 

@@ -211,7 +211,7 @@ def normalise(x: Value, reduced: Sequence[Axis], eps: float, *, centre: bool = T
     if found is not None and x.dims[found[0]][0] not in reduced:
         how = (normalise, tuple(reduced), eps, centre, over_places)
         alone = partial(normalise, reduced=reduced, eps=eps, centre=centre, over_places=over_places)
-        return join([once(part.marginal, part, how, partial(alone, part)) for part in found[1]], found[0])
+        return join([once(part, how, partial(alone, part)) for part in found[1]], found[0])
     positions = [x.axes.index(axis) for axis in reduced]
     common = averaged(x.table, positions, reduced) if centre else np.zeros_like(x.table)
     table = x.table - common
@@ -228,6 +228,7 @@ def normalise(x: Value, reduced: Sequence[Axis], eps: float, *, centre: bool = T
         left, differ = _left_by_epsilon(divisor_strays(x, reduced, table, border(x, positions), 0.0, centre=centre), eps / level)
     std = max(level * scale**2 * left - mean**2, 0.0) ** 0.5
     amplitude *= left**0.5
+    rest = table
     keeps_latent = not centre or float(common.max()) - x.mean**2 <= 1e-3 * max(level, 1e-300)
     removed = float(common[(-1,) * common.ndim])
     profile, share = _normalised_levels(x, positions, removed, eps)
@@ -246,7 +247,7 @@ def normalise(x: Value, reduced: Sequence[Axis], eps: float, *, centre: bool = T
     if not over_places:
         result = divided(result, positions)
     elif level > 0.0:
-        alike = mean_square(x, x.table - common, positions, border(x, positions))
+        alike = mean_square(x, rest, positions, border(x, positions))
         result = divided_by_channel(result, positions, float(alike[(-1,) * alike.ndim]) / level**2)
     return held(replace(result, steady=Share(frozenset(reduced), (level * scale**2) ** 2)), level * scale**2, x)
 

@@ -217,7 +217,7 @@ def _start(x: Value, dim: int) -> int:
 
 def with_axes(x: Value, dims: tuple[Dim, ...]) -> Value:
     """The same tensor, its coordinates identified with those of another."""
-    return x if dims == x.dims else once(x.marginal, x, dims, lambda: _renamed(x, dims))
+    return x if dims == x.dims else once(x, dims, lambda: _renamed(x, dims))
 
 
 def _renamed(x: Value, dims: tuple[Dim, ...]) -> Value:

@@ -17,7 +17,7 @@ from gainstage.signal.copies import once, replace
 from gainstage.signal.directions import divided
 from gainstage.signal.few import with_shapes
 from gainstage.signal.joining import join
-from gainstage.signal.known import known
+from gainstage.signal.known import few_along_one, known, numbers_along
 from gainstage.signal.linear import add, affine, modulate, multiply
 from gainstage.signal.loudness import over_loudness
 from gainstage.signal.marginal import Marginal
@@ -50,7 +50,6 @@ from gainstage.signal.value import Value
 
 LEAST_STRAY = 1e-3  # variance of the log of a level below which all draws are alike
 
-MOST_NUMBERS = 32  # centres or frequencies that are looked at one by one
 
 Function = Callable[..., torch.Tensor]
 
@@ -163,7 +162,7 @@ def apply(function: Function, x: Value) -> Value:
     """``f(x)`` for any function of one tensor, entry by entry; of several functions of one tensor side by side, of each."""
     parts = parts_along(x)
     if parts is not None:
-        return join([once(part.marginal, part, function, partial(apply, function, part)) for part in parts[1]], parts[0])
+        return join([once(part, function, partial(apply, function, part)) for part in parts[1]], parts[0])
 
     def on_grid(grid: Array) -> Array:
         return call_on(function, grid)
@@ -291,7 +290,7 @@ def combine(function: Function, x: Value, y: Value) -> Value:
     if function is torch.mul and _is_statistic_of(x, y):
         return combine(function, y, x)
     for first, known_numbers in ((x, numbers[1]), (y, numbers[0])):
-        along = _numbers_along(known_numbers, first)
+        along = numbers_along(known_numbers, first)
         if along is not None and (function is torch.mul or (function is torch.div and first is x)):
             statistic, profile = statistic_at(frozenset(), along if function is torch.mul else 1.0 / along, None)
             return replace(modulate(first, profile, statistic.centre), lineage=x.lineage | y.lineage, constant=None)
@@ -322,7 +321,7 @@ def _row_of_numbers(function: Function, x: Value, y: Value) -> Value | None:
             continue
         rank = max(len(x.dims), len(y.dims))
         shape, spread = ((1,) * (rank - len(v.dims)) + v.shape for v in (first, second))
-        numbers = _along_one(second.constant.reshape(spread), shape)
+        numbers = few_along_one(second.constant.reshape(spread), shape)
         if numbers is None:
             continue
         varying = next(d for d, size in enumerate(numbers.shape) if size > 1)
@@ -330,25 +329,6 @@ def _row_of_numbers(function: Function, x: Value, y: Value) -> Value | None:
         wide = replace(expand(reshape(first, shape), whole), uneven=None)  # which is followed through one function, not a chain
         return join([_with_number(function, wide, float(n), is_first=first is x) for n in numbers.reshape(-1)], varying)
     return None
-
-
-def _along_one(numbers: torch.Tensor, shape: Sequence[int]) -> torch.Tensor | None:
-    """A few different numbers along a dimension of a tensor of this shape that has size 1; the same along all others."""
-    if not any(size > 1 and own == 1 for size, own in zip(numbers.shape, shape, strict=True)):
-        return None
-    numbers = _without_copies(numbers)
-    varying = [d for d, size in enumerate(numbers.shape) if size > 1]
-    is_row = len(varying) == 1 and shape[varying[0]] == 1 and numbers.numel() <= MOST_NUMBERS
-    return numbers if is_row and len(set(numbers.reshape(-1).tolist())) == numbers.numel() else None
-
-
-def _without_copies(numbers: torch.Tensor) -> torch.Tensor:
-    """Numbers with size 1 in place of each dimension along which they are the same."""
-    for d, size in enumerate(numbers.shape):
-        first = numbers.narrow(d, 0, min(size, 1))
-        if size > 1 and torch.equal(first, numbers.narrow(d, 1, 1)) and torch.equal(first.expand_as(numbers), numbers):
-            numbers = first
-    return numbers
 
 
 def _with_number(function: Function, x: Value, number: float, *, is_first: bool) -> Value:
@@ -361,21 +341,6 @@ def _with_number(function: Function, x: Value, number: float, *, is_first: bool)
         return affine(x, number if function is torch.mul else 1.0 / number)
     constant = torch.tensor(number, dtype=torch.float64)
     return apply((lambda t: function(t, constant)) if is_first else (lambda t: function(constant, t)), x)
-
-
-def _numbers_along(numbers: torch.Tensor | None, x: Value) -> Array | None:
-    """Known numbers of one sign that differ along one axis of x, such as the sizes of neighbourhoods or the lengths of samples.
-
-    One for each coordinate of that axis, in an array with one dimension for each axis.
-    """
-    numbers = None if numbers is None else _without_copies(numbers)
-    varying = [] if numbers is None else [d - numbers.dim() for d, size in enumerate(numbers.shape) if size > 1]
-    if numbers is None or len(varying) != 1 or len(x.dims[varying[0]]) != 1 or numbers.numel() != x.shape[varying[0]]:
-        return None
-    if not bool((numbers > 0.0).all() or (numbers < 0.0).all()):
-        return None
-    position = x.axes.index(x.dims[varying[0]][0])
-    return numbers.double().reshape([-1 if p == position else 1 for p in range(len(x.axes))]).numpy()
 
 
 def _as_direction(scaled: Value, statistic: Value) -> Value:

@@ -226,6 +226,10 @@ class Value:
         """How the variances of channels differ, if their axes are still there."""
         return self.uneven if self.uneven is not None and all(axis in self.axes for axis in self.uneven.axes) else None
 
+    def valid_draws(self) -> torch.Tensor | None:
+        """Draws of the tensor, if nothing was done to it since they were made."""
+        return self.drawn.draws if self.drawn is not None and self.drawn.table is self.table else None
+
     def neighbours(self) -> Neighbours | None:
         """What near places share, if the axes of the map are still there."""
         axes = self.axes
