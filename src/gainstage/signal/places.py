@@ -8,12 +8,14 @@ log-normal of mean 1 and independent from place to place,
 
     E[f(x)^2] = E[f_l(z)^2],      E[f(x)] = E[g(z)],      f_l(z) = f(sqrt(l) z),  g = E[f_l],
 
-and covariances of places grow like the variance. (What channels of one place share beyond that is not followed.) For ReLU,
-``E[f^2] = E[l] / 2`` stays, while ``E[f]^2`` falls by ``Var(l) / 4`` of itself, and more is left when a mean goes.
+and covariances of places grow like the variance. For ReLU, ``E[f^2] = E[l] / 2`` stays, while ``E[f]^2`` falls by a quarter of
+``Var(l)`` of itself, and more is left when a mean goes. Channels of one place share ``(d E[f] / d log l)^2 Var(log l)`` beyond
+that, of all that the level strays by: behind a Gaussian x each channel is Gaussian, but squares of two correlate.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import numpy as np
@@ -48,6 +50,12 @@ def over_places(x: Value, result: Value, function: Callable[[Array], Array]) -> 
     mean = float(np.copysign(max(result.mean**2 + gained, 0.0) ** 0.5, result.mean))
     std = max(float(table[(1,) * table.ndim]) - mean**2, 0.0) ** 0.5
     marginal = moved(result, mean, std)
+    steepness = (expectation(made[-3]) - expectation(made[-2])) / (4.0 * STEP)
+    of_place = tuple(slice(1, 2) if axis in places else slice(None) for axis in x.axes)
+    shared = steepness**2 * min(x.overlap.swell, MOST) * (1.0 - rho[of_place] ** 2)
+    number = math.prod(axis.size for axis in places)
+    table -= shared / (number - 1.0)  # so that the average over all places is held
+    table[of_place] += shared * (number / (number - 1.0))
     wider, narrower, level = (_level(values, expectation(average)) for values in made[len(scales) :])
     power = (wider - narrower) / (4.0 * STEP * level) if level > 0.0 else 0.0
     overlap = replace(result.overlap, swell=x.overlap.swell * power**2, places=places, evened=x.overlap.evened * power**2)

@@ -39,6 +39,7 @@ from gainstage.signal.quadrature import (
     tied_correlation,
 )
 from gainstage.signal.quotient import quotient
+from gainstage.signal.ripples import with_ripples
 from gainstage.signal.samples import over_lots
 from gainstage.signal.slicing import part_by_part
 from gainstage.signal.spread import held
@@ -171,7 +172,7 @@ def apply(function: Function, x: Value) -> Value:
     result = on_latent(x, values) if x.levels is None else _on_levels(x, values, on_grid)
     result = replace(result, stray=passed(x, values))
     alike = result.marginal
-    for differing in (with_means, with_shapes, over_draws, over_places, over_loudness, over_lots):
+    for differing in (with_means, with_shapes, with_ripples, over_draws, over_places, over_loudness, over_lots):
         result = differing(x, result, lambda grid: _within_domain(on_grid(grid)))
     result = result if result.marginal is alike else _held_to_sign(result, values)
     statistic = None

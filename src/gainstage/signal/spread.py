@@ -20,6 +20,7 @@ from gainstage.signal.lots import NO_LOTS, Lots, drawn, together
 from gainstage.signal.neighbours import outer, pairs_by_lag
 from gainstage.signal.overlap import Overlap, Taps, after_kernel, mixed, patch_share
 from gainstage.signal.quadrature import expectation, kurtosis
+from gainstage.signal.ripples import of_kernel
 from gainstage.signal.stray import Stray, growth, passed, read
 from gainstage.signal.uneven import is_centred, of_weights
 from gainstage.signal.value import Value
@@ -93,6 +94,9 @@ def weighted(
         overlap=overlap,
         uneven=of_weights(y, weight, alike=own + inherited, centred=left, number=number, every=math.prod(every.values())),
     )
+    if made.uneven is not None and taps:
+        read = math.prod(n for p, n in terms.items() if x.axes[p] not in taps)
+        made = replace(made, uneven=replace(made.uneven, ripple=of_kernel(x, weight, read, taps)))
     return shaped(made, x, terms, of_all=not alone)
 
 

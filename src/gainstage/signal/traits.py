@@ -189,7 +189,8 @@ class Uneven:
     draws of the log of the level that comes of this; an average over samples or places has none of it. ``within``: what is added
     for entries that have the same coordinate along an axis: channels of one sample, gated by what was found in it. ``centred``:
     the relative variance over rows of what is left once the mean of each channel is gone, beyond what a table shows. ``of_all``:
-    channels with a ``shape`` are sums of the same terms, each with weights of its own.
+    channels with a ``shape`` are sums of the same terms, each with weights of its own. ``ripple``: along axes of a map, variance
+    over channels of the correlation of places at each lag, see :mod:`gainstage.signal.ripples`.
     """
 
     axes: tuple[Axis, ...]
@@ -199,6 +200,7 @@ class Uneven:
     within: tuple[tuple[Axis, float], ...] = ()
     centred: float = 0.0
     of_all: bool = False
+    ripple: tuple[tuple[Axis, ...], Array] | None = None
 
     def of_groups(self, axes: Sequence[Axis], reduced: Sequence[Axis], *, centre: bool) -> float:
         """The variance of averages over some of a tensor's axes: over a group of channels it is less, over all there is none."""

@@ -98,11 +98,10 @@ def after_norm(x: Value, reduced: Sequence[Axis], differ: float) -> Uneven | Non
     if x.uneven is None:
         return None
     left = differ if x.unevenness() is not None and not any(axis in reduced for axis in x.uneven.axes) else 0.0
-    return (
-        Uneven(x.uneven.axes, left, x.uneven.shape, centred=left, of_all=x.uneven.of_all)
-        if left > 0.0 or x.uneven.shape is not None
-        else None
-    )
+    known = x.uneven
+    if left <= 0.0 and known.shape is None and known.ripple is None:
+        return None
+    return Uneven(known.axes, left, known.shape, centred=left, of_all=known.of_all, ripple=known.ripple)
 
 
 def with_means(x: Value, result: Value, function: Callable[[Array], Array]) -> Value:
