@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from gainstage.signal import levels
+from gainstage.signal import edges, levels
 from gainstage.signal.agreement import agreement, known_by
 from gainstage.signal.axes import Axis, Dim, axes_of, distinct
 from gainstage.signal.between import kept, loud_together, meeting
@@ -236,8 +236,10 @@ def convolve(x: Value, weight: Value, places: Sequence[Places], groups: int, *, 
     labels_x, labels_w = "bgc" + "uvw"[:rank], ("gco" if transposed else "goc") + "klm"[:rank]
     x, weight = match(x, weight, labels_x, labels_w)
     starts = [int(start) for start in np.cumsum([0, *(len(dim) for dim in x.dims)])]
-    windows = [levels.read(x.levels if x.dims[3 + d] else None, starts[3 + d], place) for d, place in enumerate(places)]
     space: list[Dim] = [(Axis(len(place)),) if len(place) > 1 else () for place in places]
+    seen, left = edges.read(x, places, space)
+    x = replace(x, table=seen)
+    windows = [levels.read(x.levels if x.dims[3 + d] else None, starts[3 + d], place) for d, place in enumerate(places)]
     table, index_x, index_w, out_index = _map_table(x, weight, (labels_x, labels_w), windows, space)
     count = math.prod([*(axis.size for axis in x.dims[2]), *(float(window.sum(1).mean()) for window in windows)])
     dims = (x.dims[0], weight.dims[0] + weight.dims[2 if transposed else 1], *space)
@@ -245,7 +247,7 @@ def convolve(x: Value, weight: Value, places: Sequence[Places], groups: int, *, 
         levels.carried([(x.levels, index_x), (weight.levels, index_w)], out_index),
         levels.normalised(levels.outer([np.sqrt((window**2).sum(1)) for window in windows], len(axes_of(dims)))),
     )
-    result = contracted(x, weight, dims, count * x.mean * weight.mean, table, profile=profile)
+    result = replace(contracted(x, weight, dims, count * x.mean * weight.mean, table, profile=profile), edges=left)
     if weight.is_weight:
         channels = {starts[2] + i: float(axis.size) for i, axis in enumerate(x.dims[2])}
         taps = {starts[3 + d]: float((window > 0.0).sum(1).mean()) for d, window in enumerate(windows) if x.dims[3 + d]}

@@ -13,6 +13,7 @@ from gainstage.signal.axes import Axis
 from gainstage.signal.between import rescaled
 from gainstage.signal.copies import once, replace
 from gainstage.signal.directions import divided, divided_by_channel
+from gainstage.signal.edges import left_by_norm
 from gainstage.signal.filtered import mapped, times
 from gainstage.signal.gram import Gram
 from gainstage.signal.joining import join
@@ -242,7 +243,7 @@ def normalise(x: Value, reduced: Sequence[Axis], eps: float, *, centre: bool = T
         uneven=after_norm(x, reduced, differ), mean=mean, table=table, marginal=marginal, gram=gram, amplitude=amplitude,
         rho=x.correlation() if keeps_latent else None, statistic=None, constant=None, prior=None, levels=profile,
         near=x.near_without_common() if centre else x.near, filtered=times(x, scale, table),
-        overlap=_left_overlap(overlap, x.second_moment, level),
+        overlap=_left_overlap(overlap, x.second_moment, level), edges=left_by_norm(x, reduced) if over_places else None,
     )  # fmt: skip
     if not over_places:
         result = divided(result, positions)

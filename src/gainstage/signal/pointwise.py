@@ -95,6 +95,7 @@ def _alike(x: Value, values: Array, **changes: object) -> Value:
         stray=x.stray.hidden(),
         overlap=_overlap_after(x, series, rho),
         is_weight=x.is_weight,
+        edges=x.edges,
         prior=x.prior,
         gram=gram,
     )

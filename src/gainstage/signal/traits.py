@@ -59,6 +59,13 @@ class Lean:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class Edges:
+    """How what all samples share at a place is spread along axes of a map, see :mod:`gainstage.signal.edges`."""
+
+    along: tuple[tuple[Axis, Array], ...]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Joined:
     """Parts of a concatenation along an axis; void for a tensor with another table: it was changed since.
 

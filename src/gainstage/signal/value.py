@@ -37,7 +37,7 @@ from gainstage.signal.quadrature import (
 from gainstage.signal.recurrent import Unrolled
 from gainstage.signal.shares import Share
 from gainstage.signal.stray import Stray
-from gainstage.signal.traits import Added, Drawn, Given, Joined, Largest, Lean, Logits, Origin, Statistic, Sum, Uneven
+from gainstage.signal.traits import Added, Drawn, Edges, Given, Joined, Largest, Lean, Logits, Origin, Statistic, Sum, Uneven
 
 if TYPE_CHECKING:
     from gainstage.signal.filtered import Filtered
@@ -53,7 +53,8 @@ class Value:
     parameters it depends on. ``levels``: where some coordinates are louder than others by design (the query, key and value rows
     of one projection; the parts of a concatenation), the root mean square of each over that of the whole, with one dimension for
     each axis, of size 1 where it does not vary. ``lean``: how each of those coordinates leans on the average over all, where this
-    is not in proportion to its level. ``joined``: the tensors that were laid one after the other to make this one. ``near``: what
+    is not in proportion to its level. ``edges``: where on a map lies what all samples share at a place. ``joined``: the tensors
+    that were laid one after the other to make this one. ``near``: what
     places of a map that lie near each other share beyond the table's average. ``gram``: how the table's average over two
     positions of a sequence is spread over pairs of them. ``prior``: the known part of logits, apart from the table: minus
     infinity where a mask excludes. ``fields``: draws of what was added to it, [draws, query, key]; ``drawn``: of the tensor
@@ -88,6 +89,7 @@ class Value:
     is_weight: bool = False
     levels: Array | None = None
     lean: Lean | None = None
+    edges: Edges | None = None
     joined: Joined | None = None
     near: Neighbours | None = None
     gram: Gram | None = None
