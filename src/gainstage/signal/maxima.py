@@ -7,10 +7,9 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache, reduce
+from functools import reduce
 
 import numpy as np
-import torch
 
 from gainstage.signal import levels
 from gainstage.signal.axes import Axis
@@ -21,50 +20,21 @@ from gainstage.signal.marginal import Marginal
 from gainstage.signal.movement import merge_dim, parts_along
 from gainstage.signal.neighbours import REACH, Neighbours, by_lag_apart, far_of, lag_counts, made
 from gainstage.signal.overlap import NONE, Overlap, filtered
+from gainstage.signal.patches import of_field
 from gainstage.signal.quadrature import (
     Array,
     coarse,
     evaluate_series,
     expectation_of_two,
-    hermite,
     invert_series,
-    nodes,
-    power_series,
     quantiles,
     standardised,
 )
 from gainstage.signal.traits import Largest, Lean
 from gainstage.signal.value import Value
+from gainstage.signal.windows import GRADES, Window, overlapping
 
-STEP = 0.05  # of standard deviations, for a slope
-_OWN = 8  # orders of what is a window's own; the rest is kept as one term
 NEARLY = 0.1  # of what two entries do not share: below it less and less is said by integrals over a grid
-GRADES = np.linspace(0.0, 1.0, 101)  # of the levels of places, over the largest of their window
-BLOCK = 16  # windows that are looked at at once
-
-
-@cache
-def largest(count: float) -> Array:
-    """Values, at the points of the coarse rule, of the largest of ``count`` independent standard normals: ``Phi(t)^count``."""
-    below = torch.special.ndtr(torch.from_numpy(coarse()[0])).numpy()
-    level = np.minimum(np.maximum(below, 1e-300) ** (1.0 / count), 1.0 - 1e-16)
-    return np.asarray(torch.special.ndtri(torch.from_numpy(level)).numpy())
-
-
-@cache
-def overlapping(first: int, second: int, shared: int) -> float:
-    """Covariance of the maxima of two sets of standard normals, so many in each, of which some are the same.
-
-    ``Cov = integral of F(x, y) - F(x) F(y)`` (Hoeffding 1940), with ``F(x, y) = Phi(min)^m Phi(x)^(n - m) Phi(y)^(k - m)``.
-    """
-    if shared == 0:
-        return 0.0
-    points, step = np.linspace(-6.0, 6.0, 241, retstep=True)
-    below = torch.special.ndtr(torch.from_numpy(points)).numpy()
-    wholes, rests = (below**first, below**second), (below ** (first - shared), below ** (second - shared))
-    beyond = [np.cumsum(rest[::-1])[::-1] for rest in rests]
-    both = wholes[0] @ beyond[1] + wholes[1][:-1] @ beyond[0][1:]  # where the second is the larger, or as large; and the first
-    return float(both - wholes[0].sum() * wholes[1].sum()) * float(step) ** 2
 
 
 def _sizes(places: Places, shifts: int) -> Sequence[Mapping[tuple[int, int, int], float]]:
@@ -81,94 +51,12 @@ def _sizes(places: Places, shifts: int) -> Sequence[Mapping[tuple[int, int, int]
     return found
 
 
-@cache
-def paired(count: float) -> tuple[Array, Array]:
-    """Correlations r of ``count`` pairs of standard normals, and of the latents of their two maxima.
-
-    ``Cov = integral of F(x, y)^n - (Phi(x) Phi(y))^n``, with ``dF / dr`` the density of a pair (Plackett 1954): for small r the
-    slope is ``1 / n``, as only one pair in n^2 is of one and its counterpart, and for r = 1 the two are the same.
-    """
-    points, angles = np.linspace(-6.0, 6.0, 121), np.linspace(0.0, 0.5 * np.pi, 65)
-    below = torch.special.ndtr(torch.from_numpy(points)).numpy()
-    alone, x, y = np.outer(below, below), points[:, None], points[None, :]
-    joint, density, covariances = alone, np.exp(-0.5 * (x**2 + y**2)), [0.0]
-    for angle in angles[1:-1]:
-        before, density = density, np.exp(-0.5 * (x**2 + y**2 - 2.0 * x * y * np.sin(angle)) / np.cos(angle) ** 2)
-        joint = joint + (before + density) * angles[1] / (4.0 * np.pi)
-        covariances.append(float((joint**count - alone**count).sum()))
-    covariances.append(float((np.minimum.outer(below, below) ** count - alone**count).sum()))
-    series = power_series(np.interp(nodes(), coarse()[0], largest(count)))
-    found = np.array(covariances) / covariances[-1] * series[1:].sum()
-    return np.sin(angles), np.asarray(invert_series(series, found))
-
-
-@dataclass(frozen=True, slots=True)
-class _Window:
-    """Places of equal level with the values ``f(z)``, f increasing, and ``z = sqrt(r) common + sqrt(1 - r) own``."""
-
-    values: Array
-    shared: float
-
-    def largest_of(self, count: float) -> Array:
-        """The largest is where ``own`` is: [common, the rest] on the coarse rule."""
-        z = np.sqrt(self.shared) * coarse()[0][:, None] + np.sqrt(1.0 - self.shared) * largest(count)[None, :]
-        return np.asarray(np.interp(z, nodes(), self.values))
-
-    def apart(self, surface: Array, rho: Array) -> Array:
-        """Second moment of two windows without a common place, whose places have the correlation rho."""
-        points, mass = coarse()
-        series = power_series(np.interp(nodes(), points, np.vecdot(surface, mass)))
-        return evaluate_series(series, np.clip(rho / max(self.shared, 1e-12), 0.0, 1.0))
-
-    def opposite(self, surface: Array, rho: Array, beyond: Array, count: float) -> Array:
-        """Second moment of two windows, as of two samples, whose places have the correlation rho; counterparts more.
-
-        ``beyond``: by how much. ``sum of a_nm^2 c^n o^m``, c and o the correlations of the latents of what is common and own.
-        """
-        points, mass = coarse()
-        common = np.clip(rho / max(self.shared, 1e-12), -1.0, 1.0)
-        own = np.clip(beyond / max(1.0 - self.shared, 1e-12), -1.0, 1.0)
-        own = np.sign(own) * np.interp(np.abs(own), *paired(count))
-        orders = [np.interp(points, nodes(), each) for each in hermite().T[:_OWN]]
-        series = [power_series(np.interp(nodes(), points, np.vecdot(surface, mass * each))) for each in orders]
-        columns = [weight * power_series(np.interp(nodes(), points, each)) for each, weight in zip(surface.T, mass, strict=True)]
-        series.append(np.sum(columns, axis=0) - np.sum(series, axis=0))
-        return np.asarray(sum(evaluate_series(each, common) * own**order for order, each in enumerate(series)))
-
-    def slope(self, count: float) -> float:
-        """``E[d max / d t]`` for ``z + t`` in the place of every z."""
-        points, mass = coarse()
-        z = np.sqrt(self.shared) * points[:, None] + np.sqrt(1.0 - self.shared) * largest(count)[None, :]
-        ahead, behind = (np.interp(z + step, nodes(), self.values) for step in (STEP, -STEP))
-        return expectation_of_two(ahead - behind, mass) / (2.0 * STEP)
-
-    def moments(self, held: Array) -> Array:
-        """``E max`` and ``E max^2`` [2, windows], of windows that hold so many places of each of the levels s [windows, GRADES].
-
-        By ``P(max < y | common) = prod P(s f < y | common)``.
-        """
-        points, mass = coarse()
-        rising = self.values + 1e-9 * np.ptp(self.values) * np.arange(self.values.size)
-        levels_y = np.unique(np.quantile(self.values, np.linspace(0.0, 1.0, 193)))
-        middle = 0.5 * (levels_y[1:] + levels_y[:-1])
-        occur = held.any(axis=0)
-        z = np.interp(middle / np.maximum(GRADES[occur, None], 1e-9), rising, nodes())
-        own = (z[..., None] - np.sqrt(self.shared) * points) / max(1.0 - self.shared, 1e-9) ** 0.5
-        each = torch.special.log_ndtr(torch.from_numpy(own.reshape(len(own), -1)))
-        below = np.ones((len(held), middle.size + 2))
-        below[:, 0] = 0.0
-        for start in range(0, len(held), BLOCK):
-            whole = (torch.from_numpy(held[start : start + BLOCK, occur]) @ each).exp().numpy()
-            below[start : start + BLOCK, 1:-1] = np.vecdot(whole.reshape(len(whole), middle.size, mass.size), mass)
-        return np.asarray(np.stack([levels_y, levels_y**2]) @ np.diff(below, axis=1).T)
-
-
 def max_over(x: Value, dims: Sequence[int], windows: Sequence[Places]) -> Value:
     """Maximum over windows along some dimensions. ``windows`` [outputs, taps]: places read, -1 for none.
 
-    Places of one window are taken to be equally correlated, as they are on average; exact for independent ones. Windows that
-    share places have correlated maxima, see :func:`overlapping`. The maximum of maxima is one over the union of their windows.
-    Of a concatenation, each part by itself.
+    Exact for independent places, where windows that share some have correlated maxima, see :func:`overlapping`. Correlated ones
+    are taken to be so as they are on average, but for what draws of a patch tell, see :mod:`gainstage.signal.patches`. The
+    maximum of maxima is one over the union of their windows. Of a concatenation, each part by itself.
     """
     parts = parts_along(x)
     if parts is not None and parts[0] not in dims:
@@ -195,8 +83,10 @@ def max_over(x: Value, dims: Sequence[int], windows: Sequence[Places]) -> Value:
 def _pooled(x: Value, read: Sequence[tuple[int, Places]], near: Neighbours, rho: Array, distant: float) -> Value:
     counts = [lag_counts(window, size) for (_, window), size in zip(read, rho.shape, strict=True)]
     inside = _Correlations(counts, rho, distant).between([0] * len(counts))
-    window = _Window(np.sort(x.marginal.even), min(max(inside, 0.0), 1.0))
-    louder = _louder(x, read, window)
+    loud, values = [levels.read(x.levels, x.axes.index(x.dims[d][0]), place) for d, place in read], np.sort(x.marginal.even)
+    field = of_field([place for _, place in read], loud, values, rho, distant)
+    window = Window(values, min(max(inside, 0.0), 1.0), field)
+    louder = _louder(read, loud, window) if field is None else field.louder
     surface = window.largest_of(float(np.prod([place.shape[1] for _, place in read])))
     out: dict[int, tuple[Axis, ...]] = {d: (Axis(len(place)),) if len(place) > 1 else () for d, place in read}
     profile = levels.normalised(_pooled_profile(x, read, out, np.sqrt(louder[1])))
@@ -227,7 +117,7 @@ def _pooled(x: Value, read: Sequence[tuple[int, Places]], near: Neighbours, rho:
     return replace(result, largest=Largest(result.table, x, tuple(read)))
 
 
-def _across(x: Value, read: Sequence[tuple[int, Places]], near: Neighbours, window: _Window, surface: Array) -> Array:
+def _across(x: Value, read: Sequence[tuple[int, Places]], near: Neighbours, window: Window, surface: Array) -> Array:
     """Table of the maxima of full windows at equal levels, of other samples or channels, by what their places share.
 
     Of windows that are counterparts each place meets its counterpart, and its neighbours.
@@ -251,7 +141,7 @@ def _across(x: Value, read: Sequence[tuple[int, Places]], near: Neighbours, wind
     return window.opposite(surface, common, beyond, float(np.prod([place.shape[1] for _, place in read])))
 
 
-def _overlap(x: Value, read: Sequence[tuple[int, Places]], window: _Window, out: Mapping[int, tuple[Axis, ...]]) -> Overlap:
+def _overlap(x: Value, read: Sequence[tuple[int, Places]], window: Window, out: Mapping[int, tuple[Axis, ...]]) -> Overlap:
     """To first order ``Cov(max, max') = E[d max / d t]^2`` times the average of the correlations of places, as of an average."""
     overlap, passed, taps = x.overlap, 1.0, 1.0
     for d, place in read:
@@ -264,11 +154,11 @@ def _overlap(x: Value, read: Sequence[tuple[int, Places]], window: _Window, out:
     return overlap.times(passed * (window.slope(taps) ** 2 / before) ** 2) if before > 0.0 else NONE
 
 
-def _louder(x: Value, read: Sequence[tuple[int, Places]], window: _Window) -> Array:
+def _louder(read: Sequence[tuple[int, Places]], loud: Sequence[Array], window: Window) -> Array:
     """Mean and second moment of each output [2, along each of the dimensions], over those of a full window of equal levels."""
     kinds, which = [], []
-    for d, place in read:
-        rows = np.sort(levels.read(x.levels, x.axes.index(x.dims[d][0]), place), axis=1)
+    for level in loud:
+        rows = np.sort(level, axis=1)
         tops = np.maximum(rows.max(), 1e-300)
         kind, index = np.unique(np.round(rows / tops, 2), axis=0, return_inverse=True)
         kinds.append(kind * tops)
@@ -284,10 +174,10 @@ def _louder(x: Value, read: Sequence[tuple[int, Places]], window: _Window) -> Ar
     held[-1, -1] = math.prod(place.shape[1] for _, place in read)  # full, and all as loud
     distinct, index = np.unique(held, axis=0, return_inverse=True)
     *found, full = window.moments(distinct)[:, index.reshape(-1)].T
-    loud = np.stack(found, axis=1) * np.stack([tops, tops**2]) / np.where(full != 0.0, full, 1.0)[:, None]
+    made = np.stack(found, axis=1) * np.stack([tops, tops**2]) / np.where(full != 0.0, full, 1.0)[:, None]
     if full[1] == 0.0:
-        loud[:] = 1.0  # of zeros the largest is zero everywhere
-    return np.asarray(loud.reshape(2, *shape)[np.ix_(np.arange(2), *which)])
+        made[:] = 1.0  # of zeros the largest is zero everywhere
+    return np.asarray(made.reshape(2, *shape)[np.ix_(np.arange(2), *which)])
 
 
 def _marginal(surface: Array, louder: Array, profile: Array | None) -> tuple[Marginal, float, float]:
@@ -339,7 +229,7 @@ class _Correlations:
 
 
 def _excess(
-    read: Sequence[tuple[int, Places]], pairs: _Correlations, window: _Window, surface: Array
+    read: Sequence[tuple[int, Places]], pairs: _Correlations, window: Window, surface: Array
 ) -> tuple[Array, Array, float]:
     """e(d) of the maxima, by the places that two windows share and by what the others have in common.
 
@@ -357,6 +247,9 @@ def _excess(
         ties[lag] += share * shared / (first * second) ** 0.5
     both = covariances / covariances[(0,) * len(shape)]
     excess = both + (1.0 - both) * apart
+    if window.field is not None:
+        drawn = window.field.correlations[tuple(slice(n) for n in shape)]
+        excess[tuple(slice(n) for n in drawn.shape)] = drawn
     excess[(0,) * excess.ndim] = 1.0
     square = expectation_of_two(surface, mass) ** 2
     ties = np.minimum(ties, 1.0)  # which rounding may pass
