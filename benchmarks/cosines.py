@@ -5,9 +5,9 @@ python -m benchmarks.cosines [--only resnet] [--most 16]
 For each dimension of a module's output with more than one coordinate: ``E[x_i x_j] / E[x^2]`` over all pairs of entries that
 differ in that dimension and in no other. In one draw it is ``((sum x)^2 - sum x^2) / (n (n - 1))``, averaged over the other
 dimensions, over the mean square; where positions are not alike, both are averages over all pairs of them. Models as they
-initialise themselves; a prediction is the mean of those from the parameters' moments in INSPECTED draws. Error: of the mean over
-draws, absolute; where that mean has a standard error above SETTLED, it says nothing and is left out. Writes
-benchmarks/results/cosines.json.
+initialise themselves; a prediction is the mean of those from the parameters' moments in INSPECTED draws, of tokens
+INSPECTED_TOKENS. Error: of the mean over draws, absolute; where that mean has a standard error above SETTLED, it says nothing and
+is left out. Writes benchmarks/results/cosines.json.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from gainstage.propagate import Signal
 RESULTS = Path(__file__).with_name("results") / "cosines.json"
 WITHIN = 0.02
 SETTLED = 0.007  # so that three standard errors are about WITHIN
-INSPECTED = 4
+INSPECTED, INSPECTED_TOKENS = 4, 64  # which tokens two samples share is another thing in each draw
 KINDS = ("samples", "other dimensions")
 
 
@@ -87,7 +87,9 @@ def cosines(tensor: torch.Tensor) -> dict[int, float]:
 def predicted(build: Callable[[int], Example]) -> dict[str, float]:
     """As :func:`cosine_pass`, without a pass."""
     found: dict[str, list[float]] = {}
-    for seed in range(INSPECTED):
+    first = build(0)
+    tokens = any(not value.is_floating_point() for value in (*first.args, *(first.kwargs or {}).values()))
+    for seed in range(INSPECTED_TOKENS if tokens else INSPECTED):
         example = build(seed)
         for call in gs.inspect(example.model, example.args, example.kwargs, gradients=False).calls:
             for dim, value in _of_signal(call.outputs[0]).items() if call.outputs else ():

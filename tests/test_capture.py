@@ -234,6 +234,14 @@ def test_parameters_that_cannot_be_drawn_are_all_named():
         assert part in str(refusal.value)
 
 
+@pytest.mark.filterwarnings("ignore:torch.ao.quantization is deprecated", "ignore:torch.quantize_per_tensor")
+def test_a_quantized_model_is_refused_and_not_taken_for_one_without_parameters():
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
+    quantized = torch.ao.quantization.quantize_dynamic(model, {nn.Linear})
+    with pytest.raises(errors.UnsupportedParameterError, match=r"^0, 2: quantized"):
+        capture(quantized, (x(),))
+
+
 def test_conversion_costs_little_beside_the_export():
     model = nn.Sequential(*(block(4, 4) for _ in range(12)))
     inputs = (torch.randn(2, 4, 8, 8),)

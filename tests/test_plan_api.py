@@ -237,6 +237,7 @@ def test_a_buffer_that_is_not_a_number_is_named():
         (lambda model: gs.inspect(model, (X,), X), r"as a dict, not as Tensor: kwargs=\{'mask': mask\}"),
         (lambda model: gs.plan(model, (X,), roles=["0.weight"]), "roles is list; give a dict"),
         (lambda model: gs.plan(model, (X,), keep=3), "keep is 3; give glob patterns"),
+        (lambda model: gs.tailor(model, (X,)), "tailor takes a model and a plan, not Sequential and tuple"),
         (lambda model: gs.apply(model, None), "takes a model and a plan, not Sequential and NoneType"),
         (lambda model: gs.apply(gs.plan(model, (X,)), model), "takes a model and a plan, not Plan and Sequential"),
     ],

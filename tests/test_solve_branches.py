@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from plain_roles import as_role, nodes_of, solved, variance
 from torch import nn
 
+import gainstage as gs
 from gainstage.roles import Branch, Merge, Role, Setter, Stream
 
 
@@ -165,3 +166,28 @@ def test_a_sibling_that_nothing_sets_is_followed():
 
     plan = solved(Pooled(), (torch.randn(4, 32),), add=add)
     assert plan.predictions["a@0"] == pytest.approx((4.0,), rel=1e-3)
+
+
+class Exchange(nn.Module):
+    """Two streams side by side that are added to each other after each pair of blocks, as in HRNet."""
+
+    def __init__(self, exchanges, width=64):
+        super().__init__()
+        self.starts = nn.ModuleList(nn.Linear(width, width) for _ in range(2))
+        self.blocks = nn.ModuleList(nn.ModuleList(nn.Linear(width, width) for _ in range(2)) for _ in range(exchanges))
+        self.across = nn.ModuleList(nn.ModuleList(nn.Linear(width, width) for _ in range(2)) for _ in range(exchanges))
+
+    def forward(self, x):
+        streams = [start(x) for start in self.starts]
+        for blocks, across in zip(self.blocks, self.across, strict=True):
+            first, second = (torch.relu(stream + block(stream)) for stream, block in zip(streams, blocks, strict=True))
+            streams = [torch.relu(first + across[0](second)), torch.relu(second + across[1](first))]
+        return streams[0] + 0.0
+
+
+def test_streams_that_are_added_to_each_other_again_and_again_do_not_double_each_time():
+    """As siblings they would: 2^12 and more."""
+    plan = gs.plan(Exchange(12), (torch.randn(16, 64),))
+    assert plan.predictions["blocks.11.0@0"][0] < 2.0
+    levels = [plan.predictions[f"across.{i}.0@0"][0] for i in range(1, 12)]
+    assert max(levels) < 1.1 * min(levels)

@@ -35,7 +35,8 @@ def plan(
 
     Args:
         model: any module, also on the meta device, in the mode that it will be trained in.
-        args: positional example inputs; their statistics are measured, those on the meta device are taken as standard normal.
+        args: positional example inputs; their statistics are measured. Those that look standard normal, and those on the meta
+            device, are taken as that.
         kwargs: keyword inputs.
         policy: a named set of targets (unit, isometric, torch, he, glorot, lecun, gpt2), or one of your own.
         balance: which direction hidden weights keep second moments in: forward, backward (of gradients), or geometric, the

@@ -6,6 +6,7 @@ from typing import TypeVar
 
 from torch import nn
 
+from gainstage.apply.write import check_kinds
 from gainstage.errors import InputError, PlanMismatchError
 from gainstage.plan import ActivationPlan, Plan, TailoredActivation
 
@@ -25,7 +26,7 @@ def tailor(model: _Model, plan: Plan) -> _Model:
         The model.
 
     Raises:
-        InputError: the plan proposes no change; its notes say why.
+        InputError: no plan is given, or one that proposes no change; its notes say why.
         PlanMismatchError: a module is not there, or of another type. The model is then unchanged.
 
     Example::
@@ -33,6 +34,7 @@ def tailor(model: _Model, plan: Plan) -> _Model:
         gs.tailor(model, gs.plan(model, (x,), policy="isometric"))
         plan = gs.initialize(model, (x,), policy="isometric")
     """
+    check_kinds("tailor", model, plan)
     if not plan.activations:
         said = " ".join(note for note in plan.notes if note.startswith("activations"))
         raise InputError(f"the plan of policy {plan.policy!r} proposes no change to any activation. {said}".strip())

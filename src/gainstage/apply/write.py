@@ -63,7 +63,7 @@ def apply(
         RankError: another process has another plan or seed, failed, or does not answer.
     """
     number = integer_seed(seed)
-    _check_kinds(model, plan)
+    check_kinds("apply", model, plan)
     found = holdings_of(model, plan.parameters)
 
     def check() -> str:
@@ -78,9 +78,14 @@ def apply(
     )
 
 
-def _check_kinds(model: object, plan: object) -> None:
+def check_kinds(function: str, model: object, plan: object) -> None:
+    """Refuse what is no model and no plan.
+
+    Raises:
+        InputError: for anything else.
+    """
     if not (isinstance(model, nn.Module) and isinstance(plan, Plan)):
-        raise InputError(f"apply takes a model and a plan, not {type(model).__name__} and {type(plan).__name__}.")
+        raise InputError(f"{function} takes a model and a plan, not {type(model).__name__} and {type(plan).__name__}.")
 
 
 def sharing_ranks(found: Mapping[str, Holding]) -> frozenset[int]:

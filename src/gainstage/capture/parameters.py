@@ -14,6 +14,8 @@ from gainstage.capture.surroundings import copied, quiet, seeded
 from gainstage.errors import UnsupportedParameterError
 from gainstage.graph import ParameterInfo, as_real
 
+_QUANTIZED = ("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized")
+
 
 def parameter_table(model: nn.Module) -> tuple[Mapping[str, ParameterInfo], Mapping[str, str]]:
     """All parameters by canonical name, and the canonical name of every name.
@@ -56,6 +58,13 @@ def with_shapes(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, An
     """
     lazy = {name: bool(is_lazy(parameter)) for name, parameter in model.named_parameters()}  # bool: the type guard misleads mypy
     _refuse({name: parameter for name, parameter in model.named_parameters() if not lazy[name]})
+    packed = [name for name, one in model.named_modules() if type(one).__module__.startswith(_QUANTIZED)]
+    packed = [name for name in packed if name.rpartition(".")[0] not in packed]
+    if packed:
+        raise UnsupportedParameterError(
+            f"{', '.join(packed[:8])}: quantized, with weights that are packed away and no parameters any more. Plan and draw "
+            "the model first, then quantize it."
+        )
     if not any(lazy.values()):
         return model, []
     shaped, fed_args, fed_kwargs = copied(model, args, kwargs)
@@ -71,7 +80,8 @@ def _refuse(parameters: Mapping[str, nn.Parameter]) -> None:
     reasons = [f"{name} ({reason})" for name, parameter in parameters.items() if (reason := _objection(parameter))]
     if reasons:
         raise UnsupportedParameterError(
-            f"No level can be set for {', '.join(reasons)}. Build the model with dense floating-point parameters."
+            f"No level can be set for {', '.join(reasons)}. Build the model with dense floating-point parameters; what is no "
+            "weight, such as indices, is a buffer (register_buffer)."
         )
 
 

@@ -111,10 +111,4 @@ def _user_line(stack_trace: str) -> str:
 
 
 def _short(filename: str) -> str:
-    return _seen_from(filename, Path.cwd())
-
-
-@lru_cache(maxsize=1024)  # for each operation of a model
-def _seen_from(filename: str, folder: Path) -> str:
-    path = Path(filename)
-    return str(path.relative_to(folder)) if path.is_relative_to(folder) else path.name
+    return "/".join(Path(filename).parts[-2:])  # wherever it is run from: plans have these lines in their notes

@@ -99,16 +99,35 @@ def _is_source(wiring: Wiring, node: int, branch: int) -> bool:
 
 
 def skip_chain(wiring: Wiring, start: int, residuals: Mapping[int, Residual]) -> list[int]:
-    """A tensor and what it is a copy of: through movement, noise, pooling, constant scalings, and back along its stream."""
-    chain, i = [start], start
-    while True:
-        if i in residuals:
-            i = residuals[i].skip
-        elif wiring.main[i] >= 0 and wiring.names[i] in _KEEPING and not wiring.is_norm_by_hand(i):
-            i = wiring.main[i]
-        else:
-            return chain
+    """A tensor and what it is a copy of: through movement, noise, pooling, constant scalings, and back along its stream.
+
+    An activation that the stream itself passes is part of it, as between blocks; and so is each term of a sum that it starts
+    from: streams side by side that are added up once are of one origin in all later sums.
+    """
+    chain: list[int] = []
+    stack, seen, is_stream = [start], {start}, False
+    while stack:
+        i = stack.pop()
         chain.append(i)
+        is_stream |= i in residuals
+        before = [j for j in _carried(wiring, i, residuals, is_stream=is_stream) if j not in seen]
+        seen.update(before)
+        stack += reversed(before)
+    return chain
+
+
+def _carried(wiring: Wiring, i: int, residuals: Mapping[int, Residual], *, is_stream: bool) -> tuple[int, ...]:
+    """What a tensor is a copy of, up to its scale, if of anything; or what it is the sum of, where a stream starts from it."""
+    if i in residuals:
+        return (residuals[i].skip,)
+    root = wiring.roots[i]
+    if root in residuals or (is_stream and root != i and wiring.names[root] == "add"):
+        return (root,)
+    if is_stream and wiring.names[i] == "add" and len(wiring.signals[i]) == 2:
+        return wiring.signals[i]
+    if wiring.main[i] >= 0 and wiring.names[i] in _KEEPING and not wiring.is_norm_by_hand(i):
+        return (wiring.main[i],)
+    return ()
 
 
 @dataclass(frozen=True, slots=True)
