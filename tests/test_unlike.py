@@ -15,7 +15,7 @@ from gainstage.signal import filter_dim, independent, normalise, take
 from gainstage.signal.axes import new_dims
 from gainstage.signal.patterns import pairs_of
 from gainstage.signal.rolling import roll
-from gainstage.signal.unlike import unlike
+from gainstage.signal.unlike import STEP, _by_kind, of_one, unlike
 from gainstage.signal.value import gaussian
 
 
@@ -135,3 +135,19 @@ def test_logits_are_asked_for_where_queries_and_keys_are_no_padding():
             q, k, _ = model.qkv(model.norm(torch.randn(4, 49, 96))).reshape(4, 49, 3, 3, 32).permute(2, 0, 3, 1, 4).unbind(0)
             found.append(float((q @ k.mT * 32**-0.5).var(-1).mean()))
     assert np.mean(found) == pytest.approx(1.0, rel=0.1)
+
+
+@pytest.mark.parametrize("variance", [0.05, 0.5, 8.0])
+def test_no_finer_step_of_the_integral_tells_more(monkeypatch: pytest.MonkeyPatch, variance: float):
+    rng, points = np.random.default_rng(0), []
+    counts, variances, priors = rng.integers(1, 4, (5, 60)) * 1.0, variance * rng.uniform(0.3, 1.0, 60), -rng.uniform(0, 6, 60)
+
+    def counted(*arguments: object) -> object:
+        points.append(len(arguments[1]))
+        return of_one(*arguments)
+
+    monkeypatch.setattr("gainstage.signal.unlike.of_one", counted)
+    found = _by_kind(counts, variances, priors, 3.0)
+    assert max(points) < 150
+    monkeypatch.setattr("gainstage.signal.unlike.STEP", STEP / 8.0)
+    np.testing.assert_allclose(found, _by_kind(counts, variances, priors, 3.0), rtol=1e-8)
