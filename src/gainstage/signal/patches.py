@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from gainstage.signal.contraction import Places
 from gainstage.signal.quadrature import Array, nodes
 
-DRAWS = 4096
+DRAWS = 2048
 LARGEST = 400  # places of a patch
 WHITE = 0.01  # correlations: below it, places are as good as independent
 
