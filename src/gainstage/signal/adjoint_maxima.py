@@ -47,10 +47,12 @@ def largest_gradient(g: Value, x: Value, dims: Sequence[int], windows: Sequence[
     other = same.copy()
     full = (1,) * same.ndim
     shared = float(np.clip(_within_windows(x, dims, [places.shape[1] for places in windows]), 0.0, 1.0))
-    preference = Window(np.sort(x.marginal.even), shared).preference(
-        math.prod(float((places >= 0).sum(1).mean()) for places in windows)
-    )
-    arriving = _at_largest(g, axes, [_along(g, d) for d in dims], windows, [_along(x, d) ** preference for d in dims])
+    odds = [_along(x, d) for d in dims]
+    if any(np.ptp(own) > 0.0 for own in odds):
+        places_held = math.prod(float((places >= 0).sum(1).mean()) for places in windows)
+        preference = Window(np.sort(x.marginal.even), shared).preference(places_held)
+        odds = [own**preference for own in odds]
+    arriving = _at_largest(g, axes, [_along(g, d) for d in dims], windows, odds)
     same[full] = float(arriving.mean())
     other[full] = (total[full] - same[full] * inputs) / max(inputs * (inputs - 1.0), 1.0)
     places = tuple(dim for d in dims for dim in [x.dims[d]] if dim)

@@ -59,7 +59,7 @@ def of_field(windows: Sequence[Places], loud: Sequence[Array], values: Array, rh
         return None
     field = _field(places, rho.shape, rho.tobytes(), distant)
     whole = _largest(field, [one.places[one.full][None] for one in kinds])
-    drawn = np.interp(field, nodes(), values)
+    drawn = np.interp(field[(slice(None), *(slice(int(one.places.max()) + 1) for one in kinds))], nodes(), values)
     each = _largest(drawn, [one.places for one in kinds], [one.levels for one in kinds])
     even = _largest(drawn, [one.places[one.full][None] for one in kinds])
     with np.errstate(divide="ignore", invalid="ignore"):
